@@ -1,0 +1,126 @@
+"""Configuration as frozen dataclasses: strict `key=value` changes and a plain form for JSON.
+
+Every error is a `ConfigError` with one line that says what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields, is_dataclass, replace
+from enum import Enum
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+Parsers = Mapping[Any, Callable[[str], Any]]  # for types with a notation of their own
+
+
+class FastsslError(Exception):
+    """Something a user can put right; shown as one line, without a traceback."""
+
+
+class ConfigError(FastsslError, ValueError):
+    """A recipe, key or value that does not exist or does not fit."""
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the nearest known name, or a list where none is near."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; known: {', '.join(known)}"
+
+
+def with_value(config: T, path: str, text: str, parsers: Parsers | None = None) -> T:
+    """`config` with the field at dotted `path` set to the value written in `text`; strict about names and types."""
+    assert is_dataclass(config)
+    head, _, rest = path.partition(".")
+    names = [f.name for f in fields(config)]
+    if head not in names:
+        raise ConfigError(f"unknown key {head!r} in {type(config).__name__}{suggest(head, names)}")
+    old = getattr(config, head)
+    if rest:
+        if not is_dataclass(old):
+            raise ConfigError(f"{head!r} has no parts, so {path!r} cannot be set")
+        new = with_value(old, rest, text, parsers)
+    else:
+        new = _parse(text, typing.get_type_hints(type(config))[head], path, parsers or {})
+    return replace(config, **{head: new})  # type: ignore[type-var]
+
+
+def has_path(config: object, path: str) -> bool:
+    """Whether `with_value` would find a field at `path`."""
+    for name in path.split("."):
+        if not is_dataclass(config) or name not in (f.name for f in fields(config)):
+            return False
+        config = getattr(config, name)
+    return True
+
+
+def _parse(text: str, kind: Any, path: str, parsers: Parsers) -> Any:
+    if kind in parsers:
+        return parsers[kind](text)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if type(None) in arguments and text.lower() == "none":
+            return None
+        plain = [a for a in arguments if a is not type(None) and not is_dataclass(a)]
+        if len(plain) == 1:
+            return _parse(text, plain[0], path, parsers)
+        raise ConfigError(f"{path!r} holds a structure; set one of its parts ({path}.name=value)")
+    if origin is typing.Literal:
+        if text not in arguments:
+            raise ConfigError(f"{path}={text}: choose one of {', '.join(map(str, arguments))}")
+        return text
+    if origin is tuple:
+        parts = [p for p in text.split(",") if p]
+        element = [arguments[0]] * len(parts) if arguments[-1:] == (Ellipsis,) else list(arguments)
+        if len(parts) != len(element):
+            raise ConfigError(f"{path}={text}: {len(element)} values separated by commas are needed")
+        return tuple(_parse(p, e, path, parsers) for p, e in zip(parts, element, strict=True))
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ConfigError(f"{path}={text}: write true or false")
+        return text.lower() == "true"
+    if kind in (int, float, str):
+        try:
+            return kind(text)
+        except ValueError:
+            noun = "a whole number" if kind is int else "a number"
+            raise ConfigError(f"{path}={text}: {noun} is needed") from None
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        values = {str(member.value): member for member in kind}
+        if text not in values:
+            raise ConfigError(f"{path}={text}: choose one of {', '.join(values)}")
+        return values[text]
+    raise ConfigError(f"{path!r} cannot be written on the command line; set one of its parts or write a recipe")
+
+
+def to_plain(value: Any) -> Any:
+    """Dataclasses, tuples, enums and paths as JSON-ready dicts, lists and strings; dataclasses carry their type."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {"type": type(value).__name__, **{f.name: to_plain(getattr(value, f.name)) for f in fields(value)}}
+    if isinstance(value, Mapping):
+        return {str(k): to_plain(v) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return [to_plain(v) for v in value]
+    if isinstance(value, Enum):
+        return to_plain(value.value)
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Dotted paths at which two plain forms differ, each as `path: old -> new`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in sorted(old.keys() | new.keys()):
+            found += differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+        return found
+    return [] if old == new else [f"{path}: {old} -> {new}"]

@@ -1,0 +1,204 @@
+"""The contract between a method and the engine.
+
+A method is one file beside this one: a `Config`, a loss as a pure function, a `Method`, and its recipes: public
+functions annotated `-> Stages`. The engine knows only what is here and names no method; where a method needs more, this
+contract is widened.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fastssl.config import ConfigError
+from loaders.batch import Batch
+from loaders.plan.plan import Plan
+from loaders.plan.views import View
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class Epochs:
+    """A span counted in passes over the stream that makes an epoch."""
+
+    count: int
+
+    def steps(self, steps_per_epoch: int) -> int:
+        return self.count * steps_per_epoch
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A span counted in optimiser steps."""
+
+    count: int
+
+    def steps(self, steps_per_epoch: int) -> int:
+        return self.count
+
+
+Span = Epochs | Steps
+
+
+def parse_span(text: str) -> Span:
+    """`20` or `20epochs` -> Epochs(20); `300steps` -> Steps(300)."""
+    number, unit = text.strip(), Epochs
+    for suffix, kind in (("epochs", Epochs), ("epoch", Epochs), ("steps", Steps), ("step", Steps)):
+        if number.endswith(suffix):
+            number, unit = number.removesuffix(suffix).strip(), kind
+            break
+    if not number.isdecimal():
+        raise ConfigError(f"{text!r} is no span: write 20epochs or 300steps")
+    return unit(int(number))
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """How far a stage goes; schedules are functions of (step, horizon)."""
+
+    steps_per_epoch: int
+    total_steps: int
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a method may know of the data and the run before it is built.
+
+    num_classes and channels are those of the run's data; num_images counts the images of each source key.
+    """
+
+    num_classes: int
+    channels: int
+    num_images: Mapping[str, int]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A file that an earlier stage or run produced (final networks, pseudo-labels), with its hash."""
+
+    path: Path
+    sha256: str
+
+    def load(self) -> dict[str, Any]:
+        """The stored tensors and plain values, on the CPU."""
+        return torch.load(self.path, map_location="cpu", weights_only=True)
+
+
+@dataclass
+class Nets:
+    """A method's modules.
+
+    online   trained; the engine wraps it for gradient averaging, so call it once a loss, with all its inputs
+    target   an average of online, or None; saved, gets no gradient
+    frozen   a teacher; not saved (its artefact's hash is), gets no gradient
+    state    queues and pointers, equal on all ranks; saved
+    """
+
+    online: nn.Module
+    target: nn.Module | None = None
+    frozen: nn.Module | None = None
+    state: nn.Module | None = None
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Those that exist, by name."""
+        named = {"online": self.online, "target": self.target, "frozen": self.frozen, "state": self.state}
+        return {name: module for name, module in named.items() if module is not None}
+
+    def saved(self) -> dict[str, nn.Module]:
+        """Those that a checkpoint holds."""
+        return {name: module for name, module in self.modules().items() if name != "frozen"}
+
+
+@dataclass(frozen=True)
+class Config(ABC):
+    """Base of every method's configuration. Counts are global: over all ranks."""
+
+    eval_view: View  # how images are seen when they are embedded or classified
+    labels: str = "all"  # which images show their label: see loaders.plan.views.parse_subset
+    precision: Precision = "bf16"
+
+    @abstractmethod
+    def build(self, facts: Facts, inputs: Mapping[str, Artefact]) -> Method:
+        """The method of this configuration."""
+
+
+class Method(ABC):
+    """One learning method. Draws nothing itself: initial weights come from torch's generator, seeded by the engine;
+    anything random in a step is keyed by the batch."""
+
+    taps: tuple[str, ...] = ("backbone",)  # what `embed` offers; the last is the one nearest the loss
+
+    def __init__(self, config: Config, facts: Facts, inputs: Mapping[str, Artefact]):
+        self.config, self.facts, self.inputs = config, facts, inputs
+
+    @abstractmethod
+    def plan(self) -> Plan:
+        """The streams of a training step."""
+
+    @abstractmethod
+    def nets(self) -> Nets:
+        """Freshly initialised modules on the CPU."""
+
+    @abstractmethod
+    def optimizer(self, nets: Nets) -> Optimizer:
+        """Over nets.online (and whatever else is trained), in any number of groups."""
+
+    @abstractmethod
+    def rates(self, step: int, horizon: Horizon) -> tuple[float, ...]:
+        """The learning rate of each parameter group at `step`."""
+
+    @abstractmethod
+    def loss(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:
+        """0-dim tensors: "total", which is minimised, and its parts by name. Owns its autocast; similarities,
+        softmax and losses in fp32. On several ranks: the mean over ranks of `total` is the objective."""
+
+    def after_step(self, nets: Nets, step: int, horizon: Horizon) -> None:  # noqa: B027
+        """Averages and queue pointers, after a step that changed the weights."""
+
+    def metrics(self, nets: Nets, batch: Batch, truth: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """0-dim tensors worth a look, on logging steps, without gradient; `truth` has each stream's true labels."""
+        return {}
+
+    @abstractmethod
+    def embed(self, nets: Nets, x: Tensor, tap: str) -> Tensor:
+        """Images [N, C, H, W] -> float32 [N, D] at one of `taps`. The caller sets eval mode and no_grad."""
+
+    def produce(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:
+        """What a `Produce` stage stores for each image: tensors with B rows (pseudo-labels, masks)."""
+        raise NotImplementedError(f"{type(self).__name__} produces nothing")
+
+
+@dataclass(frozen=True)
+class Ref:
+    """Where an input comes from: an earlier stage of this run by name, or a path."""
+
+    stage: str | None = None
+    path: str | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One leg of a recipe: train a method, or let it produce something for each image of its plan's streams."""
+
+    name: str
+    method: Config
+    length: Span
+    do: Literal["train", "produce"] = "train"
+    needs: Mapping[str, Ref] = field(default_factory=dict)
+    evaluate: tuple[str, ...] = ("soft-nn", "knn")  # protocols run while training and at the end
+    evaluate_every: Span = Epochs(10)
+    log_every: Span = Steps(10)
+    checkpoint_every: Span = Epochs(1)
+    keep_checkpoints: int = 2
+
+
+Stages = tuple[Stage, ...]

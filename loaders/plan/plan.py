@@ -1,0 +1,196 @@
+"""The plan of a run's data: a pure function from (stream, step, rank, world) to ids, boxes and parameters.
+
+`Plan` is a method's description; bound to the facts of the data it becomes a `BoundPlan`, which renderers and finishes
+follow. Everything is keyed by the position in the stream: the same global batches come out on any number of ranks,
+and any step can be planned without planning those before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from loaders.plan.boxes import boxes
+from loaders.plan.draws import mix, tag, uniforms
+from loaders.plan.order import ClassIndex, balanced, shuffled
+from loaders.plan.views import Balanced, Centre, Sequential, Stream, View
+
+
+class PlanError(ValueError):
+    """The streams asked for cannot be drawn from the data, or not by this number of ranks."""
+
+
+@dataclass(frozen=True)
+class StreamFacts:
+    """What the plan must know of the images a stream draws from.
+
+    ids        int64 [n], the images allowed, ascending; None for all of the source
+    labels     int64 [N], by source index, -1 where hidden from the method
+    truth      int64 [N], the labels before hiding (metrics only)
+    sizes      int32 [N, 2], height and width
+    num_classes  labels are below it
+    """
+
+    ids: np.ndarray | None
+    labels: np.ndarray
+    truth: np.ndarray
+    sizes: np.ndarray
+    num_classes: int
+
+    @property
+    def num_images(self) -> int:
+        return len(self.sizes) if self.ids is None else len(self.ids)
+
+
+@dataclass(frozen=True)
+class ViewRows:
+    """One view of B images: boxes [copies * B, 4] and one parameter table [copies * B, columns] an op, copy-major."""
+
+    view: View
+    boxes: np.ndarray
+    tables: tuple[np.ndarray, ...]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One rank's rows of one stream at one step; see `loaders.batch.Part` for the arrays of length B."""
+
+    stream: str
+    step: int
+    positions: np.ndarray
+    ids: np.ndarray
+    labels: np.ndarray
+    truth: np.ndarray
+    columns: np.ndarray | None
+    keys: np.ndarray  # uint64 [B]
+    views: tuple[ViewRows, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A method's streams; `epoch_of` names the stream whose images make an epoch."""
+
+    streams: tuple[Stream, ...]
+    epoch_of: str
+    seed: int
+
+    def stream(self, name: str) -> Stream:
+        return next(s for s in self.streams if s.name == name)
+
+    def bind(self, facts: Mapping[str, StreamFacts]) -> BoundPlan:
+        """Join with the facts of each stream's data, by stream name. Raises PlanError where they do not fit."""
+        return BoundPlan(self, facts)
+
+
+class BoundPlan:
+    """A plan that knows its data."""
+
+    def __init__(self, plan: Plan, facts: Mapping[str, StreamFacts]):
+        self.plan, self.facts = plan, dict(facts)
+        self._keys = {s.name: mix(plan.seed, tag(s.name)) for s in plan.streams}
+        self._class_index: dict[str, ClassIndex] = {}
+        for stream in plan.streams:
+            self._check(stream, self.facts[stream.name])
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.num_steps(self.plan.epoch_of)
+
+    def num_steps(self, stream_name: str) -> int:
+        """Steps in which the stream passes over its images once (a sequential stream's last one may be short)."""
+        stream, facts = self.plan.stream(stream_name), self.facts[stream_name]
+        whole, rest = divmod(facts.num_images, stream.batch_global)
+        return whole + (rest > 0 and isinstance(stream.order, Sequential))
+
+    def check_world(self, world: int) -> None:
+        """Raises PlanError where `world` ranks cannot share the batches evenly; names the nearest counts that can."""
+        counts = [s.batch_global for s in self.plan.streams if not isinstance(s.order, Sequential)]
+        check_world(world, counts)
+
+    def rows(self, stream_name: str, step: int, rank: int = 0, world: int = 1) -> Rows:
+        """This rank's contiguous share of the stream's global batch at `step`."""
+        stream, facts, key = self.plan.stream(stream_name), self.facts[stream_name], self._keys[stream_name]
+        batch = stream.batch_global
+        if isinstance(stream.order, Sequential):
+            batch = max(0, min(batch, facts.num_images - step * batch))
+        local = np.arange(batch * rank // world, batch * (rank + 1) // world, dtype=np.int64)
+        positions = step * stream.batch_global + local
+        columns = None
+        match stream.order:
+            case Balanced(classes_global, per_class):
+                index = self._class_index[stream_name]
+                ids, columns = balanced(local, step, index, classes_global, per_class, key)
+            case Sequential():
+                ids = positions if facts.ids is None else facts.ids[positions]
+            case _:
+                places = shuffled(positions, facts.num_images, stream.batch_global, key)
+                ids = places if facts.ids is None else facts.ids[places]
+        image_keys = mix(key, positions)
+        return Rows(
+            stream=stream_name,
+            step=step,
+            positions=positions,
+            ids=ids,
+            labels=facts.labels[ids],
+            truth=facts.truth[ids],
+            columns=columns,
+            keys=image_keys,
+            views=tuple(_view_rows(view, facts.sizes[ids], image_keys) for view in stream.views),
+        )
+
+    def _check(self, stream: Stream, facts: StreamFacts) -> None:
+        name, batch = stream.name, stream.batch_global
+        if facts.num_images == 0:
+            raise PlanError(f"stream {name!r} has no images to draw from")
+        if isinstance(stream.order, Balanced):
+            self._check_balanced(stream, stream.order, facts)
+        elif not isinstance(stream.order, Sequential) and batch > facts.num_images:
+            raise PlanError(f"stream {name!r}: a batch of {batch} needs as many images, there are {facts.num_images}")
+        for view in stream.views:
+            if isinstance(view.crop, Centre) and view.crop.resize is None and facts.sizes.min() < view.size:
+                raise PlanError(
+                    f"view {view.name!r} cuts {view.size} pixels from the centre, "
+                    f"the smallest image side is {facts.sizes.min()}: give Centre a resize"
+                )
+
+    def _check_balanced(self, stream: Stream, order: Balanced, facts: StreamFacts) -> None:
+        ids = np.arange(len(facts.sizes)) if facts.ids is None else facts.ids
+        index = ClassIndex.of(ids, facts.labels[ids], facts.num_classes)
+        self._class_index[stream.name] = index
+        assert stream.batch_global == order.classes_global * order.per_class, "batch_global disagrees with the order"
+        num_labelled = int((index.counts > 0).sum())
+        if order.classes_global > facts.num_classes:
+            raise PlanError(
+                f"stream {stream.name!r} wants {order.classes_global} classes a batch, "
+                f"the data has {facts.num_classes}: lower classes_global"
+            )
+        short = np.flatnonzero(index.counts < order.per_class)
+        if len(short):
+            c = int(short[0])
+            raise PlanError(
+                f"stream {stream.name!r} wants {order.per_class} labelled images of every class; class {c} has "
+                f"{int(index.counts[c])} ({len(short)} of {facts.num_classes} classes have too few, {num_labelled} "
+                "have any): lower images_per_class or give more labels"
+            )
+
+
+def check_world(world: int, counts: list[int]) -> None:
+    """Raises PlanError unless `world` divides every one of `counts` (global rows a step)."""
+    uneven = [n for n in counts if n % world]
+    if uneven:
+        fitting = [w for w in range(1, min(counts) + 1) if all(n % w == 0 for n in counts)]
+        below = max((w for w in fitting if w < world), default=None)
+        above = min((w for w in fitting if w > world), default=None)
+        nearest = " or ".join(str(w) for w in (below, above) if w is not None)
+        raise PlanError(f"batch {uneven[0]} does not divide by {world} ranks; nearest: {nearest}")
+
+
+def _view_rows(view: View, sizes: np.ndarray, image_keys: np.ndarray) -> ViewRows:
+    copies = np.arange(view.copies)[:, None]
+    keys = mix(image_keys[None, :], tag(view.name), copies).reshape(-1)
+    tables = tuple(
+        op.parameters(uniforms(mix(keys, tag(type(op).__name__), i), op.num_draws)) for i, op in enumerate(view.ops)
+    )
+    return ViewRows(view, boxes(view, np.tile(sizes, (view.copies, 1)), mix(keys, tag("box"))), tables)
