@@ -1,0 +1,323 @@
+"""The fast finish on CPU: the laws of :mod:`loaders.finish.reference`, compiled.
+
+An image is unpacked into planar float32 [C, S, S], small enough for a core's own cache, goes through its ops in place
+and is normalised and stored channels-last on the way out. Each op is a C function that is compiled (and cached on
+disk) when a chain first names it, so a run that never jitters colours does not wait for that code; one compiled
+driver walks the images and calls the ops by address. A task of many images is thus one Python call, made without the
+GIL. Threads are the caller's: numba's own pool aborts when two threads use it at once.
+
+The disk cache notices edits of this file only: what it takes from `reference` (orders, luma, hash) is compiled in.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, cfunc, njit, types
+from numba.extending import intrinsic
+
+from loaders.finish.reference import LUMA, SUB_OP_ORDERS, noise_words
+from loaders.plan import ops
+from loaders.plan.ops import Op
+from loaders.plan.views import Pixels
+
+VALUES_PER_TASK = 2**20  # about 1 ms of jitter and blur: long beside a thread's wake-up, short beside a batch
+
+# What an op gets: planes float32 [channels, size, size], its row of parameters (`apply` first), the two lengths.
+_SIGNATURE = types.void(types.CPointer(types.float32), types.CPointer(types.float32), types.intp, types.intp)
+_OPTIONS: dict[str, Any] = {"cache": True, "fastmath": True, "error_model": "numpy"}
+
+ZERO, ONE, TWO = np.float32(0), np.float32(1), np.float32(2)
+RED, GREEN, BLUE = LUMA
+
+
+@njit(**_OPTIONS)
+def _clip(value: Any) -> Any:
+    return min(max(value, ZERO), ONE)
+
+
+@njit(**_OPTIONS)
+def _mean_luma(flat: Any) -> Any:
+    """Mean luma of planes [C, N]; sums of float32 runs of 256 values are added in float64."""
+    channels, n = flat.shape
+    total = 0.0
+    for start in range(0, n, 256):
+        run = ZERO
+        if channels == 1:
+            for i in range(start, min(start + 256, n)):
+                run += flat[0, i]
+        else:
+            for i in range(start, min(start + 256, n)):
+                run += RED * flat[0, i] + GREEN * flat[1, i] + BLUE * flat[2, i]
+        total += run
+    return np.float32(total / n)
+
+
+@njit(**_OPTIONS)
+def _blend(flat: Any, towards: Any, factor: Any) -> None:
+    offset = (ONE - factor) * towards
+    for c in range(flat.shape[0]):
+        for i in range(flat.shape[1]):
+            flat[c, i] = _clip(factor * flat[c, i] + offset)
+
+
+@njit(**_OPTIONS)
+def _saturation(flat: Any, factor: Any) -> None:
+    rest = ONE - factor
+    for i in range(flat.shape[1]):
+        r, g, b = flat[0, i], flat[1, i], flat[2, i]
+        offset = rest * (RED * r + GREEN * g + BLUE * b)
+        flat[0, i] = _clip(factor * r + offset)
+        flat[1, i] = _clip(factor * g + offset)
+        flat[2, i] = _clip(factor * b + offset)
+
+
+@njit(**_OPTIONS)
+def _hue(flat: Any, turns: Any) -> None:
+    """Hue angles are kept in units of the pixel's chroma (a sixth of a turn is `chroma`): no division, no branch."""
+    sixths = np.float32(6) * turns
+    for i in range(flat.shape[1]):
+        r, g, b = flat[0, i], flat[1, i], flat[2, i]
+        value, least = max(r, max(g, b)), min(r, min(g, b))
+        chroma = value - least
+        twice = TWO * chroma
+        turn = np.float32(6) * chroma
+        angle = g - b if value == r else (b - r + twice if value == g else r - g + TWO * twice)
+        angle += sixths * chroma
+        angle = angle + turn if angle < ZERO else angle
+        angle = angle - turn if angle >= turn else angle
+        # distance to the channel's own corner: full within one sixth, none beyond two; red's corner is at 0 = 6
+        flat[0, i] = least + min(max(abs(angle - np.float32(3) * chroma) - chroma, ZERO), chroma)
+        flat[1, i] = least + min(max(twice - abs(angle - twice), ZERO), chroma)
+        flat[2, i] = least + min(max(twice - abs(angle - TWO * twice), ZERO), chroma)
+
+
+def _flip(planes: Any, row: Any, channels: Any, size: Any) -> None:
+    lines = carray(planes, (channels * size, size))
+    for y in range(channels * size):
+        for x in range(size // 2):
+            left = lines[y, x]
+            lines[y, x] = lines[y, size - 1 - x]
+            lines[y, size - 1 - x] = left
+
+
+def _colour_jitter(planes: Any, row: Any, channels: Any, size: Any) -> None:
+    flat = carray(planes, (channels, size * size))
+    apply, order, brightness, contrast, saturation, hue = carray(row, 6)
+    for sub_op in SUB_OP_ORDERS[int(order)]:
+        if sub_op == 0:
+            _blend(flat, ZERO, brightness)
+        elif sub_op == 1:
+            _blend(flat, _mean_luma(flat), contrast)
+        elif channels == 3:
+            if sub_op == 2:
+                _saturation(flat, saturation)
+            else:
+                _hue(flat, hue)
+
+
+def _grayscale(planes: Any, row: Any, channels: Any, size: Any) -> None:
+    if channels == 3:
+        flat = carray(planes, (channels, size * size))
+        for i in range(size * size):
+            grey = RED * flat[0, i] + GREEN * flat[1, i] + BLUE * flat[2, i]
+            flat[0, i] = grey
+            flat[1, i] = grey
+            flat[2, i] = grey
+
+
+@njit(**_OPTIONS)
+def _box_blur(source: Any, out: Any, first: Any, last: Any, stride: Any, whole: Any, far: Any, near: Any) -> None:
+    """out[i] for i in first..last: `far` x the two outermost of 2 * whole + 3 taps, `stride` apart, `near` x the rest."""
+    reach = (whole + 1) * stride
+    for i in range(first, last):
+        out[i] = far * (source[i - reach] + source[i + reach]) + near * source[i]
+    for tap in range(1, whole + 1):
+        reach = tap * stride
+        for i in range(first, last):
+            out[i] += near * (source[i - reach] + source[i + reach])
+
+
+def _gaussian_blur(planes: Any, row: Any, channels: Any, size: Any) -> None:
+    """The plane stands in a frame `pad` wide that repeats its edge; all rows are blurred as one long row."""
+    image = carray(planes, (channels, size, size))
+    sigma = np.float64(carray(row, 2)[1])
+    variance = sigma * sigma / 3
+    whole = int((np.sqrt(12 * variance + 1) - 1) / 2)
+    alpha = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
+    near = np.float32(1 / (2 * (whole + alpha) + 1))
+    far = np.float32(alpha) * near
+    pad = whole + 1
+    side = size + 2 * pad
+    a, b = np.empty((side, side), np.float32), np.empty((side, side), np.float32)
+    for c in range(channels):
+        for y in range(size):
+            a[pad + y, pad : pad + size] = image[c, y]
+        for _ in range(3):
+            for y in range(pad, pad + size):
+                for x in range(pad):
+                    a[y, x] = a[y, pad]
+                    a[y, pad + size + x] = a[y, pad + size - 1]
+            _box_blur(a.ravel(), b.ravel(), pad * side + pad, (pad + size) * side - pad, 1, whole, far, near)
+            a, b = b, a
+        for _ in range(3):
+            for y in range(pad):
+                a[y] = a[pad]
+                a[pad + size + y] = a[pad + size - 1]
+            _box_blur(a.ravel(), b.ravel(), pad * side, (pad + size) * side, side, whole, far, near)
+            a, b = b, a
+        for y in range(size):
+            image[c, y] = a[pad + y, pad : pad + size]
+
+
+def _solarise(planes: Any, row: Any, channels: Any, size: Any) -> None:
+    values = carray(planes, channels * size * size)
+    threshold = carray(row, 2)[1]
+    for i in range(len(values)):
+        values[i] = ONE - values[i] if values[i] >= threshold else values[i]
+
+
+def _equalize(planes: Any, row: Any, channels: Any, size: Any) -> None:
+    flat = carray(planes, (channels, size * size))
+    levels, table = np.empty(size * size, np.uint8), np.empty(256, np.float32)
+    for c in range(channels):
+        counts = np.zeros(256, np.int64)
+        highest = 0
+        for i in range(len(levels)):
+            level = int(flat[c, i] * np.float32(255) + np.float32(0.5))
+            levels[i] = level
+            counts[level] += 1
+            highest = max(highest, level)
+        step = (len(levels) - counts[highest]) // 255
+        below = step // 2
+        for level in range(256):
+            table[level] = (min(below // step, 255) if step > 0 else level) / 255
+            below += counts[level]
+        for i in range(len(levels)):
+            flat[c, i] = table[levels[i]]
+
+
+def _affine(planes: Any, row: Any, channels: Any, size: Any) -> None:
+    image = carray(planes, (channels, size, size))
+    source = image.copy()
+    apply, angle, scale, shift_x, shift_y = carray(row, 5)
+    centre, edge = (size - 1) / 2, size - 1.0
+    cos, sin = np.cos(np.float64(angle)) / scale, np.sin(np.float64(angle)) / scale
+    for y_out in range(size):
+        down = y_out - centre - shift_y * size
+        for x_out in range(size):
+            right = x_out - centre - shift_x * size
+            x = min(max(centre + cos * right - sin * down, 0.0), edge)
+            y = min(max(centre + sin * right + cos * down, 0.0), edge)
+            x0, y0 = int(x), int(y)
+            x1, y1 = min(x0 + 1, size - 1), min(y0 + 1, size - 1)
+            share_x, share_y = np.float32(x - x0), np.float32(y - y0)
+            for c in range(channels):
+                top = source[c, y0, x0] + share_x * (source[c, y0, x1] - source[c, y0, x0])
+                bottom = source[c, y1, x0] + share_x * (source[c, y1, x1] - source[c, y1, x0])
+                image[c, y_out, x_out] = top + share_y * (bottom - top)
+
+
+def _noise(planes: Any, row: Any, channels: Any, size: Any) -> None:
+    flat = carray(planes, (channels, size * size))
+    apply, std, key_low, key_high = carray(row, 4)
+    for c in range(channels):
+        for i in range(size * size):
+            first, second = noise_words(int(key_low), int(key_high), i * channels + c)
+            radius = np.sqrt(-TWO * np.log(np.float32((first + 0.5) / 2**32)))
+            normal = radius * np.cos(np.float32(2 * np.pi * (second + 0.5) / 2**32))
+            flat[c, i] = _clip(flat[c, i] + std * normal)
+
+
+_BODIES: dict[type[Op], Callable[..., None]] = {
+    ops.Flip: _flip,
+    ops.ColourJitter: _colour_jitter,
+    ops.Grayscale: _grayscale,
+    ops.GaussianBlur: _gaussian_blur,
+    ops.Solarise: _solarise,
+    ops.Equalize: _equalize,
+    ops.Affine: _affine,
+    ops.Noise: _noise,
+}
+
+
+@functools.cache
+def _compiled(op: type[Op]) -> Any:
+    """The op as a C function; kept alive here, as its address is all that the driver holds."""
+    return cfunc(_SIGNATURE, **_OPTIONS)(_BODIES[op])
+
+
+@intrinsic
+def _call(typing_context: Any, address: Any, planes: Any, row: Any) -> Any:
+    """Call the op compiled at `address` on planes float32 [C, S, S] and its row of parameters."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        view, parameters = (
+            context.make_array(kind)(context, builder, value)
+            for kind, value in zip(signature.args[1:], arguments[1:], strict=True)
+        )
+        channels, size = (builder.extract_value(view.shape, axis) for axis in (0, 1))
+        passed = (view.data, parameters.data, channels, size)
+        function = ir.FunctionType(ir.VoidType(), [value.type for value in passed])
+        builder.call(builder.inttoptr(arguments[0], function.as_pointer()), passed)
+        return context.get_dummy_value()
+
+    return types.void(address, planes, row), generate
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _drive(crops: Any, kernels: Any, offsets: Any, table: Any, gain: Any, bias: Any, out: Any) -> None:
+    """Every image: unpack, run the ops whose `apply` is set, normalise and store."""
+    num_images, size, _, channels = crops.shape
+    planes = np.empty((channels, size, size), np.float32)
+    for i in range(num_images):
+        for y in range(size):
+            for x in range(size):
+                for c in range(channels):
+                    planes[c, y, x] = np.float32(crops[i, y, x, c]) / np.float32(255)
+        for k in range(len(kernels)):
+            if table[i, offsets[k]]:
+                _call(kernels[k], planes, table[i, offsets[k] :])
+        for y in range(size):
+            for x in range(size):
+                for c in range(channels):
+                    out[i, y, x, c] = planes[c, y, x] * gain[c] + bias[c]
+
+
+def finish(
+    crops: np.ndarray,
+    ops: tuple[Op, ...],
+    tables: tuple[np.ndarray, ...],
+    pixels: Pixels,
+    out: np.ndarray,
+    pool: Executor | None = None,
+) -> None:
+    """Crops to what the network receives, written into `out`.
+
+    crops    uint8 [M, S, S, C], C = 1 or 3, C-contiguous
+    tables   one float32 [M, len(op.columns)] for each op
+    out      float32 [M, S, S, C], C-contiguous: (value - mean) / std
+    pool     threads to spread the images over (never one that this call itself runs on); None: this thread
+    """
+    num_images, size, width, channels = crops.shape
+    assert size == width and channels in (1, 3) and out.shape == crops.shape
+    assert crops.flags.c_contiguous and out.flags.c_contiguous
+    kernels = np.array([_compiled(type(op)).address for op in ops], np.int64)
+    offsets = np.cumsum([0, *(table.shape[1] for table in tables)])
+    table = np.concatenate([*tables, np.empty((num_images, 0), np.float32)], axis=1)
+    mean, std = (np.broadcast_to(np.array(v, np.float32), channels) for v in (pixels.mean, pixels.std))
+    gain, bias = 1 / std, -mean / std
+    per_task = max(1, VALUES_PER_TASK // (size * size * channels))
+
+    def task(start: int) -> None:
+        rows = slice(start, start + per_task)
+        _drive(crops[rows], kernels, offsets, table[rows], gain, bias, out[rows])
+
+    starts = range(0, num_images, per_task)
+    for _ in map(task, starts) if pool is None else pool.map(task, starts):
+        pass
