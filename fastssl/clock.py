@@ -1,0 +1,78 @@
+"""Where the training loop's wall time goes: waiting for data, stepping, or pausing to evaluate and save.
+
+Host time only, and nothing here synchronises a device: over a logging window, which ends in the one transfer of the
+loss, host and device time agree.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+NUM_WINDOWS_IN_ETA = 10  # enough to smooth a slow window, few enough to forget the first one's compilation
+
+
+class Clock:
+    """Seconds and images since the last `window()`.
+
+    Time is of three kinds: waiting (inside `waiting()`), paused (inside `paused()`) and, all the rest, stepping.
+    Paused time counts in no rate. The two contexts do not nest.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter):
+        self._now = now
+        self._recent: deque[tuple[float, int]] = deque(maxlen=NUM_WINDOWS_IN_ETA)  # (unpaused seconds, steps)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._start, self._wait_s, self._pause_s = self._now(), 0.0, 0.0
+        self._num_images = self._num_steps = 0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around whatever fetches the next batch."""
+        start = self._now()
+        try:
+            yield
+        finally:
+            self._wait_s += self._now() - start
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is not training: evaluation, checkpoints."""
+        start = self._now()
+        try:
+            yield
+        finally:
+            self._pause_s += self._now() - start
+
+    def step(self, num_images: int) -> None:
+        """Counts one finished step and the images it used, over all ranks."""
+        self._num_steps += 1
+        self._num_images += num_images
+
+    def window(self) -> dict[str, float]:
+        """What happened since the last call, and starts afresh.
+
+        elapsed_s = wait_s + step_s, without pauses; wait_share = wait_s / elapsed_s; images_per_s over elapsed_s.
+        """
+        elapsed_s = max(self._now() - self._start - self._pause_s, 1e-9)
+        measured = {
+            "images_per_s": self._num_images / elapsed_s,
+            "wait_share": self._wait_s / elapsed_s,
+            "step_s": elapsed_s - self._wait_s,
+            "wait_s": self._wait_s,
+            "elapsed_s": elapsed_s,
+        }
+        if self._num_steps:
+            self._recent.append((elapsed_s, self._num_steps))
+        self._begin()
+        return measured
+
+    def eta_s(self, num_steps_left: int) -> float | None:
+        """Seconds that as many steps will take at the pace of the last windows, pauses not foreseen; None before
+        the first window."""
+        num_steps = sum(steps for _, steps in self._recent)
+        return num_steps_left * sum(s for s, _ in self._recent) / num_steps if num_steps else None
