@@ -1,0 +1,1 @@
+"""Networks: trunks, heads and the batch norm between them."""

@@ -1,0 +1,195 @@
+"""Ranks and the collectives between them.
+
+Every function works alone too: without a process group there is one rank, and a collective is the identity. gloo (CPU)
+and NCCL (GPU) run the same code. All ranks must call the collectives in the same order.
+
+`init` makes two groups. The default one carries DDP's gradient buckets and everything below; the second carries nothing
+but batch-norm messages, which DDP's buckets overtake during backward: two kinds of message in one queue would wait for
+each other, and on gloo a difference of order between ranks silently adds the wrong tensors.
+"""
+
+import os
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as td
+from torch import Tensor
+from torch.nn import functional as F
+
+T = TypeVar("T")
+
+_statistics_group: td.ProcessGroup | None = None
+
+
+def init(backend: str, *, init_method: str = "env://", timeout_s: float = 600.0) -> None:
+    """Join the other ranks; `backend` is "gloo" or "nccl" (which also selects this rank's GPU).
+
+    Reads RANK, LOCAL_RANK and WORLD_SIZE, and for `env://` MASTER_ADDR and MASTER_PORT, as torchrun sets them.
+    Raises RuntimeError where one of the first three is missing.
+    """
+    global _statistics_group
+    missing = [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name not in os.environ]
+    if missing:
+        raise RuntimeError(f"{', '.join(missing)} not set: start the ranks with torchrun or `fastssl train --gpus N`")
+    device = torch.device("cuda", local_rank()) if backend == "nccl" else None
+    if device is not None:
+        torch.cuda.set_device(device)
+    td.init_process_group(
+        backend,
+        init_method=init_method,
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=timedelta(seconds=timeout_s),
+        device_id=device,
+    )
+    _statistics_group = td.new_group(timeout=timedelta(seconds=timeout_s))
+
+
+def shutdown() -> None:
+    """Leave both groups; does nothing alone."""
+    global _statistics_group
+    _statistics_group = None
+    if td.is_initialized():
+        td.destroy_process_group()
+
+
+def rank() -> int:
+    return td.get_rank() if td.is_initialized() else 0
+
+
+def world_size() -> int:
+    return td.get_world_size() if td.is_initialized() else 1
+
+
+def local_rank() -> int:
+    """Rank within this host, which is also the number of this rank's GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_main() -> bool:
+    """True on the one rank that prints and writes."""
+    return rank() == 0
+
+
+def rank_slice(total: int) -> slice:
+    """This rank's contiguous share of `total` rows; the first `total % world_size()` ranks take one row more.
+
+    `gather_ragged(x[rank_slice(len(x))])` is x again.
+    """
+    share, extra = divmod(total, world_size())
+    start = rank() * share + min(rank(), extra)
+    return slice(start, start + share + (rank() < extra))
+
+
+def statistics_group() -> td.ProcessGroup:
+    """The group of batch-norm messages. Raises RuntimeError alone, or where the ranks were not joined by `init`."""
+    if _statistics_group is None:
+        raise RuntimeError("no group for batch-norm statistics: join the ranks with fastssl.dist.init")
+    return _statistics_group
+
+
+def sum_over_group(x: Tensor, group_name: str) -> Tensor:
+    """Sum of x over the ranks of the named group, as a new tensor without gradient.
+
+    The functional collective, not `td.all_reduce`: torch.compile keeps it inside one graph.
+    """
+    ops = torch.ops._c10d_functional
+    return ops.wait_tensor(ops.all_reduce(x, "sum", group_name))
+
+
+def gather_rows(x_ND: Tensor) -> Tensor:
+    """Rows of all ranks in rank order, [world_size * N, ...], with gradient; every rank must hold equally many rows.
+
+    Backward sums over ranks the gradients they hold for this rank's rows (an all-reduce, of which each rank needs its
+    own slice only: a reduce-scatter). After DDP's average over ranks, the parameter gradient is that of the mean of the
+    ranks' losses, each a function of all rows.
+    """
+    return _GatherRows.apply(x_ND) if td.is_initialized() else x_ND
+
+
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """Mean of x over ranks, with gradient: same shape, equal on all ranks.
+
+    Backward is the identity, and that is exact under DDP. Let m = (1/W) sum_r x_r and let every rank add the same F(m)
+    to its loss. Then dF/dtheta = F'(m) (1/W) sum_r dx_r/dtheta. DDP itself averages over ranks, so each must contribute
+    F'(m) dx_r/dtheta: with another 1/W here, the term would weigh W times too little. It follows that F must enter the
+    losses of all ranks alike. (PAWS: the mean prediction of me-max.)
+    """
+    return _MeanOverRanks.apply(x) if td.is_initialized() else x
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor) -> Tensor:
+        ops = torch.ops._c10d_functional
+        return ops.wait_tensor(ops.all_gather_into_tensor(x_ND.contiguous(), world_size(), _world_name()))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g_WND: Tensor) -> Tensor:  # type: ignore[override]
+        ops = torch.ops._c10d_functional
+        return ops.wait_tensor(ops.reduce_scatter_tensor(g_WND.contiguous(), "sum", world_size(), _world_name()))
+
+
+class _MeanOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return sum_over_group(x.contiguous(), _world_name()) / world_size()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+        return g
+
+
+def _world_name() -> str:
+    group = td.group.WORLD
+    assert group is not None
+    return group.group_name
+
+
+@torch.no_grad()
+def gather_ragged(x_ND: Tensor) -> Tensor:
+    """Rows of all ranks in rank order, without gradient; ranks may hold different numbers of rows, also none.
+
+    Waits for the device (the lengths are needed on the host).
+    """
+    if not td.is_initialized():
+        return x_ND.detach()
+    lengths_W = gather_rows(torch.tensor([len(x_ND)], device=x_ND.device)).tolist()
+    longest = max(lengths_W)
+    padded_ND = F.pad(x_ND, (0, 0) * (x_ND.dim() - 1) + (0, longest - len(x_ND)))
+    shards = gather_rows(padded_ND).split(longest) if longest else [x_ND]
+    return torch.cat([shard[:length] for shard, length in zip(shards, lengths_W, strict=bool(longest))])
+
+
+def all_true(flag: bool) -> bool:
+    """Whether every rank passed True. Waits for all ranks and for the device."""
+    if not td.is_initialized():
+        return flag
+    votes = torch.tensor(float(flag), device=_message_device())
+    return bool(sum_over_group(votes, _world_name()).item() == world_size())
+
+
+def any_true(flag: bool) -> bool:
+    """Whether some rank passed True. Waits for all ranks and for the device."""
+    return not all_true(not flag)
+
+
+def broadcast_object(value: T, source: int = 0) -> T:
+    """Rank `source`'s value (anything that pickles) on all ranks; the other ranks' values are ignored."""
+    if not td.is_initialized():
+        return value
+    box = [value]
+    td.broadcast_object_list(box, src=source, device=_message_device())
+    return box[0]
+
+
+def barrier() -> None:
+    """Return once every rank has called it."""
+    all_true(True)
+
+
+def _message_device() -> torch.device:
+    """Where a message from the host must lie: NCCL carries nothing but GPU memory."""
+    return torch.device("cuda", local_rank()) if td.get_backend() == "nccl" else torch.device("cpu")
