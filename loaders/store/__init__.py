@@ -1,0 +1,1 @@
+"""Where images come from: `.beton` files, image folders and small arrays, all behind one reader interface."""

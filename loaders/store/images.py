@@ -1,0 +1,29 @@
+"""Opening an image with Pillow, the careful way: two formats, a bounded size, no EXIF rotation, one kind of error."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+FORMATS = ("JPEG", "PNG")
+MAX_PIXELS = 1 << 26  # 200 MB decoded; below Pillow's own warning, which is not thread-safe to turn into an error
+
+
+class ImageError(ValueError):
+    """Not an image that can be used; the message says why."""
+
+
+def open_image(file: Path | io.BytesIO) -> Image.Image:
+    """Read the header of a JPEG or PNG of at most MAX_PIXELS pixels; the caller closes it. Raises ImageError."""
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError:
+        raise ImageError("not a JPEG or PNG") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
+        raise ImageError(str(e)) from e
+    if image.width * image.height > MAX_PIXELS:
+        image.close()
+        raise ImageError(f"{image.width} x {image.height} pixels are more than the {MAX_PIXELS} allowed")
+    return image

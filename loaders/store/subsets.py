@@ -1,0 +1,146 @@
+"""Which images a stream may use, or may see the labels of: published lists, keyed splits and complements, hashed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from loaders.plan.draws import mix
+from loaders.plan.views import All, Complement, Listed, PerClass, Subset
+from loaders.store.source import Source, StoreError
+
+LISTS_VARIABLE = "FASTSSL_LISTS"
+
+# Published lists: our name -> file name, sha256. google-research/simclr imagenet_subsets/{1,10}percent.txt and
+# facebookresearch/suncet imagenet_subsets/val.txt.
+PUBLISHED = {
+    "simclr-1": ("simclr-1percent.txt", "71e82a48ba78252683ae334c4d019ebd5c6e855b9599c1389fbe83eb9549cf17"),
+    "simclr-10": ("simclr-10percent.txt", "6d09de11e7bdaf5b1f3b1f249b6183695f97310cdd20f0c03e7235b6b9392091"),
+    "paws-heldout": (
+        "paws-heldout-12-per-class.txt",
+        "fde94a027633486479402248efb6c938763417979227555e4d541d36547a93a0",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A subset of one source: `ids` int64, ascending, None for all images. `sha256` is of the list file where there
+    is one, else of the ids."""
+
+    ids: np.ndarray | None
+    name: str
+    sha256: str
+    count: int
+
+
+def resolve(subset: Subset, source: Source, search: Iterable[Path] = ()) -> Resolved:
+    """The images of `source` that `subset` describes.
+
+    Lists are looked for as paths, then in the folders `search` (those of the data) and in those that the environment
+    variable FASTSSL_LISTS names. Raises StoreError in the user's words: list missing, names unknown, class too small.
+    """
+    match subset:
+        case All():
+            return Resolved(None, "all", _sha256(np.arange(len(source))), len(source))
+        case PerClass(count, split_seed):
+            return _of_ids(_per_class(source, count, split_seed), f"{count}-per-class-split-{split_seed}")
+        case Listed(name):
+            return _listed(source, name, tuple(search))
+        case Complement(of):
+            inner = resolve(of, source, search)
+            everything = np.arange(len(source))
+            ids = everything[:0] if inner.ids is None else np.setdiff1d(everything, inner.ids, assume_unique=True)
+            return _of_ids(ids, f"all-but-{inner.name}")
+
+
+def _of_ids(ids: np.ndarray, name: str) -> Resolved:
+    return Resolved(ids, name, _sha256(ids), len(ids))
+
+
+def _sha256(ids: np.ndarray) -> str:
+    return hashlib.sha256(ids.astype("<i8").data).hexdigest()
+
+
+def _per_class(source: Source, count: int, split_seed: int) -> np.ndarray:
+    """The `count` ids of smallest key in every class; the key is a function of (split_seed, class, id) alone."""
+    if not source.num_classes:
+        raise StoreError(f"{source.name}: {count} images of every class were asked for, but it has no labels")
+    chosen = []
+    for c, class_name in enumerate(source.class_names):
+        ids = np.flatnonzero(source.labels == c)
+        if len(ids) < count:
+            raise StoreError(f"{source.name}: class {class_name!r} has {len(ids)} images, {count} were asked for")
+        chosen.append(ids[np.argsort(mix(split_seed, c, ids), kind="stable")[:count]])
+    return np.sort(np.concatenate(chosen))
+
+
+def _listed(source: Source, name: str, search: tuple[Path, ...]) -> Resolved:
+    path = _find_list(name, search)
+    try:
+        data = path.read_bytes()
+        entries = data.decode().split()
+    except OSError as e:
+        raise StoreError(f"{path}: cannot be read: {e.strerror}") from e
+    except UnicodeDecodeError:
+        raise StoreError(f"{path}: not a text file") from None
+    sha256 = hashlib.sha256(data).hexdigest()
+    if name in PUBLISHED and sha256 != PUBLISHED[name][1]:
+        raise StoreError(f"{path}: not the published list {name}: its sha256 is {sha256}, not {PUBLISHED[name][1]}")
+    if not entries:
+        raise StoreError(f"{path}: the list is empty")
+    numbers = all(e.isascii() and e.isdigit() for e in entries)
+    ids = _ids_of_indices(source, path, entries) if numbers else _ids_of_names(source, path, entries)
+    unique = np.unique(ids)
+    if len(unique) < len(ids):
+        raise StoreError(f"{path}: {len(ids) - len(unique)} of its {len(ids)} lines name an image twice")
+    return Resolved(unique, Path(name).stem if "/" in name else name, sha256, len(unique))
+
+
+def _find_list(name: str, search: tuple[Path, ...]) -> Path:
+    folders = [*search, *(Path(f) for f in os.environ.get(LISTS_VARIABLE, "").split(os.pathsep) if f)]
+    file_names = [name, f"{name}.txt"] + ([PUBLISHED[name][0]] if name in PUBLISHED else [])
+    candidates = [Path(name), *(folder / file for folder in folders for file in file_names)]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    places = ", ".join(str(f) for f in folders) or "no folder"
+    raise StoreError(
+        f"label list {name!r} was not found: no such file, and nothing called {' or '.join(file_names)} in {places}; "
+        f"put it beside the data or name its folder in {LISTS_VARIABLE}"
+    )
+
+
+def _ids_of_indices(source: Source, path: Path, entries: list[str]) -> np.ndarray:
+    beyond = [e for e in entries if int(e) >= len(source)]
+    if beyond:
+        raise StoreError(
+            f"{path}: {len(beyond)} of its indices are beyond the {len(source)} images of {source.name}, "
+            f"first {beyond[0]}"
+        )
+    return np.array([int(e) for e in entries], np.int64)
+
+
+def _ids_of_names(source: Source, path: Path, entries: list[str]) -> np.ndarray:
+    """Bare file names; a folder before the name is allowed and ignored."""
+    wanted = [e.rpartition("/")[2] for e in entries]
+    ids: dict[str, int] = {}
+    twice = set()
+    for i in range(len(source)):
+        name = source.name_of(i)
+        if ids.setdefault(name, i) != i:
+            twice.add(name)
+    missing = [name for name in wanted if name not in ids]
+    if missing:
+        raise StoreError(
+            f"{path}: {len(missing)} of its {len(wanted)} images are not in {source.name}, first {missing[0]}"
+        )
+    ambiguous = [name for name in wanted if name in twice]
+    if ambiguous:
+        raise StoreError(f"{path}: {source.name} has several images called {ambiguous[0]}: which is meant?")
+    return np.array([ids[name] for name in wanted], np.int64)
