@@ -1,0 +1,43 @@
+"""Which parameters LARS adapts and decays, and which take the raw gradient."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from torch import nn
+
+Rule = Literal["paper", "authors"]
+
+
+def lars_groups(module: nn.Module, rule: Rule = "paper") -> list[dict[str, Any]]:
+    """Two groups of `module`'s trainable parameters: [adapted and decayed, excluded], each in registration order.
+
+    - ``"paper"``: every bias and every normalisation parameter is excluded, that is every tensor of at most one axis.
+    - ``"authors"``: excluded are the names that contain "bias" or "bn", which is the filter of PAWS's released code
+      (facebookresearch/suncet). It leaves the scale of a projection shortcut's norm (``*.downsample.1.weight``, four
+      in a ResNet-50) adapted and decayed, against the paper; the published numbers came from the code.
+
+    Each group is ``{"params": [(name, parameter), …], "lars_exclude": bool}``, as torch's optimisers take it; a group
+    may be empty, so that rates always come in twos. Raises ValueError for an unknown rule.
+    """
+    if rule not in ("paper", "authors"):
+        raise ValueError(f"unknown rule {rule!r}; one of paper, authors")
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    if rule == "paper":
+        excluded = {name for name, p in named if p.ndim <= 1}
+    else:
+        excluded = {name for name, _ in named if "bias" in name or "bn" in name}
+    return [
+        {"params": [(name, p) for name, p in named if name not in excluded], "lars_exclude": False},
+        {"params": [(name, p) for name, p in named if name in excluded], "lars_exclude": True},
+    ]
+
+
+def describe(groups: Sequence[dict[str, Any]]) -> str:
+    """The groups of `lars_groups` for people: a heading with counts, then one line a tensor."""
+    lines = []
+    for group in groups:
+        heading = "excluded" if group["lars_exclude"] else "adapted and decayed"
+        num_elements = sum(p.numel() for _, p in group["params"])
+        lines.append(f"{heading}: {len(group['params'])} tensors, {num_elements:,} elements")
+        lines += [f"  {name} {tuple(p.shape)}" for name, p in group["params"]]
+    return "\n".join(lines)
