@@ -1,0 +1,44 @@
+"""Signs of collapse: embeddings that fill few directions, predictions that ignore the image.
+
+0-dim tensors on the arguments' device, so that training can log them without waiting.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def effective_rank(values_ND: Tensor) -> Tensor:
+    """exp of the entropy of the singular values divided by their sum, between 1 and min(N, D).
+
+    Roy & Vetterli 2007, definition 2, of the matrix itself, not centred; as RankMe uses it (arXiv 2210.02885). NaN for
+    a matrix of zeros. Singular values below 1e-7 of the largest (what fp32 can hold) count as zero.
+    """
+    values_ND = values_ND.double()
+    # The smaller Gram matrix has the squares of the same singular values, for any number of images.
+    gram = values_ND.T @ values_ND if len(values_ND) >= values_ND.shape[1] else values_ND @ values_ND.T
+    sigma = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
+    share = torch.where(sigma > 1e-7 * sigma.max(), sigma, 0)
+    return _entropy(share / share.sum()).exp()
+
+
+def mean_prediction_entropy(p_NK: Tensor) -> Tensor:
+    """Entropy in nats of the mean of N predictions: ln K where classes are used alike, 0 where one takes all."""
+    return _entropy(p_NK.mean(dim=0))
+
+
+def share_of_uniform(entropy_nats: float, num_classes: int) -> float:
+    """An entropy as a share of ln K, the largest there is; 1 for a single class."""
+    return entropy_nats / math.log(num_classes) if num_classes > 1 else 1.0
+
+
+def prediction_confidence(p_NK: Tensor) -> Tensor:
+    """Mean over images of the largest class probability."""
+    return p_NK.amax(dim=1).mean()
+
+
+def _entropy(p: Tensor) -> Tensor:
+    return torch.special.entr(p).sum()

@@ -1,0 +1,48 @@
+"""Embeddings as files that any tool reads: three `.npy` arrays and a small JSON that says what they are."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from fastssl import dist
+from fastssl.evaluation.subject import Subject
+
+
+def embed(subject: Subject, role: str, tap: str, out: Path) -> Path:
+    """Write the embeddings of `role` at `tap` into the folder `out`; all ranks call it, the main one writes.
+
+    `<role>.features.npy` float32 [N, D], `<role>.labels.npy` int64 [N] (-1: none), `<role>.ids.npy` int64 [N], and
+    `<role>.json`, which holds the arrays' hashes and is written last: where it stands, they are whole. Returns its path.
+    """
+    features = subject.features(role, tap)
+    about = out / f"{role}.json"
+    if dist.is_main():
+        out.mkdir(parents=True, exist_ok=True)
+        about.unlink(missing_ok=True)
+        files = {}
+        for name, array in (("features", features.values), ("labels", features.labels), ("ids", features.ids)):
+            path = out / f"{role}.{name}.npy"
+            buffer = io.BytesIO()
+            np.save(buffer, array.numpy(), allow_pickle=False)
+            _write(path, buffer.getbuffer())
+            files[name] = {"file": path.name, "sha256": hashlib.sha256(buffer.getbuffer()).hexdigest()}
+        text = json.dumps({"tap": tap, "role": role, **subject.provenance((role,))[role], "files": files}, indent=2)
+        _write(about, text.encode())
+    dist.barrier()
+    return about
+
+
+def _write(path: Path, content: bytes | memoryview) -> None:
+    """All of `content` at `path`, or nothing."""
+    unfinished = path.with_name(f".{path.name}.tmp")
+    with open(unfinished, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)

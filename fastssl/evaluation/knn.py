@@ -1,0 +1,73 @@
+"""Weighted k nearest neighbours on backbone features (Wu et al., arXiv 1805.01978; k and temperature as in DINOv2).
+
+Each of the k labelled images nearest in cosine votes for its class with weight exp(cosine / 0.07).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastssl.evaluation.cosine import cosine_blocks, full_fp32
+from fastssl.evaluation.subject import Subject
+from fastssl.evaluation.summary import wilson
+
+TEMPERATURE = 0.07
+KS = (10, 20, 100, 200)
+DEFAULT_K = 20  # fixed beforehand: taking the best k would be choosing on the validation images
+
+
+def evaluate(subject: Subject) -> dict[str, Any]:
+    """`knn_top1` at k = 20, and `knn_top1_k10`, ... for each k, which is clipped to the number of labelled images."""
+    tap = subject.method.taps[0]
+    labelled, validation = subject.labelled_and_validation(tap)
+    predictions = knn(
+        validation.values, labelled.values, labelled.labels, subject.num_classes, ks=KS, device=subject.device
+    )
+    correct = {k: int((classes_Q.cpu() == validation.labels).sum()) for k, classes_Q in predictions.items()}
+    images = len(validation.labels)
+    return {
+        "knn_top1": correct[DEFAULT_K] / images,
+        **{f"knn_top1_k{k}": correct[k] / images for k in KS},
+        "knn": {
+            "tap": tap,
+            "temperature": TEMPERATURE,
+            "k": DEFAULT_K,
+            "k_used": {str(k): min(k, len(labelled.labels)) for k in KS},
+            "images": images,
+            "top1_ci95": wilson(correct[DEFAULT_K], images),
+        },
+    }
+
+
+def knn(
+    queries_QD: Tensor,
+    bank_ND: Tensor,
+    labels_N: Tensor,
+    num_classes: int,
+    *,
+    ks: Sequence[int] = KS,
+    temperature: float = TEMPERATURE,
+    device: torch.device | str = "cpu",
+) -> dict[int, Tensor]:
+    """Predicted classes [Q] for each k of `ks`; where k exceeds the bank, all of it votes."""
+    most = min(max(ks), len(bank_ND))
+    cosine_Qk = queries_QD.new_empty(len(queries_QD), 0, device=device)
+    labels_Qk = labels_N.new_empty(len(queries_QD), 0, device=device)
+    with full_fp32():
+        for cosine_Qn, labels_n in cosine_blocks(queries_QD, bank_ND, labels_N, device):
+            cosine_Qm = torch.cat([cosine_Qk, cosine_Qn], dim=1)
+            labels_Qm = torch.cat([labels_Qk, labels_n.expand(len(cosine_Qn), -1)], dim=1)
+            cosine_Qk, kept_Qk = cosine_Qm.topk(min(most, cosine_Qm.shape[1]), dim=1)
+            labels_Qk = labels_Qm.gather(1, kept_Qk)
+    weight_Qk = ((cosine_Qk - 1) / temperature).exp()
+    votes_QK = queries_QD.new_zeros(len(queries_QD), num_classes, device=device)
+    predictions = {}
+    # Nearest first, one neighbour a row at a time: every k falls out of one pass, and no two additions race.
+    for count in range(1, most + 1):
+        votes_QK.scatter_add_(1, labels_Qk[:, count - 1 : count], weight_Qk[:, count - 1 : count])
+        predictions |= {k: votes_QK.argmax(dim=1) for k in ks if min(k, most) == count}
+    return predictions

@@ -1,0 +1,161 @@
+"""What a protocol measures: a method's networks and the data they are shown, as embeddings.
+
+Embeddings are computed once for each (role, tap), so protocols that look at the same ones share the pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastssl import dist
+from fastssl.config import ConfigError, FastsslError
+from fastssl.methods.base import Method, Nets
+from loaders.loader import Bound, Loader, bind
+from loaders.plan.plan import Plan
+from loaders.plan.views import All, Sequential, Stream, parse_subset
+from loaders.store.data import LABELLED, VALIDATION, DataSets
+
+
+@dataclass(frozen=True)
+class Features:
+    """Embeddings of N images on the CPU, ids ascending.
+
+    values  float32 [N, D], as the method gives them (not normalised)
+    labels  int64 [N], -1 where the data has none
+    ids     int64 [N], index into the source
+    """
+
+    values: Tensor
+    labels: Tensor
+    ids: Tensor
+
+
+class Subject:
+    """A method's networks beside a run's data. A role is a source key; `labelled` means the images of that source whose
+    labels the method sees, any other role all images of its source. `batch` counts images a rank.
+
+    Every rank must ask for the same features in the same order; all get all rows.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        nets: Nets,
+        data: DataSets,
+        *,
+        device: torch.device | str = "cpu",
+        threads: int | None = None,
+        batch: int = 512,
+    ):
+        self.method, self.nets, self.data = method, nets, data
+        self.device, self.threads, self.batch = torch.device(device), threads, batch
+        self._bound: dict[str, Bound] = {}
+        self._features: dict[tuple[str, str], Features] = {}
+
+    def features(self, role: str, tap: str) -> Features:
+        """Every image of `role` once, in the method's evaluation view, embedded at `tap` in eval mode.
+
+        Raises ConfigError where the run has no such data, FastsslError where an embedding is not finite.
+        """
+        if tap not in self.method.taps:
+            raise ConfigError(f"{type(self.method).__name__} has no tap {tap!r}; it has {', '.join(self.method.taps)}")
+        if (role, tap) not in self._features:
+            self._features[role, tap] = self._embed(role, tap)
+        return self._features[role, tap]
+
+    def labelled_and_validation(self, tap: str) -> tuple[Features, Features]:
+        """The labelled images and the validation images at `tap`, none without a label. Raises as `check` does."""
+        self.check()
+        labelled = self.features(LABELLED, tap)
+        known = labelled.labels >= 0
+        if not known.all():
+            labelled = Features(labelled.values[known], labelled.labels[known], labelled.ids[known])
+        return labelled, self.features(VALIDATION, tap)
+
+    def check(self) -> None:
+        """Raises ConfigError where the data cannot be evaluated on, before anything is read of its images."""
+        if not self._num_labelled(LABELLED):
+            raise ConfigError("no image of the labelled data carries a label: give --data labelled=PATH")
+        missing = self._bind(VALIDATION).subsets[VALIDATION].count - self._num_labelled(VALIDATION)
+        if missing:
+            raise ConfigError(f"{missing} validation images carry no label, so nothing can be measured on them")
+
+    @property
+    def num_classes(self) -> int:
+        return self._bind(LABELLED).sources[LABELLED].num_classes
+
+    def provenance(self, roles: tuple[str, ...] = (LABELLED, VALIDATION)) -> dict[str, dict[str, Any]]:
+        """Which images stand behind the numbers, by role; plain values."""
+        return {role: self._describe(role) for role in roles}
+
+    def _describe(self, role: str) -> dict[str, Any]:
+        source, resolved = self._bind(role).sources[role], self._bind(role).subsets[role]
+        return {
+            "data": source.name,
+            "fingerprint": source.fingerprint(),
+            "split": resolved.name,
+            "split_sha256": resolved.sha256,
+            "count": resolved.count,
+            "count_labelled": self._num_labelled(role),
+            "classes": source.num_classes,
+        }
+
+    def _num_labelled(self, role: str) -> int:
+        bound = self._bind(role)
+        labels, ids = bound.sources[role].labels, bound.subsets[role].ids
+        return int(((labels if ids is None else labels[ids]) >= 0).sum())
+
+    def _bind(self, role: str) -> Bound:
+        if role == VALIDATION and self.data.validation is None:
+            raise ConfigError("no validation split: give --data validation=PATH")
+        if role not in self._bound:
+            config = self.method.config
+            stream = Stream(
+                name=role,
+                source=role,
+                views=(config.eval_view,),
+                order=Sequential(),
+                batch_global=self.batch * dist.world_size(),
+                ids=parse_subset(config.labels) if role == LABELLED else All(),
+            )
+            self._bound[role] = bind(Plan((stream,), epoch_of=role, seed=0), self.data)
+        return self._bound[role]
+
+    def _embed(self, role: str, tap: str) -> Features:
+        bound, view = self._bind(role), self.method.config.eval_view.name
+        values, marks = [], []
+        loader = Loader(
+            bound, rank=dist.rank(), world=dist.world_size(), device=self.device, threads=self.threads
+        )
+        with loader, eval_mode(self.nets), torch.no_grad():
+            for batch in loader.batches(0, bound.plan.steps_per_epoch):
+                part = batch.parts[role]
+                rows_BD = self.method.embed(self.nets, part.x[view], tap).float()
+                # Gathered batch by batch: the rank slices of a batch are contiguous, so ids come out ascending, and
+                # the device never holds more than one global batch of embeddings.
+                values.append(dist.gather_ragged(rows_BD).cpu())
+                marks.append(dist.gather_ragged(torch.stack([part.labels, part.ids], dim=1)).cpu())
+                batch.release()
+        values_ND, (labels_N, ids_N) = torch.cat(values), torch.cat(marks).unbind(1)
+        if not torch.isfinite(values_ND).all():
+            raise FastsslError(f"embeddings of the {role} images at {tap!r} are not finite: the training has diverged")
+        return Features(values_ND, labels_N, ids_N)
+
+
+@contextmanager
+def eval_mode(nets: Nets) -> Iterator[None]:
+    """Every module in eval mode; afterwards each one back in the mode it was in (a frozen part stays frozen)."""
+    modes = {part: part.training for module in nets.modules().values() for part in module.modules()}
+    try:
+        for module in nets.modules().values():
+            module.eval()
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
