@@ -255,9 +255,10 @@ class BetonFile:
         if rest < 0 or rest % _ALLOCATION.itemsize:
             raise self._damaged(f"its table of regions should start at byte {table_end} and fill the file")
         regions = self._array(table_end, _ALLOCATION, rest // _ALLOCATION.itemsize, "the table of regions")
+        regions = regions[np.argsort(regions["ptr"], kind="stable")]
         self._read_images(fields, table, regions)
         self._read_labels(fields, table)
-        self._read_names(fields, table)
+        self._read_names(fields, table, regions)
 
     def _read_images(self, fields: np.ndarray, table: np.ndarray, regions: np.ndarray) -> None:
         images = table[f"f{self._column(fields, _IMAGES, 'image')}"]
@@ -266,15 +267,8 @@ class BetonFile:
         self.sizes = np.stack([images["height"], images["width"]], axis=1).astype(np.int32)
         if (self.sizes == 0).any():
             raise self._damaged(f"image {_first((self.sizes == 0).any(1))} has no pixels")
-        regions = regions[np.argsort(regions["ptr"], kind="stable")]
         self._jpeg_ptr = images["data_ptr"].copy()
-        place = np.searchsorted(regions["ptr"], self._jpeg_ptr)
-        found = place < len(regions)
-        found[found] = regions["ptr"][place[found]] == self._jpeg_ptr[found]
-        if not found.all():
-            raise self._damaged(f"image {_first(~found)} is not in the table of regions")
-        self._jpeg_size = regions["size"][place]
-        self._check_inside(self._jpeg_ptr, self._jpeg_size, "image")
+        self._jpeg_size = self._region_sizes(self._jpeg_ptr, regions, "image")
 
     def _read_labels(self, fields: np.ndarray, table: np.ndarray) -> None:
         column = self._column(fields, _INT, "label")
@@ -301,14 +295,16 @@ class BetonFile:
             raise self._damaged("its class list is not a list of names")
         return tuple(names)
 
-    def _read_names(self, fields: np.ndarray, table: np.ndarray) -> None:
+    def _read_names(self, fields: np.ndarray, table: np.ndarray, regions: np.ndarray) -> None:
         column = next(
             (k for k, f in enumerate(fields) if f["name"] == b"name" and f["type_id"] in (_BYTES, _JSON)), None
         )
         self._names = None if column is None else table[f"f{column}"].copy()
         self._names_are_json = column is not None and fields[column]["type_id"] == _JSON
         if self._names is not None:
-            self._check_inside(self._names["ptr"], self._names["size"], "the name of image")
+            sizes = self._region_sizes(self._names["ptr"], regions, "the name of image")
+            if (sizes != self._names["size"]).any():
+                raise self._damaged(f"the name of image {_first(sizes != self._names['size'])} has two lengths")
 
     def _column(self, fields: np.ndarray, type_id: int, name: str) -> int:
         """The number of the field called `name`, else of the only field of its type."""
@@ -317,6 +313,17 @@ class BetonFile:
         if not called and len(fitting) != 1:
             raise StoreError(f"{self.path}: has no {name} field")
         return (called or fitting)[0]
+
+    def _region_sizes(self, ptr: np.ndarray, regions: np.ndarray, what: str) -> np.ndarray:
+        """Sizes uint64 [N] of the regions that begin at `ptr` uint64 [N]; all inside the file."""
+        place = np.searchsorted(regions["ptr"], ptr)
+        found = place < len(regions)
+        found[found] = regions["ptr"][place[found]] == ptr[found]
+        if not found.all():
+            raise self._damaged(f"{what} {_first(~found)} is not in the table of regions")
+        sizes = regions["size"][place]
+        self._check_inside(ptr, sizes, what)
+        return sizes
 
     def _check_inside(self, ptr: np.ndarray, size: np.ndarray, what: str) -> None:
         """Unsigned arithmetic that cannot wrap: size <= length, then ptr <= length - size."""

@@ -30,7 +30,7 @@ class DataSets:
     search: tuple[Path, ...] = ()
 
     @overload
-    def get(self, key: Literal["validation"]) -> Source | None: ...
+    def get(self, key: Literal["validation"]) -> Source | None: ...  # type: ignore[overload-overlap]
     @overload
     def get(self, key: str) -> Source: ...
     def get(self, key: str) -> Source | None:
