@@ -8,6 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fastssl.nn.heads import prediction_head, projection_head
+from fastssl.nn.resnet import resnet
 from fastssl.optim.lars import ROW, Lars
 from fastssl.optim.param_groups import describe, lars_groups
 
@@ -51,7 +53,7 @@ REFERENCES = {"paws": paws_reference, "simclr": simclr_reference, "byol": byol_r
 
 
 def small_params(dtype):
-    """Adapted: a channels-last kernel, a matrix over one row, one of exactly a row, a zero weight; then two excluded."""
+    """Adapted: a channels-last kernel, a matrix over one row, one of exactly a row, a zero weight; two excluded."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape):
@@ -182,50 +184,6 @@ def test_mistaken_settings_are_refused():
 # ---- cost
 
 
-def resnet50_paws_shapes():
-    """(name, shape) of all 177 tensors of PAWS's ResNet-50 with projection and prediction heads, by formula."""
-
-    def norm(name, width):
-        return [(f"{name}.weight", (width,)), (f"{name}.bias", (width,))]
-
-    named = [("conv1.weight", (64, 3, 7, 7)), *norm("bn1", 64)]
-    inputs = 64
-    for stage, (depth, width) in enumerate(zip((3, 4, 6, 3), (64, 128, 256, 512), strict=True), start=1):
-        for block in range(depth):
-            name = f"layer{stage}.{block}"
-            convs = [(width, inputs, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)]
-            for i, shape in enumerate(convs, start=1):
-                named += [(f"{name}.conv{i}.weight", shape), *norm(f"{name}.bn{i}", shape[0])]
-            if block == 0:
-                named.append((f"{name}.downsample.0.weight", (4 * width, inputs, 1, 1)))
-                named += norm(f"{name}.downsample.1", 4 * width)
-            inputs = 4 * width
-    for i in (1, 2, 3):
-        named += [(f"fc.fc{i}.weight", (2048, 2048)), (f"fc.fc{i}.bias", (2048,))]
-        named += norm(f"fc.bn{i}", 2048) if i < 3 else []
-    named += [*norm("pred.bn1", 2048), ("pred.fc1.weight", (512, 2048)), ("pred.fc1.bias", (512,))]
-    named += [*norm("pred.bn2", 512), ("pred.fc2.weight", (2048, 512)), ("pred.fc2.bias", (2048,))]
-    return named
-
-
-class Named(torch.nn.Module):
-    """A module with exactly the given parameters."""
-
-    def __init__(self, named):
-        super().__init__()
-        for name, shape in named:
-            *path, leaf = name.split(".")
-            owner = self
-            for part in path:
-                if part not in owner._modules:
-                    owner.add_module(part, torch.nn.Module())
-                owner = owner._modules[part]
-            p = torch.nn.Parameter(torch.full(shape, 0.01))
-            if p.ndim == 4:
-                p = torch.nn.Parameter(p.detach().contiguous(memory_format=torch.channels_last))
-            owner.register_parameter(leaf, p)
-
-
 def fast_route(args):
     """torch's own condition for one fused foreach kernel: matching sizes, strides, dtypes in every list given."""
     lists = [a for a in args if isinstance(a, (list, tuple)) and a and isinstance(a[0], torch.Tensor)]
@@ -271,23 +229,28 @@ class Count(TorchDispatchMode):
 
 @pytest.fixture(scope="module")
 def resnet50():
+    """PAWS's ResNet-50 with both heads, channels-last, every weight 0.01 and every gradient 0.001."""
     torch.set_num_threads(1)
-    module = Named(resnet50_paws_shapes())
+    with torch.device("meta"):
+        parts = {"trunk": resnet(50), "proj": projection_head(2048, 2048), "pred": prediction_head(2048)}
+    module = torch.nn.ModuleDict(parts).to_empty(device="cpu").to(memory_format=torch.channels_last)
     for p in module.parameters():
+        torch.nn.init.constant_(p, 0.01)
         p.grad = torch.full_like(p, 1e-3)
     return module
 
 
 def test_groups_of_resnet50(resnet50):
     """The authors' names leave the four shortcut norms under LARS: 62 tensors; the paper's rule excludes them: 58."""
+    assert len(list(resnet50.parameters())) == 177
     assert sum(p.numel() for p in resnet50.parameters()) == 38_210_112
     counts = {rule: [len(g["params"]) for g in lars_groups(resnet50, rule)] for rule in ("paper", "authors")}
     assert counts == {"paper": [58, 119], "authors": [62, 115]}
     paper, authors = ({name for name, _ in lars_groups(resnet50, rule)[0]["params"]} for rule in counts)
-    assert authors - paper == {f"layer{stage}.0.downsample.1.weight" for stage in (1, 2, 3, 4)}
+    assert authors - paper == {f"trunk.layer{stage}.0.downsample.1.weight" for stage in (1, 2, 3, 4)}
     lines = describe(lars_groups(resnet50)).splitlines()
     assert lines[0].startswith("adapted and decayed: 58 tensors") and lines[59].startswith("excluded: 119 tensors")
-    assert "  layer1.0.downsample.1.weight (256,)" in lines[60:]
+    assert "  trunk.layer1.0.downsample.1.weight (256,)" in lines[60:]
     with pytest.raises(ValueError, match="paper, authors"):
         lars_groups(resnet50, "names")
 
