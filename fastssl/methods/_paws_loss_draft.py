@@ -88,9 +88,8 @@ def paws_loss(
 
 
 def _times_log(t: Tensor, p: Tensor) -> Tensor:
-    """t·log p, where t = 0 gives 0 in value and gradient whatever p is (xlogy's gradient there is NaN at p = 0)."""
-    tiny = torch.finfo(p.dtype).tiny
-    return t * torch.where(t > 0, p, 1.0).clamp_min(tiny).log()
+    """t·log p, finite with a finite gradient also at p = 0, where t = 0 gives 0 (xlogy's gradient there is NaN)."""
+    return t * p.clamp_min(torch.finfo(p.dtype).tiny).log()
 
 
 @torch.no_grad()
