@@ -56,14 +56,16 @@ class Clock:
     def window(self) -> dict[str, float]:
         """What happened since the last call, and starts afresh.
 
-        elapsed_s = wait_s + step_s, without pauses; wait_share = wait_s / elapsed_s; images_per_s over elapsed_s.
+        elapsed_s is the window's length without pauses, images_per_s the rate over it; step_s is what a step took on
+        average, of which wait_s, the share wait_share, was spent waiting.
         """
         elapsed_s = max(self._now() - self._start - self._pause_s, 1e-9)
+        num_steps = max(self._num_steps, 1)
         measured = {
             "images_per_s": self._num_images / elapsed_s,
             "wait_share": self._wait_s / elapsed_s,
-            "step_s": elapsed_s - self._wait_s,
-            "wait_s": self._wait_s,
+            "step_s": elapsed_s / num_steps,
+            "wait_s": self._wait_s / num_steps,
             "elapsed_s": elapsed_s,
         }
         if self._num_steps:

@@ -26,7 +26,6 @@ from fastssl.config import FastsslError
 
 PLAIN_EVERY_S = 10.0  # console only: a day of plain lines stays under 9,000
 BAR_CELLS = 16
-NOT_PARTS = ("step", "epoch", "loss", "lr", "time")
 
 
 class Recorder:
@@ -69,7 +68,7 @@ class Recorder:
         self._table(table)
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """{"step", "epoch", "loss", each part by its name, "lr", "time": {...}}.
+        """{"step", "epoch", "loss", each part by its name, "lr" ("lr_1", ... where groups differ), "time": {...}}.
 
         The console reads images_per_s, wait_share and eta_s from `time` where they are there.
         """
@@ -165,15 +164,16 @@ class Recorder:
     def _columns(self, record: Mapping[str, Any]) -> list[str]:
         """Step, epoch, loss, then each part, last the rates as one."""
         clock = record.get("time", {})
-        rates = record["lr"] if isinstance(record["lr"], list | tuple) else [record["lr"]]
-        tail = ["lr " + ", ".join(map(_number, rates))]
+        rates = {name: value for name, value in record.items() if name == "lr" or name.startswith("lr_")}
+        tail = [f"{name} {value}" for name, value in _numbers(rates)]
         if "images_per_s" in clock:
             tail.append(f"{clock['images_per_s']:,.0f} images/s")
         if "wait_share" in clock:
             tail.append(f"wait {clock['wait_share']:.0%}")
         if clock.get("eta_s") is not None:
             tail.append(f"eta {duration(clock['eta_s'])}")
-        parts = [f"{name} {value}" for name, value in _numbers({k: v for k, v in record.items() if k not in NOT_PARTS})]
+        others = {"step", "epoch", "loss", "time", *rates}
+        parts = [f"{name} {value}" for name, value in _numbers({k: v for k, v in record.items() if k not in others})]
         return [*self._place(record), f"loss {_number(record['loss'])}", *parts, "  ".join(tail)]
 
 

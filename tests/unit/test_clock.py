@@ -32,7 +32,7 @@ def test_a_window_splits_its_time_and_pauses_lower_no_rate():
         hands.t += 1000.0
     run(clock, hands, 0.75, 0.25, 64)
     window = clock.window()
-    assert window == {"images_per_s": 64.0, "wait_share": 0.5, "step_s": 1.0, "wait_s": 1.0, "elapsed_s": 2.0}
+    assert window == {"images_per_s": 64.0, "wait_share": 0.5, "step_s": 1.0, "wait_s": 0.5, "elapsed_s": 2.0}
 
 
 def test_the_next_window_starts_from_nothing():
