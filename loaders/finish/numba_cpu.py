@@ -17,7 +17,7 @@ from concurrent.futures import Executor
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic
 
@@ -26,13 +26,14 @@ from loaders.plan import ops
 from loaders.plan.ops import Op
 from loaders.plan.views import Pixels
 
+ROWS_PER_BAND = 8  # of a blur; two buffers of 8 x 230 float32 are 15 kB
 VALUES_PER_TASK = 2**20  # about 1 ms of jitter and blur: long beside a thread's wake-up, short beside a batch
 
 # What an op gets: planes float32 [channels, size, size], its row of parameters (`apply` first), the two lengths.
 _SIGNATURE = types.void(types.CPointer(types.float32), types.CPointer(types.float32), types.intp, types.intp)
 _OPTIONS: dict[str, Any] = {"cache": True, "fastmath": True, "error_model": "numpy"}
 
-ZERO, ONE, TWO = np.float32(0), np.float32(1), np.float32(2)
+ZERO, ONE, TWO, BYTE = np.float32(0), np.float32(1), np.float32(2), np.float32(255)
 RED, GREEN, BLUE = LUMA
 
 
@@ -47,7 +48,7 @@ def _mean_luma(flat: Any) -> Any:
     channels, n = flat.shape
     total = 0.0
     for start in range(0, n, 256):
-        run = ZERO
+        run: Any = ZERO
         if channels == 1:
             for i in range(start, min(start + 256, n)):
                 run += flat[0, i]
@@ -99,11 +100,12 @@ def _hue(flat: Any, turns: Any) -> None:
 
 def _flip(planes: Any, row: Any, channels: Any, size: Any) -> None:
     lines = carray(planes, (channels * size, size))
+    line = np.empty(size, np.float32)
     for y in range(channels * size):
-        for x in range(size // 2):
-            left = lines[y, x]
-            lines[y, x] = lines[y, size - 1 - x]
-            lines[y, size - 1 - x] = left
+        for x in range(size):
+            line[x] = lines[y, x]
+        for x in range(size):
+            lines[y, x] = line[np.uint64(size - 1 - x)]  # unsigned: a signed index that may be negative is slow
 
 
 def _colour_jitter(planes: Any, row: Any, channels: Any, size: Any) -> None:
@@ -132,20 +134,52 @@ def _grayscale(planes: Any, row: Any, channels: Any, size: Any) -> None:
 
 
 @njit(**_OPTIONS)
+def _copy(source: Any, out: Any) -> None:
+    for i in range(len(out)):
+        out[i] = source[i]
+
+
+@njit(**_OPTIONS)
+def _frame_sides(framed: Any, top: Any, bottom: Any, pitch: Any, pad: Any) -> None:
+    """Repeat the first and last pixel of rows top..bottom."""
+    for y in range(top, bottom):
+        left, right = y * pitch + pad, (y + 1) * pitch - pad - 1
+        for x in range(1, pad + 1):
+            framed[left - x] = framed[left]
+            framed[right + x] = framed[right]
+
+
+@njit(**_OPTIONS)
+def _frame_ends(framed: Any, top: Any, bottom: Any, pitch: Any) -> None:
+    """Repeat row `top` above it and row `bottom` - 1 below it."""
+    for y in range(top):
+        _copy(framed[top * pitch : (top + 1) * pitch], framed[y * pitch : (y + 1) * pitch])
+        below = (bottom + y) * pitch
+        _copy(framed[(bottom - 1) * pitch : bottom * pitch], framed[below : below + pitch])
+
+
+@njit(**_OPTIONS)
 def _box_blur(source: Any, out: Any, first: Any, last: Any, stride: Any, whole: Any, far: Any, near: Any) -> None:
-    """out[i] for i in first..last: `far` x the two outermost of 2 * whole + 3 taps, `stride` apart, `near` x the rest."""
+    """out[i] for i in first..last: `far` x the two outermost of 2 * whole + 3 taps, `stride` apart, `near` x the rest.
+
+    Views that start at their tap, as indices that might be negative would keep the loops scalar.
+    """
+    centre, result = source[first:last], out[first:last]
     reach = (whole + 1) * stride
-    for i in range(first, last):
-        out[i] = far * (source[i - reach] + source[i + reach]) + near * source[i]
+    before, after = source[first - reach : last - reach], source[first + reach : last + reach]
+    for i in range(len(result)):
+        result[i] = far * (before[i] + after[i]) + near * centre[i]
     for tap in range(1, whole + 1):
         reach = tap * stride
-        for i in range(first, last):
-            out[i] += near * (source[i - reach] + source[i + reach])
+        before, after = source[first - reach : last - reach], source[first + reach : last + reach]
+        for i in range(len(result)):
+            result[i] += near * (before[i] + after[i])
 
 
 def _gaussian_blur(planes: Any, row: Any, channels: Any, size: Any) -> None:
-    """The plane stands in a frame `pad` wide that repeats its edge; all rows are blurred as one long row."""
-    image = carray(planes, (channels, size, size))
+    """The plane stands in a frame `pad` wide that repeats its edge. Bands of rows, blurred as one long row each, go
+    through their three horizontal passes while they are in the first-level cache."""
+    image = carray(planes, channels * size * size)
     sigma = np.float64(carray(row, 2)[1])
     variance = sigma * sigma / 3
     whole = int((np.sqrt(12 * variance + 1) - 1) / 2)
@@ -153,26 +187,30 @@ def _gaussian_blur(planes: Any, row: Any, channels: Any, size: Any) -> None:
     near = np.float32(1 / (2 * (whole + alpha) + 1))
     far = np.float32(alpha) * near
     pad = whole + 1
-    side = size + 2 * pad
-    a, b = np.empty((side, side), np.float32), np.empty((side, side), np.float32)
+    pitch = size + 2 * pad
+    a, b = np.empty(pitch * pitch, np.float32), np.empty(pitch * pitch, np.float32)
     for c in range(channels):
+        plane = image[c * size * size : (c + 1) * size * size]
+        for top in range(0, size, ROWS_PER_BAND):
+            bottom = min(top + ROWS_PER_BAND, size)
+            for y in range(top, bottom):
+                _copy(plane[y * size : (y + 1) * size], a[(pad + y) * pitch + pad : (pad + y + 1) * pitch - pad])
+            first, last = (pad + top) * pitch + pad, (pad + bottom) * pitch - pad
+            _frame_sides(a, pad + top, pad + bottom, pitch, pad)
+            _box_blur(a, b, first, last, 1, whole, far, near)
+            _frame_sides(b, pad + top, pad + bottom, pitch, pad)
+            _box_blur(b, a, first, last, 1, whole, far, near)
+            _frame_sides(a, pad + top, pad + bottom, pitch, pad)
+            _box_blur(a, b, first, last, 1, whole, far, near)
+        first, last = pad * pitch, (pad + size) * pitch
+        _frame_ends(b, pad, pad + size, pitch)
+        _box_blur(b, a, first, last, pitch, whole, far, near)
+        _frame_ends(a, pad, pad + size, pitch)
+        _box_blur(a, b, first, last, pitch, whole, far, near)
+        _frame_ends(b, pad, pad + size, pitch)
+        _box_blur(b, a, first, last, pitch, whole, far, near)
         for y in range(size):
-            a[pad + y, pad : pad + size] = image[c, y]
-        for _ in range(3):
-            for y in range(pad, pad + size):
-                for x in range(pad):
-                    a[y, x] = a[y, pad]
-                    a[y, pad + size + x] = a[y, pad + size - 1]
-            _box_blur(a.ravel(), b.ravel(), pad * side + pad, (pad + size) * side - pad, 1, whole, far, near)
-            a, b = b, a
-        for _ in range(3):
-            for y in range(pad):
-                a[y] = a[pad]
-                a[pad + size + y] = a[pad + size - 1]
-            _box_blur(a.ravel(), b.ravel(), pad * side, (pad + size) * side, side, whole, far, near)
-            a, b = b, a
-        for y in range(size):
-            image[c, y] = a[pad + y, pad : pad + size]
+            _copy(a[(pad + y) * pitch + pad : (pad + y + 1) * pitch - pad], plane[y * size : (y + 1) * size])
 
 
 def _solarise(planes: Any, row: Any, channels: Any, size: Any) -> None:
@@ -189,7 +227,7 @@ def _equalize(planes: Any, row: Any, channels: Any, size: Any) -> None:
         counts = np.zeros(256, np.int64)
         highest = 0
         for i in range(len(levels)):
-            level = int(flat[c, i] * np.float32(255) + np.float32(0.5))
+            level = int(flat[c, i] * BYTE + np.float32(0.5))
             levels[i] = level
             counts[level] += 1
             highest = max(highest, level)
@@ -247,9 +285,9 @@ _BODIES: dict[type[Op], Callable[..., None]] = {
 
 
 @functools.cache
-def _compiled(op: type[Op]) -> Any:
-    """The op as a C function; kept alive here, as its address is all that the driver holds."""
-    return cfunc(_SIGNATURE, **_OPTIONS)(_BODIES[op])
+def _compiled(body: Callable[..., None]) -> Any:
+    """An op as a C function; kept alive here, as its address is all that the driver holds."""
+    return cfunc(_SIGNATURE, **_OPTIONS)(body)
 
 
 @intrinsic
@@ -270,23 +308,43 @@ def _call(typing_context: Any, address: Any, planes: Any, row: Any) -> Any:
     return types.void(address, planes, row), generate
 
 
+@njit(cache=True, error_model="numpy")
+def _unpack(interleaved: Any, flat: Any) -> None:
+    """uint8 [N * C] -> planes [C, N]. The channel count is spelt out, as a loop over it would keep the loop scalar."""
+    if len(flat) == 3:
+        for i in range(flat.shape[1]):
+            flat[0, i] = np.float32(interleaved[3 * i]) / BYTE
+            flat[1, i] = np.float32(interleaved[3 * i + 1]) / BYTE
+            flat[2, i] = np.float32(interleaved[3 * i + 2]) / BYTE
+    else:
+        for i in range(flat.shape[1]):
+            flat[0, i] = np.float32(interleaved[i]) / BYTE
+
+
+@njit(**_OPTIONS)
+def _store(flat: Any, gain: Any, bias: Any, interleaved: Any) -> None:
+    """Planes [C, N] -> normalised float32 [N * C]."""
+    if len(flat) == 3:
+        for i in range(flat.shape[1]):
+            interleaved[3 * i] = flat[0, i] * gain[0] + bias[0]
+            interleaved[3 * i + 1] = flat[1, i] * gain[1] + bias[1]
+            interleaved[3 * i + 2] = flat[2, i] * gain[2] + bias[2]
+    else:
+        for i in range(flat.shape[1]):
+            interleaved[i] = flat[0, i] * gain[0] + bias[0]
+
+
 @njit(nogil=True, cache=True, error_model="numpy")
 def _drive(crops: Any, kernels: Any, offsets: Any, table: Any, gain: Any, bias: Any, out: Any) -> None:
     """Every image: unpack, run the ops whose `apply` is set, normalise and store."""
     num_images, size, _, channels = crops.shape
     planes = np.empty((channels, size, size), np.float32)
     for i in range(num_images):
-        for y in range(size):
-            for x in range(size):
-                for c in range(channels):
-                    planes[c, y, x] = np.float32(crops[i, y, x, c]) / np.float32(255)
+        _unpack(crops[i].reshape(-1), planes.reshape(channels, -1))
         for k in range(len(kernels)):
-            if table[i, offsets[k]]:
-                _call(kernels[k], planes, table[i, offsets[k] :])
-        for y in range(size):
-            for x in range(size):
-                for c in range(channels):
-                    out[i, y, x, c] = planes[c, y, x] * gain[c] + bias[c]
+            if table[i, offsets[k]]:  # the column `apply`
+                _call(kernels[k], planes, table[i, offsets[k] :])  # type: ignore[call-arg]
+        _store(planes.reshape(channels, -1), gain, bias, out[i].reshape(-1))
 
 
 def finish(
@@ -307,7 +365,7 @@ def finish(
     num_images, size, width, channels = crops.shape
     assert size == width and channels in (1, 3) and out.shape == crops.shape
     assert crops.flags.c_contiguous and out.flags.c_contiguous
-    kernels = np.array([_compiled(type(op)).address for op in ops], np.int64)
+    kernels = np.array([_compiled(_BODIES[type(op)]).address for op in ops], np.int64)
     offsets = np.cumsum([0, *(table.shape[1] for table in tables)])
     table = np.concatenate([*tables, np.empty((num_images, 0), np.float32)], axis=1)
     mean, std = (np.broadcast_to(np.array(v, np.float32), channels) for v in (pixels.mean, pixels.std))

@@ -12,6 +12,7 @@ as they are. Hue shifts are exact turns, where Pillow's are rounded to 1/256 of 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import permutations
 from typing import Any
 
@@ -192,7 +193,7 @@ def noise(image: np.ndarray, std: float, key_low: float, key_high: float) -> np.
     return np.clip(image + std * normal, 0, 1).astype(image.dtype)
 
 
-LAWS = {
+LAWS: dict[type[Op], Callable[..., np.ndarray]] = {
     ops.Flip: flip,
     ops.ColourJitter: colour_jitter,
     ops.Grayscale: grayscale,

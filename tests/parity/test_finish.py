@@ -1,0 +1,301 @@
+"""The reference finish against Pillow and colorsys; the compiled CPU finish against the reference."""
+
+from __future__ import annotations
+
+import colorsys
+import math
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from sklearn.datasets import load_sample_images
+
+from loaders.finish import numba_cpu, reference
+from loaders.plan.ops import Affine, ColourJitter, Equalize, Flip, GaussianBlur, Grayscale, Noise, Op, Solarise
+from loaders.plan.views import CIFAR10, IMAGENET, SIGNED, UNIT, Pixels
+
+LEVEL = 1 / 255
+STRONG = ColourJitter(p=1.0, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2)
+PAWS_IMAGENET = (Flip(), ColourJitter(0.8, 0.8, 0.8, 0.8, 0.2), Grayscale(0.2), GaussianBlur(0.5))
+PAWS_CIFAR = (Flip(), ColourJitter(0.8, 0.4, 0.4, 0.4, 0.1), Solarise(0.2), Equalize(0.2))
+
+
+def photos(num: int, size: int, channels: int) -> np.ndarray:
+    """Crops of scikit-learn's two photographs, every other one enlarged until it is smooth; uint8 [M, S, S, C]."""
+    crops = []
+    for i in range(num):
+        photo = Image.fromarray(load_sample_images().images[i % 2])
+        side = max(4, size // 4) if i % 4 >= 2 else min(400, 4 * size)
+        left, top = 13 * i % 200, 7 * i % 27
+        crop = photo.resize((size, size), Image.Resampling.BILINEAR, (left, top, left + side, top + side))
+        crops.append(np.asarray(crop if channels == 3 else crop.convert("L")).reshape(size, size, channels))
+    return np.stack(crops)
+
+
+def random_crops(num: int, size: int, channels: int) -> np.ndarray:
+    """Independent bytes, with one grey, one black and one white image for the corners of HSV and equalize."""
+    crops = np.random.default_rng(size).integers(0, 256, (num, size, size, channels), np.uint8)
+    crops[0] = crops[0, ..., :1]
+    crops[1], crops[2] = 0, 255
+    return crops
+
+
+def tables(ops: tuple[Op, ...], num: int, seed: int = 0) -> tuple[np.ndarray, ...]:
+    rng = np.random.default_rng(seed)
+    return tuple(op.parameters(rng.random((num, op.num_draws))) for op in ops)
+
+
+def fast(crops: np.ndarray, ops: tuple[Op, ...], tables_: tuple[np.ndarray, ...], pixels: Pixels = UNIT,
+         pool: ThreadPoolExecutor | None = None) -> np.ndarray:
+    out = np.full(crops.shape, np.nan, np.float32)
+    numba_cpu.finish(crops, ops, tables_, pixels, out, pool)
+    return out
+
+
+PHOTO = photos(4, 96, 3)[1]
+FLOATS, PILLOW = PHOTO / 255, Image.fromarray(PHOTO)
+
+
+@pytest.mark.parametrize("factor", (0.0, 0.2, 0.7, 1.0, 1.3, 1.8))
+@pytest.mark.parametrize(
+    ("law", "enhancer"),
+    (
+        (reference.brightness, ImageEnhance.Brightness),
+        (reference.contrast, ImageEnhance.Contrast),
+        (reference.saturation, ImageEnhance.Color),
+    ),
+)
+def test_blends_follow_pillow(law, enhancer, factor):
+    """Catches a blend towards the wrong end, a wrong luma, a factor that is one off."""
+    expected = np.asarray(enhancer(PILLOW).enhance(factor)) / 255
+    assert np.abs(law(FLOATS, factor) - expected).max() <= 2 * LEVEL
+
+
+def test_grayscale_follows_pillow():
+    """Catches a mean of channels in place of the luma."""
+    expected = np.asarray(PILLOW.convert("L").convert("RGB")) / 255
+    assert np.abs(reference.grayscale(FLOATS) - expected).max() <= LEVEL
+
+
+@pytest.mark.parametrize("steps", (-51, -3, 0, 20, 51, 128))
+def test_hue_follows_pillow_as_far_as_bytes_allow(steps):
+    """Catches a shift of the wrong sign or size. Pillow keeps hue in bytes of 6 / 256 of a sector, so single values
+    differ by a few levels where the mean does not."""
+    hue, saturation, value = PILLOW.convert("HSV").split()
+    shifted = hue.point(lambda h: (h + steps) % 256)
+    expected = np.asarray(Image.merge("HSV", (shifted, saturation, value)).convert("RGB")) / 255
+    difference = np.abs(reference.hue(FLOATS, steps / 256) - expected)
+    assert difference.mean() <= 2 * LEVEL and difference.max() <= 8 * LEVEL
+
+
+def test_hue_follows_colorsys_exactly():
+    """Catches what Pillow's quantisation would hide: a wrong sector border, wrap-around, greys."""
+    crops = random_crops(4, 12, 3) / 255
+    crops[3, :6] = np.round(crops[3, :6])  # pure colours: two channels equal
+    for turns in (-0.5, -0.2, 0.0, 1 / 6, 0.2, 0.5):
+        for image in crops:
+            ours = reference.hue(image, turns)
+            for rgb, shifted in zip(image.reshape(-1, 3), ours.reshape(-1, 3), strict=True):
+                h, s, v = colorsys.rgb_to_hsv(*rgb)
+                assert np.allclose(shifted, colorsys.hsv_to_rgb((h + turns) % 1, s, v), atol=1e-12)
+
+
+@pytest.mark.parametrize("size", (8, 33, 96))
+@pytest.mark.parametrize("sigma", (0.1, 0.5, 1.0, 1.5, 2.0, 4.7))
+def test_blur_follows_pillow(size, sigma):
+    """Catches a wrong box radius, true Gaussian weights, zeros beyond the edge.
+
+    Pillow rounds after each of six passes: at most half a level each, three in all.
+    """
+    for crop in (photos(2, size, 3)[1], random_crops(4, size, 3)[3]):
+        expected = np.asarray(Image.fromarray(crop).filter(ImageFilter.GaussianBlur(sigma))) / 255
+        levels_off = np.abs(reference.gaussian_blur(crop / 255, sigma) - expected) * 255
+        assert levels_off.max() <= 3 and levels_off.mean() < 1.1
+
+
+@pytest.mark.parametrize("threshold", (0, 1, 77, 128, 255))
+def test_solarise_follows_pillow(threshold):
+    """Catches > in place of >=, and a threshold in other units."""
+    expected = np.asarray(ImageOps.solarize(PILLOW, threshold)) / 255
+    assert np.abs(reference.solarise(FLOATS, threshold / 255) - expected).max() < 1e-9
+
+
+@pytest.mark.parametrize("size", (8, 17, 18, 32, 96))
+def test_equalize_is_pillows(size):
+    """Catches a channel-mixed histogram, and the overflow that Pillow clips on images of 256 to 1000 pixels."""
+    for crop in (*photos(4, size, 3), *random_crops(4, size, 3)):
+        expected = np.asarray(ImageOps.equalize(Image.fromarray(crop)))
+        assert np.array_equal(np.round(reference.equalize(crop / 255) * 255), expected)
+
+
+def test_flip_mirrors_left_right():
+    """Catches an upside-down flip."""
+    assert np.array_equal(reference.flip(PHOTO), np.asarray(ImageOps.mirror(PILLOW)))
+
+
+def test_affine_turns_shifts_and_scales():
+    """Catches clockwise turns, swapped or inverted shifts, a centre that is half a pixel off, the inverse scale."""
+    assert np.allclose(reference.affine(FLOATS, math.pi / 2, 1, 0, 0), np.rot90(FLOATS), atol=1e-9)
+    moved = reference.affine(FLOATS, 0, 1, 12 / 96, -24 / 96)
+    assert np.allclose(moved[:-24, 12:], FLOATS[24:, :-12], atol=1e-9)
+    assert np.allclose(moved[:-24, :12], FLOATS[24:, :1], atol=1e-9)  # the edge is repeated
+    assert np.allclose(moved[-24:], moved[-25], atol=1e-9)
+    enlarged = reference.affine(FLOATS, 0, 2, 0, 0)
+    inner = Image.fromarray(PHOTO[24:72, 24:72]).resize((96, 96), Image.Resampling.BILINEAR)
+    assert np.abs(enlarged - np.asarray(inner) / 255)[2:-2, 2:-2].max() <= 1.01 * LEVEL
+
+
+def test_affine_follows_pillows_transform():
+    """Catches a rotation composed with the shift in the wrong order. Pillow takes the inverse map of pixel corners."""
+    angle, scale, shift_x, shift_y = 0.15, 1.1, 0.08, -0.05
+    cos, sin, centre = math.cos(angle) / scale, math.sin(angle) / scale, 48.0
+    right, down = centre + 96 * shift_x, centre + 96 * shift_y
+    inverse = (cos, -sin, centre - cos * right + sin * down, sin, cos, centre - sin * right - cos * down)
+    expected = PILLOW.transform((96, 96), Image.Transform.AFFINE, inverse, Image.Resampling.BILINEAR)
+    ours = reference.affine(FLOATS, angle, scale, shift_x, shift_y)
+    assert np.abs(ours - np.asarray(expected) / 255)[16:-16, 16:-16].max() <= LEVEL
+
+
+def test_noise_is_standard_normal_and_keyed():
+    """Catches a wrong spread, correlated neighbours, keys whose low or high half is ignored."""
+    grey = np.full((128, 128, 3), 0.5)
+    one, again, low, high = (
+        (reference.noise(grey, 0.1, *key) - 0.5) / 0.1 for key in ((5, 9), (5, 9), (6, 9), (5, 10))
+    )
+    count = one.size
+    assert np.array_equal(one, again)
+    assert abs(one.mean()) < 5 / math.sqrt(count) and abs(one.std() - 1) < 5 / math.sqrt(2 * count)
+    for other in (low, high, np.roll(one, 1), np.roll(one, 1, axis=1)):
+        assert abs((one * other).mean()) < 5 / math.sqrt(count)
+    assert abs((np.abs(one) > 2).mean() - 0.0455) < 0.005
+
+
+def test_noise_words_are_pinned():
+    """Catches an edit of the hash: old runs could not be replayed."""
+    words = [reference.noise_words(np.uint64(low), np.uint64(high), np.uint64(index))
+             for low, high, index in ((0, 0, 0), (2**24 - 1, 1, 150527))]
+    assert [tuple(int(word) for word in pair) for pair in words] == [(340428713, 4025183836), (1601831873, 3815954196)]
+
+
+def test_noise_stays_in_range():
+    """Catches values outside [0, 1] that a later op cannot take."""
+    noisy = reference.noise(FLOATS, 0.5, 1, 2)
+    assert noisy.min() == 0 and noisy.max() == 1
+
+
+def test_one_channel_images_keep_to_their_own_laws():
+    """Catches a colour op that crashes on, or changes, grey images."""
+    grey = FLOATS[..., :1]
+    for unchanged in (reference.saturation(grey, 0.3), reference.hue(grey, 0.2), reference.grayscale(grey)):
+        assert np.array_equal(unchanged, grey)
+    expected = np.asarray(ImageEnhance.Contrast(Image.fromarray(PHOTO[..., 0])).enhance(1.6)) / 255
+    assert np.abs(reference.contrast(grey, 1.6)[..., 0] - expected).max() <= 2 * LEVEL
+
+
+ALWAYS: tuple[Op, ...] = (
+    Flip(1.0), STRONG, Grayscale(1.0), GaussianBlur(1.0), GaussianBlur(1.0, (3.0, 9.0)), Solarise(1.0), Equalize(1.0),
+    Affine(), Affine(degrees=180.0, scale=(0.3, 3.0), shift=0.6), Noise(), Noise(std=(0.5, 0.5)),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("channels", (1, 3))
+@pytest.mark.parametrize("size", (1, 8, 18, 33, 96))
+@pytest.mark.parametrize("op", ALWAYS, ids=lambda op: type(op).__name__)
+def test_every_compiled_op_follows_the_reference(op, size, channels):
+    """Catches a compiled op that differs: channel mix-ups, edges, odd sizes, one channel."""
+    num = 3 if size == 96 else 8
+    for crops in (photos(num, size, channels), random_crops(num, size, channels)):
+        table = tables((op,), num)
+        expected = reference.finish(crops, (op,), table, UNIT)
+        assert np.abs(fast(crops, (op,), table) - expected).max() < 0.02 * LEVEL
+
+
+def test_every_order_of_the_jitter_follows_the_reference():
+    """Catches sub-ops in another order than the numbered one."""
+    crops = photos(1, 32, 3)[[0] * 24]
+    table = np.tile(np.array((1, 0, 1.7, 0.4, 1.6, 0.2), np.float32), (24, 1))
+    table[:, 1] = range(24)
+    expected = reference.finish(crops, (STRONG,), (table,), UNIT)
+    assert np.abs(fast(crops, (STRONG,), (table,)) - expected).max() < 0.02 * LEVEL
+    assert len({image.tobytes() for image in expected}) > 12  # clipping makes the orders differ
+
+
+@pytest.mark.parametrize(
+    ("ops", "size", "channels", "pixels"),
+    (
+        (PAWS_IMAGENET, 224, 3, IMAGENET),
+        (PAWS_IMAGENET, 96, 3, IMAGENET),
+        (PAWS_CIFAR, 32, 3, CIFAR10),
+        (PAWS_CIFAR, 18, 3, CIFAR10),
+        (PAWS_CIFAR, 32, 1, UNIT),
+        ((Affine(), Noise()), 8, 1, SIGNED),
+        ((), 33, 3, IMAGENET),
+        ((), 8, 1, SIGNED),
+    ),
+)
+def test_chains_follow_the_reference(ops, size, channels, pixels):
+    """Catches ops applied out of turn or where `apply` is 0, and a wrong mean or std.
+
+    Solarise and equalize are discontinuous: behind the jitter a value next to a step may fall on its other side.
+    """
+    num = 4 if size == 224 else 32
+    for crops in (photos(num, size, channels), random_crops(num, size, channels)):
+        table = tables(ops, num, seed=size)
+        expected = reference.finish(crops, ops, table, pixels)
+        ours = fast(crops, ops, table, pixels)
+        assert ours.dtype == np.float32 and expected.dtype == np.float32
+        far = np.abs(ours - expected) * np.array(pixels.std) > 0.02 * LEVEL
+        assert far.mean() <= (1e-3 if Equalize(0.2) in ops else 0)
+
+
+def test_normalisation_is_value_minus_mean_over_std():
+    """Catches a std that multiplies, or channels taken in BGR order."""
+    crops = np.broadcast_to(np.array((255, 0, 51), np.uint8), (1, 4, 4, 3)).copy()
+    expected = [(1 - 0.485) / 0.229, -0.456 / 0.224, (0.2 - 0.406) / 0.225]
+    for finished in (reference.finish(crops, (), (), IMAGENET), fast(crops, (), (), IMAGENET)):
+        assert np.allclose(finished[0, 2, 1], expected, atol=1e-6)
+
+
+def test_no_rows():
+    """Catches a crash on an empty batch."""
+    crops = np.empty((0, 32, 32, 3), np.uint8)
+    with ThreadPoolExecutor(2) as pool:
+        assert fast(crops, PAWS_CIFAR, tables(PAWS_CIFAR, 0), CIFAR10, pool).shape == (0, 32, 32, 3)
+    assert reference.finish(crops, PAWS_CIFAR, tables(PAWS_CIFAR, 0), CIFAR10).shape == (0, 32, 32, 3)
+
+
+def test_output_is_channels_last():
+    """Catches a copy between the finish and the first convolution."""
+    crops = photos(2, 32, 3)
+    x = torch.from_numpy(fast(crops, (), ())).permute(0, 3, 1, 2)
+    assert x.shape == (2, 3, 32, 32) and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_concurrent_calls_equal_serial_ones(monkeypatch):
+    """Catches scratch memory shared between threads or tasks, and tasks that write each other's rows."""
+    monkeypatch.setattr(numba_cpu, "VALUES_PER_TASK", 5 * 32 * 32 * 3)  # ragged: 48 images in tasks of 5
+    crops = [photos(48, 32, 3), random_crops(48, 32, 3)]
+    ops = (*PAWS_IMAGENET, Solarise(), Equalize(), Affine(), Noise())
+    params = [tables(ops, 48, seed) for seed in (1, 2)]
+    serial = [fast(c, ops, t) for c, t in zip(crops, params, strict=True)]
+    with ThreadPoolExecutor(2) as pool, ThreadPoolExecutor(2) as callers:
+        for _ in range(20):
+            calls = [callers.submit(fast, c, ops, t, UNIT, pool) for c, t in zip(crops, params, strict=True)]
+            for call, expected in zip(calls, serial, strict=True):
+                assert np.array_equal(call.result(), expected)
+
+
+def test_only_the_named_ops_are_compiled(monkeypatch):
+    """Catches a digits run that waits for colour ops to compile."""
+    named = []
+    compile_ = numba_cpu._compiled
+    monkeypatch.setattr(numba_cpu, "_compiled", lambda body: named.append(body) or compile_(body))
+    fast(random_crops(4, 8, 1), (Affine(), Noise()), tables((Affine(), Noise()), 4))
+    assert named == [numba_cpu._affine, numba_cpu._noise]
+
+
+def test_ops_are_known_to_both_finishes():
+    """Catches a new op that only one finish implements."""
+    assert set(numba_cpu._BODIES) == set(reference.LAWS) == set(Op.__subclasses__())
