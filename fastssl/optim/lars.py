@@ -122,7 +122,7 @@ class Lars(torch.optim.Optimizer):
         self._flat = None
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient; returns the closure's value. Never synchronises."""
         loss = None
         if closure is not None:
