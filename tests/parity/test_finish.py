@@ -22,11 +22,14 @@ PAWS_IMAGENET = (Flip(), ColourJitter(0.8, 0.8, 0.8, 0.8, 0.2), Grayscale(0.2), 
 PAWS_CIFAR = (Flip(), ColourJitter(0.8, 0.4, 0.4, 0.4, 0.1), Solarise(0.2), Equalize(0.2))
 
 
+PHOTOS = [Image.fromarray(image) for image in load_sample_images().images]
+
+
 def photos(num: int, size: int, channels: int) -> np.ndarray:
     """Crops of scikit-learn's two photographs, every other one enlarged until it is smooth; uint8 [M, S, S, C]."""
     crops = []
     for i in range(num):
-        photo = Image.fromarray(load_sample_images().images[i % 2])
+        photo = PHOTOS[i % 2]
         side = max(4, size // 4) if i % 4 >= 2 else min(400, 4 * size)
         left, top = 13 * i % 200, 7 * i % 27
         crop = photo.resize((size, size), Image.Resampling.BILINEAR, (left, top, left + side, top + side))
