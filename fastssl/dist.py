@@ -163,6 +163,15 @@ def gather_ragged(x_ND: Tensor) -> Tensor:
     return torch.cat([shard[:length] for shard, length in zip(shards, lengths_W, strict=bool(longest))])
 
 
+@torch.no_grad()
+def least_over_ranks(x: Tensor) -> Tensor:
+    """Elementwise minimum of x over ranks, equal on all of them, without gradient."""
+    if not td.is_initialized():
+        return x
+    ops = torch.ops._c10d_functional
+    return ops.wait_tensor(ops.all_reduce(x.contiguous(), "min", _world_name()))
+
+
 def all_true(flag: bool) -> bool:
     """Whether every rank passed True. Waits for all ranks and for the device."""
     if not td.is_initialized():

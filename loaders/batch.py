@@ -37,7 +37,6 @@ class Batch:
 
     parts: dict[str, Part]
     step: Tensor  # int64, 0-dim, on the device
-    wait_s: float = 0.0  # how long the consumer waited for this batch
     release: Callable[[], None] = field(default=lambda: None)
 
     def to(self, device: torch.device) -> Batch:
@@ -55,4 +54,4 @@ class Batch:
             )
             for name, part in self.parts.items()
         }
-        return Batch(parts, self.step.to(device), self.wait_s, self.release)
+        return Batch(parts, self.step.to(device), self.release)

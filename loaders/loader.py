@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 import queue
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -57,8 +56,8 @@ class Bound:
 def bind(plan: Plan, data: DataSets) -> Bound:
     """Resolve each stream's source and subsets. Raises StoreError or PlanError where data and plan do not fit."""
     sources = {stream.name: data.get(stream.source) for stream in plan.streams}
-    subsets = {stream.name: resolve(stream.ids, sources[stream.name]) for stream in plan.streams}
-    visible = {stream.name: resolve(stream.visible, sources[stream.name]) for stream in plan.streams}
+    subsets = {stream.name: resolve(stream.ids, sources[stream.name], data.search) for stream in plan.streams}
+    visible = {stream.name: resolve(stream.visible, sources[stream.name], data.search) for stream in plan.streams}
     facts = {}
     for name, source in sources.items():
         labels, shown = source.labels, visible[name].ids
@@ -113,13 +112,11 @@ class Loader:
         planner.start()
         try:
             while True:
-                asked = time.perf_counter()
                 item = ready.get()
                 if item is _DONE:
                     return
                 if isinstance(item, BaseException):
                     raise item
-                item.wait_s = time.perf_counter() - asked
                 yield item
         finally:
             stopping.set()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -40,3 +40,9 @@ def accuracy_cell(spread: dict[str, Any], ci95: Sequence[float] | None = None) -
 def markdown_row(cells: Iterable[str]) -> str:
     """One line of a Markdown table; a bar inside a cell is escaped."""
     return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+
+
+def spread_over_seeds(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """`mean_and_spread` of every score that all results hold as a plain fraction."""
+    names = [name for name, value in results[0].items() if isinstance(value, float)]
+    return {name: mean_and_spread([result[name] for result in results]) for name in names}

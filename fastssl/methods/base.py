@@ -72,12 +72,11 @@ class Horizon:
 class Facts:
     """What a method may know of the data and the run before it is built.
 
-    num_classes and channels are those of the run's data; num_images counts the images of each source key.
+    num_classes and channels are those of the labelled images.
     """
 
     num_classes: int
     channels: int
-    num_images: Mapping[str, int]
     seed: int
 
 
@@ -122,6 +121,7 @@ class Nets:
 class Config(ABC):
     """Base of every method's configuration. Counts are global: over all ranks."""
 
+    dataset: str  # a key of fastssl.datasets.KNOWN_SETS: what the recipe was written for
     eval_view: View  # how images are seen when they are embedded or classified
     labels: str = "all"  # which images show their label: see loaders.plan.views.parse_subset
     precision: Precision = "bf16"
@@ -202,3 +202,9 @@ class Stage:
 
 
 Stages = tuple[Stage, ...]
+
+
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """The autocast context of a precision; a no-op for fp32."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fastssl.methods._paws_loss_draft import diagnostics, label_matrix, paws_loss
+from fastssl.methods.paws import diagnostics, label_matrix, paws_loss
 
 IMAGES, SUPPORTS, CLASSES, WIDTH = 3, 8, 4, 5
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastssl import dist
-from fastssl.methods._paws_loss_draft import diagnostics, label_matrix, paws_loss
+from fastssl.methods.paws import diagnostics, label_matrix, paws_loss
 from tests.ranks.pool import run_ranks
 
 WORLD, IMAGES, PER_CLASS, CLASSES_PER_RANK, VIEWS, WIDTH = 2, 3, 2, 3, 4, 5

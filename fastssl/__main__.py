@@ -1,0 +1,5 @@
+"""`python -m fastssl`, which launchers of many processes need."""
+
+from fastssl.cli import main
+
+main()

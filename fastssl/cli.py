@@ -1,0 +1,173 @@
+"""The command line: parses, then calls. Errors a user can put right are one line and exit code 1."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fastssl.config import ConfigError, FastsslError
+from fastssl.datasets import KNOWN_SETS
+from loaders import DATA_ERRORS
+
+DEFAULT_RECIPE = "paws.digits"
+
+
+def _in_users_words(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Turn our errors into click's: one line, no traceback."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except (FastsslError, *DATA_ERRORS) as error:
+            raise click.ClickException(str(error)) from error
+        except KeyboardInterrupt:
+            raise click.ClickException("interrupted; the same command continues from the last checkpoint") from None
+
+    return wrapped
+
+
+_data = click.option("--data", multiple=True, metavar="[KEY=]PATH", help="Images; KEY: unlabelled, labelled, validation.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="fastssl-train")
+def main() -> None:
+    """Pre-train image encoders from many unlabelled and few labelled images."""
+
+
+@main.command()
+@click.argument("recipe", default=DEFAULT_RECIPE)
+@_data
+@click.option("--out", type=click.Path(path_type=Path), help="Run directory [runs/RECIPE-seedK].")
+@click.option("--gpus", type=click.IntRange(1), help="Ranks, one a GPU, on all hosts together.")
+@click.option("--cpu-ranks", type=click.IntRange(1), help="Ranks on the CPU of this host [1].")
+@click.option("--loader", default="auto", show_default=True, help="How images are decoded: auto, memory or pil.")
+@click.option("--resume", type=click.Choice(["auto", "never"]), default="auto", show_default=True)
+@click.option("--init-from", type=click.Path(path_type=Path), help="Start from the weights of this run or checkpoint.")
+@click.option("--labels", help="Labelled images: all, per-class=N, a list's name or path.")
+@click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change a field of the recipe.")
+@click.option("--seeds", default="0", show_default=True, help="Seed, or several separated by commas.")
+@click.option("--dry-run", is_flag=True, help="Print what would be done; needs neither data nor devices.")
+@_in_users_words
+def train(
+    recipe: str,
+    data: tuple[str, ...],
+    out: Path | None,
+    gpus: int | None,
+    cpu_ranks: int | None,
+    loader: str,
+    resume: str,
+    init_from: Path | None,
+    labels: str | None,
+    changes: tuple[str, ...],
+    seeds: str,
+    dry_run: bool,
+) -> None:
+    """Train RECIPE (default: paws.digits). The same command continues a run that was stopped."""
+    from fastssl.dry_run import describe
+    from fastssl.engine.stages import Job
+    from fastssl.evaluation.summary import accuracy_cell, spread_over_seeds
+    from fastssl.launch import start
+    from fastssl.recipes import resolve
+
+    if gpus and cpu_ranks:
+        raise ConfigError("--gpus and --cpu-ranks: give one of them")
+    if labels is not None:
+        changes = (*changes, f"labels={labels}")
+    stages = resolve(recipe, changes)
+    known = KNOWN_SETS[stages[0].method.dataset]
+    chosen = _seeds(seeds)
+    if not data and known.embedded:
+        data = (stages[0].method.dataset,)
+    if not data and not dry_run:
+        raise ConfigError(f"{recipe} needs images: --data {known.how}")
+    folder = out or Path("runs") / f"{recipe}-seed{chosen[0]}"
+    if out and len(chosen) > 1:
+        raise ConfigError("--out names one run; with several --seeds leave it out")
+    job = Job(
+        recipe=recipe,
+        stages=stages,
+        changes=changes,
+        data=data,
+        out=folder,
+        seed=chosen[0],
+        device="cuda" if gpus else "cpu",
+        world=gpus or cpu_ranks or 1,
+        loader=loader,
+        resume=resume,  # type: ignore[arg-type]
+        init_from=init_from,
+        command=shlex.join(["fastssl", *sys.argv[1:]]),
+    )
+    if dry_run:
+        click.echo(describe(job))
+        return
+    jobs = [replace(job, seed=s, out=job.out if len(chosen) == 1 else Path("runs") / f"{recipe}-seed{s}") for s in chosen]
+    results = [start(j) for j in jobs]
+    if len(jobs) > 1:
+        for name, spread in spread_over_seeds(results).items():
+            click.echo(f"{name}: {accuracy_cell(spread)}")
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--seeds {text!r}: write whole numbers separated by commas") from None
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--protocol", "protocols", multiple=True, required=True, help="soft-nn, knn.")
+@_data
+@_in_users_words
+def evaluate(run: Path, protocols: tuple[str, ...], data: tuple[str, ...]) -> None:
+    """Score the encoder of RUN at its newest checkpoint; prints JSON."""
+    from fastssl.engine.reopen import open_run
+    from fastssl.evaluation import load_protocol
+
+    chosen = [load_protocol(name) for name in protocols]
+    subject, step = open_run(run, data)
+    scores = {key: value for protocol in chosen for key, value in protocol.evaluate(subject).items()}
+    command = shlex.join(["fastssl", *sys.argv[1:]])
+    click.echo(json.dumps({**scores, "step": step, "provenance": subject.provenance(), "command": command}, indent=2))
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@_data
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for the arrays [RUN/embeddings].")
+@click.option("--tap", help="Layer to take the features from [the backbone].")
+@_in_users_words
+def embed(run: Path, data: tuple[str, ...], out: Path | None, tap: str | None) -> None:
+    """Write features, labels and ids of RUN's images as arrays."""
+    from fastssl.engine.reopen import open_run
+    from fastssl.evaluation.embed import embed as write_embeddings
+
+    subject, _ = open_run(run, data)
+    roles = sorted(subject.data.sources.keys() - {"train"} | {"unlabelled"})
+    for role in roles:
+        click.echo(write_embeddings(subject, role, tap or subject.method.taps[0], out or run / "embeddings"))
+
+
+@main.command()
+def recipes() -> None:
+    """List the recipes."""
+    from fastssl.recipes import recipes as all_recipes
+
+    found = all_recipes()
+    width = max(map(len, found))
+    for name, recipe in found.items():
+        click.echo(f"{name:{width}}  {' '.join((recipe.__doc__ or '').split())}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""What a job would do, without data and without devices: `fastssl train --dry-run`."""
+
+from __future__ import annotations
+
+import torch
+
+from fastssl.datasets import KNOWN_SETS
+from fastssl.engine.stages import Job, facts_of
+from fastssl.methods.base import Facts, Stage
+from loaders import DATA_ERRORS
+from loaders.loader import bind
+from loaders.plan.plan import check_world
+from loaders.plan.views import All, Sequential
+from loaders.store.data import DataSets, open_data
+
+_BYTES_PER_PARAMETER = 12  # float32 weight, gradient and momentum
+
+
+def describe(job: Job) -> str:
+    """The resolved job as text. What is missing is a warning in it; what cannot work raises FastsslError."""
+    data, warnings = _opened(job)
+    lines = [f"{job.recipe}, seed {job.seed}, {job.world} {'GPU' if job.device == 'cuda' else 'CPU'} rank(s)"]
+    for stage in job.stages:
+        lines += _describe_stage(job, stage, data, warnings)
+    lines.append(f"  directory    {job.out}")
+    lines.append(f"  launch       {job.command.replace(' --dry-run', '')}")
+    lines += [f"warning: {text}" for text in warnings]
+    return "\n".join(lines)
+
+
+def _opened(job: Job) -> tuple[DataSets | None, list[str]]:
+    warnings = []
+    available = torch.cuda.device_count()
+    if job.device == "cuda" and job.world > available:
+        warnings.append(f"this host has {available} GPUs, {job.world} are asked for")
+    try:
+        return (open_data(job.data) if job.data else None), warnings
+    except DATA_ERRORS as error:
+        return None, [*warnings, str(error)]
+
+
+def _describe_stage(job: Job, stage: Stage, data: DataSets | None, warnings: list[str]) -> list[str]:
+    known = KNOWN_SETS[stage.method.dataset]
+    assumed = Facts(known.num_classes, known.channels, job.seed)
+    method = stage.method.build(facts_of(data, job.seed) if data else assumed, {})
+    plan = method.plan()
+    epoch_stream = plan.stream(plan.epoch_of)
+    check_world(job.world, [s.batch_global for s in plan.streams if not isinstance(s.order, Sequential)])
+
+    steps_per_epoch = None
+    if data:
+        steps_per_epoch = bind(plan, data).plan.steps_per_epoch
+    elif isinstance(epoch_stream.ids, All):
+        steps_per_epoch = known.num_images // epoch_stream.batch_global
+        warnings.append(f"no --data: steps assume {stage.method.dataset}'s {known.num_images:,} images")
+    with torch.device("meta"):
+        num_parameters = sum(p.numel() for p in method.nets().online.parameters())
+
+    lines = [f"  stage        {stage.name}: {type(method).__name__}, {stage.length}"]
+    for stream in plan.streams:
+        per_rank = stream.batch_global // job.world
+        views = ", ".join(f"{v.copies * len(v.turns)} x {v.name} {v.size}" for v in stream.views)
+        lines.append(f"  {stream.name:12} {stream.batch_global:,} images a step, {per_rank:,} a rank; {views}")
+    if steps_per_epoch is not None:
+        total = stage.length.steps(steps_per_epoch)
+        lines.append(f"  steps        {total:,}, {steps_per_epoch:,} an epoch")
+    gib = num_parameters * _BYTES_PER_PARAMETER / 2**30
+    lines.append(f"  network      {num_parameters:,} parameters; {gib:.2f} GiB a rank with gradients and momentum")
+    return lines
+

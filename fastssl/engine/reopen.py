@@ -1,0 +1,45 @@
+"""A finished or running run, opened again to look at its networks."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from fastssl.config import ConfigError, differences, to_plain
+from fastssl.engine.checkpoint import CheckpointError, Checkpoints
+from fastssl.engine.stages import RESOLVED, facts_of
+from fastssl.evaluation.subject import Subject
+from fastssl.recipes import resolve
+from loaders.store.data import open_data
+
+
+def open_run(run: Path, data: tuple[str, ...]) -> tuple[Subject, int]:
+    """The networks of `run`'s last stage at its newest checkpoint, beside `data` (default: what the run was trained
+    on), and the step they are from. Raises FastsslError where the run cannot be read or its recipe has changed."""
+    path = run / RESOLVED
+    if not path.is_file():
+        raise ConfigError(f"{run} is no run directory: it has no {RESOLVED}")
+    resolved = json.loads(path.read_text())
+    stages = resolve(resolved["recipe"], tuple(resolved["run"]["changes"]))
+    changed = differences(resolved["stages"], json.loads(json.dumps(to_plain(stages))))
+    if changed:
+        raise ConfigError(f"recipe {resolved['recipe']} has changed since {run} was made ({changed[0]})")
+    stage = stages[-1]
+    folder = run if len(stages) == 1 else run / stage.name
+    warnings: list[str] = []
+    state = Checkpoints(folder / "checkpoints").load_newest(warnings.append)
+    if state is None:
+        raise CheckpointError(f"{run} has no checkpoint yet")
+
+    sources = open_data(data or tuple(resolved["run"]["data"]))
+    method = stage.method.build(facts_of(sources, resolved["seed"]), {})
+    nets = method.nets()
+    for name, module in nets.saved().items():
+        module.load_state_dict(state["nets"][name])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for module in nets.modules().values():
+        module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return Subject(method, nets, sources, device=device, threads=len(os.sched_getaffinity(0))), state["step"]

@@ -1,0 +1,175 @@
+"""The training loop: fetch, loss, backward, step, record; the same for every method and any number of ranks.
+
+The loop never waits for the device between logging steps. What must survive a stop is in `Trainer.state`; everything
+else is a function of the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from fastssl import dist
+from fastssl.clock import Clock
+from fastssl.config import FastsslError
+from fastssl.engine.checkpoint import Checkpoints
+from fastssl.methods.base import Horizon, Method, Nets, Stage
+from fastssl.record import Recorder
+from loaders.batch import Batch
+from loaders.loader import Loader
+
+Evaluate = Callable[[], dict[str, Any]]
+
+
+class TrainingDiverged(FastsslError):
+    """The loss is no longer a finite number."""
+
+
+class Trainer:
+    """One training stage on one rank."""
+
+    def __init__(self, stage: Stage, method: Method, loader: Loader, checkpoints: Checkpoints, device: torch.device):
+        self.stage, self.method, self.loader, self.checkpoints = stage, method, loader, checkpoints
+        self.device = device
+        plan = loader.bound.plan
+        self.horizon = Horizon(plan.steps_per_epoch, stage.length.steps(plan.steps_per_epoch))
+        self.images_per_step = plan.plan.stream(plan.plan.epoch_of).batch_global
+        self.nets = method.nets()
+        for name, module in self.nets.modules().items():
+            module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            module.train(name != "frozen")
+        self.optimizer = method.optimizer(self.nets)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=method.config.precision == "fp16")
+        self.step = 0  # optimiser steps done
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain types: all that a later process needs to continue bitwise."""
+        return {
+            "step": self.step,
+            "nets": {name: module.state_dict() for name, module in self.nets.saved().items()},
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`."""
+        self.step = state["step"]
+        for name, module in self.nets.saved().items():
+            module.load_state_dict(state["nets"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+
+    def run(self, recorder: Recorder, evaluate: Evaluate | None, clock: Clock) -> None:
+        """Train from `self.step` to the end of the stage, evaluating now and then where `evaluate` is given."""
+        total = self.horizon.total_steps
+        if self.step >= total:
+            return
+        trained = self._averaged_over_ranks()
+        unsettled = torch.full((), total, device=self.device)  # the first step whose loss was not finite
+
+        with closing(self.loader.batches(self.step, total)) as batches:
+            while self.step < total:
+                with clock.waiting():
+                    batch = next(batches)
+                parts = self._train_step(trained, batch)
+                unsettled = torch.where(parts["total"].isfinite(), unsettled, unsettled.clamp(max=self.step))
+                self.step += 1
+                clock.step(self.images_per_step)
+                if self._due(self.stage.log_every) or self.step == 1:
+                    self._stop_if_diverged(unsettled)
+                    recorder.log(self._record(batch, parts, clock))
+                batch.release()
+                if evaluate is not None and self._due(self.stage.evaluate_every):
+                    with clock.paused():
+                        recorder.evaluation({"step": self.step, "epoch": self.epoch, "evaluation": evaluate()})
+                if self._due(self.stage.checkpoint_every):
+                    with clock.paused():
+                        self._stop_if_diverged(unsettled)
+                        self._save()
+
+    @property
+    def epoch(self) -> float:
+        """Epochs done."""
+        return self.step / self.horizon.steps_per_epoch
+
+    def _train_step(self, trained: Nets, batch: Batch) -> dict[str, Tensor]:
+        for group, rate in zip(self.optimizer.param_groups, self.method.rates(self.step, self.horizon), strict=True):
+            group["lr"] = rate
+        parts = self.method.loss(trained, batch)
+        self.scaler.scale(parts["total"]).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.method.after_step(self.nets, self.step, self.horizon)
+        return {name: value.detach() for name, value in parts.items()}
+
+    def _due(self, every: Any) -> bool:
+        """Whether something done `every` so often, and at the end, is due now that `self.step` steps are done."""
+        return self.step % max(1, every.steps(self.horizon.steps_per_epoch)) == 0 or (
+            self.step == self.horizon.total_steps
+        )
+
+    def _averaged_over_ranks(self) -> Nets:
+        """The nets with `online` averaging its gradients over the ranks.
+
+        DDP orders its buckets anew after its first backward pass, which would make the first step of every process
+        sum in another order than the later ones: a throw-away pass on the coming batch takes that place, and all it
+        changed is put back.
+        """
+        if dist.world_size() == 1:
+            return self.nets
+        device_ids = [self.device.index] if self.device.type == "cuda" else None
+        averaged = DistributedDataParallel(
+            self.nets.online, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+        trained = replace(self.nets, online=averaged)
+        before = {
+            name: {key: value.clone() for key, value in module.state_dict().items()}
+            for name, module in self.nets.saved().items()
+        }
+        with closing(self.loader.batches(self.step, self.step + 1)) as batches:
+            batch = next(batches)
+            self.method.loss(trained, batch)["total"].backward()
+            batch.release()
+        for name, module in self.nets.saved().items():
+            module.load_state_dict(before[name])
+        self.optimizer.zero_grad(set_to_none=True)
+        return trained
+
+    def _record(self, batch: Batch, parts: dict[str, Tensor], clock: Clock) -> dict[str, Any]:
+        with torch.no_grad():
+            values = dict(parts) | self.method.metrics(self.nets, batch, self.loader.bound.truth(batch))
+        names = sorted(values)
+        stacked = dist.mean_over_ranks(torch.stack([values[name].detach().double() for name in names]))
+        values = dict(zip(names, stacked.tolist(), strict=True))
+        rates = {f"lr_{i}" if i else "lr": g["lr"] for i, g in enumerate(self.optimizer.param_groups)}
+        if len(set(rates.values())) == 1:
+            rates = {"lr": rates["lr"]}
+        time = clock.window() | {"eta_s": clock.eta_s(self.horizon.total_steps - self.step)}
+        return {"step": self.step, "epoch": self.epoch, "loss": values.pop("total"), **values, **rates, "time": time}
+
+    def _stop_if_diverged(self, unsettled: Tensor) -> None:
+        """Raise TrainingDiverged, on every rank, where any rank has met a non-finite loss. Under fp16 the scaler
+        skips steps that overflow, so only a scale driven below one counts."""
+        step = int(dist.least_over_ranks(unsettled))
+        if step >= self.horizon.total_steps or (self.scaler.is_enabled() and self.scaler.get_scale() >= 1):
+            return
+        rows = [self.loader.bound.plan.rows(s.name, step) for s in self.loader.bound.plan.plan.streams]
+        ids = "; ".join(f"{r.stream} {', '.join(map(str, r.ids[:8].tolist()))}, ..." for r in rows)
+        saved = self.checkpoints.steps()
+        last = f"the last good checkpoint is {self.checkpoints.path(saved[-1])}" if saved else "no checkpoint was made"
+        raise TrainingDiverged(
+            f"the loss of step {step} is not a finite number (image ids: {ids}); {last}; "
+            "try a lower learning rate or --set precision=fp32"
+        )
+
+    def _save(self) -> None:
+        if dist.is_main():
+            self.checkpoints.save(self.step, self.state())
+        dist.barrier()

@@ -1,0 +1,74 @@
+"""Finds recipes by name and applies what the user changes.
+
+A recipe `paws.digits` is the public function `digits`, annotated `-> Stages`, of the module `fastssl/methods/paws.py`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable
+from dataclasses import replace
+
+import fastssl.methods
+from fastssl.config import ConfigError, has_path, suggest, with_value
+from fastssl.methods.base import Span, Stage, Stages, parse_span
+
+PARSERS = {Span: parse_span}
+_ALIASES = {"epochs": "length", "steps": "length"}
+
+
+def recipes() -> dict[str, Callable[[], Stages]]:
+    """Every recipe by name, in the order of its file."""
+    found = {}
+    for module in pkgutil.iter_modules(fastssl.methods.__path__):
+        if module.name == "base":
+            continue
+        members = vars(importlib.import_module(f"fastssl.methods.{module.name}"))
+        for name, member in members.items():
+            if inspect.isfunction(member) and not name.startswith("_"):
+                if member.__annotations__.get("return") == "Stages":
+                    found[f"{module.name}.{name}"] = member
+    return found
+
+
+def resolve(name: str, changes: tuple[str, ...] = ()) -> Stages:
+    """The stages of recipe `name` with `key=value` changes applied. Raises ConfigError with the nearest name."""
+    known = recipes()
+    if name not in known:
+        raise ConfigError(f"unknown recipe {name!r}{suggest(name, known)}")
+    stages = known[name]()
+    for change in changes:
+        key, equals, text = change.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {change!r}: write key=value")
+        stages = _changed(stages, key.strip(), text.strip())
+    return stages
+
+
+def _changed(stages: Stages, key: str, text: str) -> Stages:
+    """`key` is a field of the stage or of its method, or either after `STAGE.`; it must exist in one stage at least."""
+    first, _, rest = key.partition(".")
+    named = [stage for stage in stages if stage.name == first and rest]
+    changed = tuple(
+        _stage_with(stage, rest if named else key, text) if not named or stage in named else stage for stage in stages
+    )
+    if all(stage is None for stage in changed):
+        names = {"epochs", "steps"}
+        for stage in stages:
+            names |= vars(stage).keys() | vars(stage.method).keys()
+        raise ConfigError(f"unknown key {key!r}{suggest(key, names - {'name', 'method', 'do', 'needs'})}")
+    return tuple(new or old for new, old in zip(changed, stages, strict=True))
+
+
+def _stage_with(stage: Stage, key: str, text: str) -> Stage | None:
+    """The stage with the change applied, or None where it has no such key."""
+    if key in _ALIASES:
+        return with_value(stage, _ALIASES[key], f"{text}{key}", PARSERS)
+    first = key.partition(".")[0]
+    if has_path(stage.method, first):
+        return replace(stage, method=with_value(stage.method, key, text, PARSERS))
+    if has_path(stage, first) and first not in ("name", "method", "do", "needs"):
+        return with_value(stage, key, text, PARSERS)
+    return None
