@@ -14,15 +14,17 @@ from torch import Tensor
 def effective_rank(values_ND: Tensor) -> Tensor:
     """exp of the entropy of the singular values divided by their sum, between 1 and min(N, D).
 
-    Roy & Vetterli 2007, definition 2, of the matrix itself, not centred; as RankMe uses it (arXiv 2210.02885). NaN for
-    a matrix of zeros. Singular values below 1e-7 of the largest (what fp32 can hold) count as zero.
+    Roy & Vetterli 2007, of the matrix itself, not centred; as RankMe uses it (arXiv 2210.02885). NaN for a matrix of
+    zeros.
     """
-    values_ND = values_ND.double()
-    # The smaller Gram matrix has the squares of the same singular values, for any number of images.
-    gram = values_ND.T @ values_ND if len(values_ND) >= values_ND.shape[1] else values_ND @ values_ND.T
+    # The Gram matrix of the shorter side has the squares of the same singular values; rows pass a few at a time,
+    # because their float64 copy would be large.
+    tall = values_ND if len(values_ND) >= values_ND.shape[1] else values_ND.T
+    gram = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64, device=tall.device)
+    for rows in tall.split(4096):
+        gram += rows.double().T @ rows.double()
     sigma = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
-    share = torch.where(sigma > 1e-7 * sigma.max(), sigma, 0)
-    return _entropy(share / share.sum()).exp()
+    return _entropy(sigma / sigma.sum()).exp()
 
 
 def mean_prediction_entropy(p_NK: Tensor) -> Tensor:

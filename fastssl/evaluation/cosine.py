@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 MAX_ELEMENTS = 2**25  # of one block of similarities: 128 MiB in fp32
+MAX_ROWS = 4096  # of the bank in one block, however few the queries
 
 
 def cosine_blocks(
@@ -20,7 +21,7 @@ def cosine_blocks(
     The queries stay on the device, the bank passes by. Rows are L2-normalised with 1e-12 as the smallest norm.
     """
     q_QD = F.normalize(queries_QD.to(device), dim=1, eps=1e-12)
-    rows = max(1, MAX_ELEMENTS // max(1, len(q_QD)))
+    rows = max(1, min(MAX_ROWS, MAX_ELEMENTS // len(q_QD)))
     for bank_nD, labels_n in zip(bank_ND.split(rows), labels_N.split(rows), strict=True):
         b_nD = F.normalize(bank_nD.to(device), dim=1, eps=1e-12)
         yield q_QD @ b_nD.T, labels_n.to(device)

@@ -18,7 +18,8 @@ def embed(subject: Subject, role: str, tap: str, out: Path) -> Path:
     """Write the embeddings of `role` at `tap` into the folder `out`; all ranks call it, the main one writes.
 
     `<role>.features.npy` float32 [N, D], `<role>.labels.npy` int64 [N] (-1: none), `<role>.ids.npy` int64 [N], and
-    `<role>.json`, which holds the arrays' hashes and is written last: where it stands, they are whole. Returns its path.
+    `<role>.json`, which holds the arrays' hashes and is written last: where it stands, they are whole. Returns the
+    path of the JSON.
     """
     features = subject.features(role, tap)
     about = out / f"{role}.json"

@@ -65,7 +65,7 @@ def knn(
             labels_Qk = labels_Qm.gather(1, kept_Qk)
     weight_Qk = ((cosine_Qk - 1) / temperature).exp()
     votes_QK = queries_QD.new_zeros(len(queries_QD), num_classes, device=device)
-    predictions = {}
+    predictions: dict[int, Tensor] = {}
     # Nearest first, one neighbour a row at a time: every k falls out of one pass, and no two additions race.
     for count in range(1, most + 1):
         votes_QK.scatter_add_(1, labels_Qk[:, count - 1 : count], weight_Qk[:, count - 1 : count])

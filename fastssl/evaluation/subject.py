@@ -112,7 +112,7 @@ class Subject:
         return int(((labels if ids is None else labels[ids]) >= 0).sum())
 
     def _bind(self, role: str) -> Bound:
-        if role == VALIDATION and self.data.validation is None:
+        if role == VALIDATION and self.data.get(VALIDATION) is None:
             raise ConfigError("no validation split: give --data validation=PATH")
         if role not in self._bound:
             config = self.method.config
@@ -129,23 +129,25 @@ class Subject:
 
     def _embed(self, role: str, tap: str) -> Features:
         bound, view = self._bind(role), self.method.config.eval_view.name
-        values, marks = [], []
-        loader = Loader(
-            bound, rank=dist.rank(), world=dist.world_size(), device=self.device, threads=self.threads
-        )
+        count, done = bound.subsets[role].count, 0
+        values_ND, marks_N2 = torch.empty(count, 0), torch.empty(count, 2, dtype=torch.int64)
+        loader = Loader(bound, rank=dist.rank(), world=dist.world_size(), device=self.device, threads=self.threads)
         with loader, eval_mode(self.nets), torch.no_grad():
             for batch in loader.batches(0, bound.plan.steps_per_epoch):
                 part = batch.parts[role]
-                rows_BD = self.method.embed(self.nets, part.x[view], tap).float()
-                # Gathered batch by batch: the rank slices of a batch are contiguous, so ids come out ascending, and
-                # the device never holds more than one global batch of embeddings.
-                values.append(dist.gather_ragged(rows_BD).cpu())
-                marks.append(dist.gather_ragged(torch.stack([part.labels, part.ids], dim=1)).cpu())
+                # Gathered batch by batch: a batch's rank slices are contiguous, so ids come out ascending, and the
+                # device never holds more than one global batch of embeddings.
+                rows_BD = dist.gather_ragged(self.method.embed(self.nets, part.x[view], tap).float())
+                if not done:
+                    values_ND = torch.empty(count, rows_BD.shape[1])
+                values_ND[done : done + len(rows_BD)] = rows_BD
+                marks_N2[done : done + len(rows_BD)] = dist.gather_ragged(torch.stack([part.labels, part.ids], dim=1))
+                done += len(rows_BD)
                 batch.release()
-        values_ND, (labels_N, ids_N) = torch.cat(values), torch.cat(marks).unbind(1)
+        assert done == count, f"{done} embeddings of {count} images"
         if not torch.isfinite(values_ND).all():
             raise FastsslError(f"embeddings of the {role} images at {tap!r} are not finite: the training has diverged")
-        return Features(values_ND, labels_N, ids_N)
+        return Features(values_ND, labels=marks_N2[:, 0].contiguous(), ids=marks_N2[:, 1].contiguous())
 
 
 @contextmanager
