@@ -13,7 +13,7 @@ so that reverse mode, J (weight * g), and forward mode, weight * (J dx), share t
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,11 @@ class GlobalBatchNorm(_BatchNorm):
     In training mode all ranks must call the same layers in the same order, and each must hold a row: ValueError.
     Alone, it is torch's own kernel.
     """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
 
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1, affine: bool = True) -> None:
         super().__init__(num_features, eps, momentum, affine)
@@ -71,8 +76,9 @@ class GlobalBatchNorm(_BatchNorm):
         function = _Normalise if torch.compiler.is_compiling() else _NormaliseForwardMode
         y, mean_C, var_C, n = function.apply(x, weight_C, bias_C, self.eps, dist.statistics_group().group_name)
         if self.update_running_stats:
+            unbiased_var_C = var_C * (n / (n - 1))
             self.running_mean.lerp_(mean_C.to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_((var_C * (n / (n - 1))).to(self.running_var.dtype), self.momentum)
+            self.running_var.lerp_(unbiased_var_C.to(self.running_var.dtype), self.momentum)
         return y
 
 
@@ -83,10 +89,10 @@ def frozen_running_stats(module: nn.Module) -> Iterator[None]:
     For passes that must not count, such as VAT's search for the adversarial direction.
     Raises TypeError where the module holds a batch norm that is not global.
     """
-    layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
-    for layer in layers:
-        if not isinstance(layer, GlobalBatchNorm):
+    for layer in module.modules():
+        if isinstance(layer, _BatchNorm) and not isinstance(layer, GlobalBatchNorm):
             raise TypeError(f"can freeze the running statistics of GlobalBatchNorm only, found {type(layer).__name__}")
+    layers = [layer for layer in module.modules() if isinstance(layer, GlobalBatchNorm)]
     before = [layer.update_running_stats for layer in layers]
     for layer in layers:
         layer.update_running_stats = False
@@ -97,32 +103,34 @@ def frozen_running_stats(module: nn.Module) -> Iterator[None]:
             layer.update_running_stats = value
 
 
+class _Statistics(NamedTuple):
+    """Of all ranks' rows, float64: mean [C], biased variance [C], number of rows [1]."""
+
+    mean_C: Tensor
+    var_C: Tensor
+    n: Tensor
+
+
 class _Normalise(torch.autograd.Function):
-    """(x, weight, bias) -> y, and the statistics of all ranks in float64: mean [C], biased variance [C], n [1].
+    """(x, weight, bias) -> y and the three of `_Statistics`, which have no gradient.
 
     It takes no running statistics: where a compiled graph also updates them, backward would recompute from the updated
     ones and return wrong gradients without a word.
     """
 
     @staticmethod
-    def forward(
+    def forward(  # type: ignore[override]
         x: Tensor, weight_C: Tensor, bias_C: Tensor, eps: float, group_name: str
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        channels = x.shape[1]
-        num_rows = x.numel() // channels
-        local_mean_C, local_var_C = (statistic.double() for statistic in _local_statistics(x))
+        num_rows = x.numel() // x.shape[1]
+        mean_C, var_C = _local_statistics(x)
         # Float32 sums of squares would cancel where |mean| >> std; means and variances merge in float64 instead.
-        message = torch.cat(
-            [
-                local_mean_C * num_rows,
-                (local_var_C + local_mean_C.square()) * num_rows,
-                torch.full((1,), num_rows, dtype=torch.float64, device=x.device),
-            ]
-        )
-        sums_C, squares_C, n = dist.sum_over_group(message, group_name).split([channels, channels, 1])
-        mean_C = sums_C / n
-        var_C = (squares_C / n - mean_C.square()).clamp(min=0)
-        return _affine(x, mean_C, var_C, weight_C, bias_C, eps), mean_C, var_C, n.clone()
+        mean_C, var_C = mean_C.double(), var_C.double()
+        message = torch.cat([mean_C, var_C + mean_C.square(), mean_C.new_ones(1)]) * num_rows
+        sum_C, sum_of_squares_C, n = dist.sum_over_group(message, group_name).split([x.shape[1], x.shape[1], 1])
+        mean_C = sum_C / n
+        statistics = _Statistics(mean_C, (sum_of_squares_C / n - mean_C.square()).clamp(min=0), n.clone())
+        return _affine(x, statistics, weight_C, bias_C, eps), *statistics
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -136,14 +144,13 @@ class _Normalise(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor, *_: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight_C, *statistics = ctx.saved_tensors
-        bias_gradient_C, weight_gradient_C = _local_sums(g, x, *statistics, ctx.eps)
-        sums_2C = dist.sum_over_group(torch.stack([bias_gradient_C, weight_gradient_C]).double(), ctx.group_name)
-        x_gradient = _weighted_J(g, x, *statistics, weight_C, sums_2C, ctx.eps)
-        return x_gradient, weight_gradient_C.to(weight_C.dtype), bias_gradient_C.to(weight_C.dtype), None, None
+        local_sums_2C, x_gradient = _weighted_J(g, x, _Statistics(*statistics), weight_C, ctx.eps, ctx.group_name)
+        bias_gradient_C, weight_gradient_C = local_sums_2C.to(weight_C.dtype)
+        return x_gradient, weight_gradient_C, bias_gradient_C, None, None
 
 
 class _NormaliseForwardMode(_Normalise):
-    """`_Normalise` with forward-mode derivative: one message too."""
+    """`_Normalise` with forward-mode derivative, at one message too."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -156,15 +163,14 @@ class _NormaliseForwardMode(_Normalise):
     def jvp(  # type: ignore[override]
         ctx: Any, dx: Tensor | None, dweight_C: Tensor | None, dbias_C: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
-        x, weight_C, mean_C, var_C, n = ctx.saved_tensors
+        x, weight_C, *saved = ctx.saved_tensors
+        statistics = _Statistics(*saved)
         # Zeros for an absent tangent: whether a rank has one must not decide whether it takes part in the message.
         dx = torch.zeros_like(x) if dx is None else dx
         dweight_C = torch.zeros_like(weight_C) if dweight_C is None else dweight_C
         dbias_C = torch.zeros_like(weight_C) if dbias_C is None else dbias_C
-        local_sums = torch.stack(_local_sums(dx, x, mean_C, var_C, n, ctx.eps)).double()
-        sums_2C = dist.sum_over_group(local_sums, ctx.group_name)
-        dy = _weighted_J(dx, x, mean_C, var_C, n, weight_C, sums_2C, ctx.eps)
-        return dy + _affine(x, mean_C, var_C, dweight_C, dbias_C, ctx.eps), None, None, None
+        _local_sums, dy = _weighted_J(dx, x, statistics, weight_C, ctx.eps, ctx.group_name)
+        return dy + _affine(x, statistics, dweight_C, dbias_C, ctx.eps), None, None, None
 
 
 def _statistics_dtype(x: Tensor) -> torch.dtype:
@@ -177,40 +183,38 @@ def _local_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     if torch.compiler.is_compiling():  # the native kernel cannot be traced
         var_C, mean_C = torch.var_mean(x.to(dtype), [d for d in range(x.dim()) if d != 1], correction=0)
         return mean_C, var_C
-    # 30 times faster than var_mean on a channels-last CPU tensor. Given half precision alone, the CPU kernel would
-    # round its statistics to that; given running statistics (here: none that matter), it keeps to their precision.
-    needs_hint = x.dtype != dtype and not x.is_cuda
-    running = torch.zeros(2, x.shape[1], dtype=dtype) if needs_hint else (None, None)
-    mean_C, var_C = torch.batch_norm_update_stats(x, *running, momentum=0.0)
+    running_mean_C = running_var_C = None
+    if x.dtype != dtype and not x.is_cuda:
+        # On CPU the kernel rounds its results to the type of these, else to half precision like x. Momentum 0: unread.
+        running_mean_C, running_var_C = torch.zeros(2, x.shape[1], dtype=dtype)
+    # var_mean takes 30 times as long on a channels-last CPU tensor.
+    mean_C, var_C = torch.batch_norm_update_stats(x, running_mean_C, running_var_C, 0.0)
     return mean_C, var_C
 
 
-def _affine(x: Tensor, mean_C: Tensor, var_C: Tensor, weight_C: Tensor, bias_C: Tensor, eps: float) -> Tensor:
+def _affine(x: Tensor, statistics: _Statistics, weight_C: Tensor, bias_C: Tensor, eps: float) -> Tensor:
     """weight * x_hat + bias, in one pass over x."""
-    mean_C, var_C, weight_C, bias_C = (t.to(_statistics_dtype(x)) for t in (mean_C, var_C, weight_C, bias_C))
+    dtype = _statistics_dtype(x)
+    mean_C, var_C, weight_C, bias_C = (t.to(dtype) for t in (statistics.mean_C, statistics.var_C, weight_C, bias_C))
     return F.batch_norm(x, mean_C, var_C, weight_C, bias_C, training=False, eps=eps)
 
 
-def _local_sums(g: Tensor, x: Tensor, mean_C: Tensor, var_C: Tensor, n: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """sum g and sum g * x_hat [C] over this rank's rows, in one pass over g and x."""
-    dtype = _statistics_dtype(x)
-    mean_C, invstd_C = mean_C.to(dtype), (var_C + eps).rsqrt().to(dtype)
-    _, sum_g_xhat_C, sum_g_C = torch.ops.aten.native_batch_norm_backward(
-        g, x, torch.ones_like(mean_C), None, None, mean_C, invstd_C, True, eps, [False, True, True]
-    )
-    return sum_g_C, sum_g_xhat_C
-
-
 def _weighted_J(
-    g: Tensor, x: Tensor, mean_C: Tensor, var_C: Tensor, n: Tensor, weight_C: Tensor, sums_2C: Tensor, eps: float
-) -> Tensor:
-    """weight * J g, given the sums over all ranks: per channel, a linear function of g and x."""
+    g: Tensor, x: Tensor, statistics: _Statistics, weight_C: Tensor, eps: float, group_name: str
+) -> tuple[Tensor, Tensor]:
+    """This rank's (sum g, sum g * x_hat), [2, C]; and weight * J g, shaped like x, after the one message."""
+    dtype = _statistics_dtype(x)
+    mean_C, var_C, n = statistics
     invstd_C = (var_C + eps).rsqrt()
-    mean_g_C, mean_g_xhat_C = sums_2C / n
+    _, sum_g_xhat_C, sum_g_C = torch.ops.aten.native_batch_norm_backward(
+        g, x, torch.ones_like(mean_C, dtype=dtype), None, None, mean_C.to(dtype), invstd_C.to(dtype), True, eps,
+        output_mask=[False, True, True],
+    )  # fmt: skip
+    local_sums_2C = torch.stack([sum_g_C, sum_g_xhat_C])
+    mean_g_C, mean_g_xhat_C = dist.sum_over_group(local_sums_2C.double(), group_name) / n
+    # Per channel, weight * J g is a linear function of g and x.
     of_g = weight_C * invstd_C
     of_x = -of_g * invstd_C * mean_g_xhat_C
     constant = -of_g * mean_g_C - of_x * mean_C
-    of_g, of_x, constant = (
-        c.to(_statistics_dtype(x)).view(-1, *(1,) * (x.dim() - 2)) for c in (of_g, of_x, constant)
-    )
-    return torch.addcmul(constant, x, of_x).addcmul_(g, of_g).to(g.dtype)
+    of_g, of_x, constant = (c.to(dtype).view(-1, *(1,) * (x.dim() - 2)) for c in (of_g, of_x, constant))
+    return local_sums_2C, torch.addcmul(constant, x, of_x).addcmul_(g, of_g).to(g.dtype)

@@ -112,6 +112,7 @@ class ResNetTrunk(nn.Module):
         else:
             raise ValueError(f'no stem "{stem}"; there are "imagenet" and "cifar"')
         self.bn1 = norm(stem_channels)
+        groups = []
         channels = stem_channels
         for group, num_blocks in enumerate(blocks):
             layers = []
@@ -119,7 +120,8 @@ class ResNetTrunk(nn.Module):
                 stride = 2 if group > 0 and index == 0 else 1
                 layers.append(block(channels, stem_channels * 2**group, stride, norm))
                 channels = stem_channels * 2**group * block.expansion
-            self.add_module(f"layer{group + 1}", nn.Sequential(*layers))
+            groups.append(nn.Sequential(*layers))
+        self.layer1, self.layer2, self.layer3, self.layer4 = groups
         self.num_features = channels
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

@@ -28,7 +28,7 @@ def wide_resnet(
 
 
 class PreactivationBlock(nn.Module):
-    """BN, ReLU, conv, BN, ReLU, conv (which strides); the shortcut takes the raw x, by a 1x1 where the shape changes."""
+    """BN, ReLU, conv, BN, ReLU, conv (which strides); shortcut of the raw x, by a 1x1 where the shape changes."""
 
     def __init__(self, in_channels: int, channels: int, stride: int, norm: Callable[..., nn.Module]) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class PreactivationBlock(nn.Module):
 
 
 class WideResNetTrunk(nn.Module):
-    """3x3 stem of 16 channels, three groups of blocks, BN, ReLU, global average pool; torch's default initialisation."""
+    """3x3 stem of 16 channels, three groups of blocks, BN, ReLU, average pool; torch's default initialisation."""
 
     def __init__(
         self, blocks: int, widen: int, in_channels: int, norm: Callable[..., nn.Module], final_momentum: float
@@ -54,13 +54,15 @@ class WideResNetTrunk(nn.Module):
         super().__init__()
         channels = 16
         self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1)
+        groups = []
         for group in range(3):
             layers = []
             for index in range(blocks):
                 stride = 2 if group > 0 and index == 0 else 1
                 layers.append(PreactivationBlock(channels, 16 * widen * 2**group, stride, norm))
                 channels = 16 * widen * 2**group
-            self.add_module(f"layer{group + 1}", nn.Sequential(*layers))
+            groups.append(nn.Sequential(*layers))
+        self.layer1, self.layer2, self.layer3 = groups
         self.bn1 = norm(channels, momentum=final_momentum)
         self.num_features = channels
 

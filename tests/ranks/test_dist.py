@@ -1,0 +1,128 @@
+"""Collectives: values and gradients on three ranks against one process, and the identity alone."""
+
+import time
+
+import pytest
+import torch
+import torch.distributed as td
+
+from fastssl import dist
+from tests.ranks.pool import RanksFailed, run_ranks
+
+WORLD = 3  # two ranks would not tell W from W^2 - W
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    """What `_everything` returned on each rank."""
+    return run_ranks(WORLD, _everything)
+
+
+def _everything():
+    return {
+        "gradient": _gradient(),
+        "ragged": [dist.gather_ragged(_ROWS[dist.rank_slice(n)]) for n in (7, 2, 0)],
+        "ragged_int": dist.gather_ragged(torch.arange(5)[dist.rank_slice(5)]),
+        "gathered": dist.gather_rows(torch.full((2, 1), dist.rank())),
+        "mean": dist.mean_over_ranks(torch.tensor([1.0 * dist.rank()])),
+        "votes": [dist.all_true(True), dist.all_true(dist.rank() != 1), dist.any_true(False),
+                  dist.any_true(dist.rank() == 2)],
+        "object": dist.broadcast_object({"from": dist.rank()}, source=1),
+        "main": (dist.is_main(), dist.rank(), dist.local_rank(), dist.world_size()),
+        "own_group": dist.statistics_group().group_name != td.group.WORLD.group_name,
+        "barrier_s": _barrier_wait_s(),
+    }  # fmt: skip
+
+
+_ROWS = torch.arange(14.0, dtype=torch.float64).view(7, 2)
+
+
+def test_gradients_are_those_of_one_process(ranks):
+    """Catches a stray factor W in either backward, gradients gathered from own rows only, rows out of rank order."""
+    weight = torch.linspace(-1, 1, 4, dtype=torch.float64).requires_grad_()
+    rows = _inputs().flatten(0, 1) @ weight.view(2, 2)
+    mean = rows.sigmoid().view(WORLD, 5, 2).mean((0, 1))
+    loss = torch.stack([_loss(own, rows, mean) for own in rows.split(5)]).mean()
+    (expected,) = torch.autograd.grad(loss, weight)
+    averaged = torch.stack([rank["gradient"] for rank in ranks]).mean(0)  # what DDP does
+    assert (averaged - expected).abs().max() < 1e-14
+    assert expected.abs().min() > 1e-3
+
+
+def _gradient():
+    weight = torch.linspace(-1, 1, 4, dtype=torch.float64).requires_grad_()
+    own = _inputs()[dist.rank()] @ weight.view(2, 2)
+    loss = _loss(own, dist.gather_rows(own), dist.mean_over_ranks(own.sigmoid().mean(0)))
+    return torch.autograd.grad(loss, weight)[0]
+
+
+def _inputs():
+    return torch.randn(WORLD, 5, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def _loss(own, rows, mean):
+    position = torch.arange(len(rows), dtype=torch.float64).add(1)  # tells the order of rows
+    return ((own @ rows.T) * position).tanh().mean() + (mean * mean.log()).sum()
+
+
+def test_values(ranks):
+    """Catches rank order, rows lost or padding kept where shards differ in length, a vote of one rank ignored."""
+    for number, rank in enumerate(ranks):
+        assert rank["gathered"].flatten().tolist() == [0, 0, 1, 1, 2, 2]
+        assert rank["mean"].item() == 1.0
+        for n, gathered in zip((7, 2, 0), rank["ragged"], strict=True):
+            assert torch.equal(gathered, _ROWS[:n])
+        assert rank["ragged_int"].tolist() == [0, 1, 2, 3, 4]
+        assert rank["votes"] == [True, False, False, True]
+        assert rank["object"] == {"from": 1}
+        assert rank["main"] == (number == 0, number, number, WORLD)
+        assert rank["own_group"]
+
+
+def test_barrier_waits_for_the_last(ranks):
+    """Catches a barrier that lets a rank through: two of the three arrive 0.3 s before the last."""
+    assert all(rank["barrier_s"] > 0.2 for rank in ranks[:2])
+
+
+def _barrier_wait_s():
+    dist.barrier()
+    if dist.rank() == WORLD - 1:
+        time.sleep(0.3)
+    start_s = time.perf_counter()
+    dist.barrier()
+    return time.perf_counter() - start_s
+
+
+def test_alone_everything_is_the_identity():
+    x = torch.randn(3, 2, requires_grad=True)
+    assert dist.gather_rows(x) is x
+    assert dist.mean_over_ranks(x) is x
+    assert torch.equal(dist.gather_ragged(x), x) and not dist.gather_ragged(x).requires_grad
+    assert dist.all_true(True) and not dist.all_true(False)
+    assert dist.any_true(True) and not dist.any_true(False)
+    assert dist.broadcast_object("x") == "x"
+    assert (dist.rank(), dist.world_size(), dist.is_main(), dist.rank_slice(5)) == (0, 1, True, slice(0, 5))
+    dist.barrier()
+    dist.shutdown()
+    with pytest.raises(RuntimeError, match=r"fastssl\.dist\.init"):
+        dist.statistics_group()
+
+
+def test_init_names_what_the_environment_lacks(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(RuntimeError, match="RANK, WORLD_SIZE not set"):
+        dist.init("gloo")
+
+
+def test_the_pool_shows_each_failure():
+    """Catches a pool that hides a rank's traceback, or waits for ranks that cannot finish."""
+    with pytest.raises(RanksFailed, match=r"rank 1 of 2:\n(.|\n)*ZeroDivisionError"):
+        run_ranks(2, _fail_on_the_second)
+    with pytest.raises(RanksFailed, match="rank 0 of 1:\nnot finished after 0 s"):
+        run_ranks(1, time.sleep, 60, timeout_s=0.2)
+
+
+def _fail_on_the_second():
+    return 1 / (1 - dist.rank())

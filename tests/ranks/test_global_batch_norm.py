@@ -1,0 +1,357 @@
+"""Global batch norm against `nn.BatchNorm` on the concatenated batch: one layer, then a whole ResNet-50 under DDP."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastssl import dist
+from fastssl.nn.global_batch_norm import GlobalBatchNorm, frozen_running_stats
+from fastssl.nn.heads import prediction_head, projection_head
+from fastssl.nn.resnet import resnet
+from tests.ranks.pool import RanksFailed, run_ranks
+
+SHARDS = (slice(0, 7), slice(7, 10))  # uneven on purpose
+
+
+@pytest.fixture(scope="module")
+def two_ranks():
+    """Function -> what it returned on rank 0 and on rank 1; one start of the processes serves all tests."""
+    functions = (_layer_results, _far_from_zero, _layer_result_bfloat16, _frozen, _tangents, _compiled_error,
+                 _train_steps, _messages)  # fmt: skip
+    results = run_ranks(2, _call_each, functions)
+    return {function: [rank[i] for rank in results] for i, function in enumerate(functions)}
+
+
+def _call_each(functions):
+    return [function() for function in functions]
+
+
+# One layer
+
+
+CASES = [(shape, dtype) for shape in ((10, 6, 5, 4), (10, 6)) for dtype in (torch.float64, torch.float32)]
+
+
+def test_a_layer_equals_torch_on_the_concatenated_batch(two_ranks):
+    """Catches a count that forgets uneven shards, a sum missing in backward, a weight gradient summed over ranks,
+    a biased running variance, statistics that differ between ranks."""
+    for case, (shape, dtype) in enumerate(CASES):
+        torch_layer = nn.BatchNorm2d(6) if len(shape) == 4 else nn.BatchNorm1d(6)
+        expected = _layer_result(torch_layer, shape, dtype, slice(None))
+        first, second = (results[case] for results in two_ranks[_layer_results])
+        tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+        for name in ("output", "input_gradient"):
+            _assert_close(torch.cat([first[name], second[name]]), expected[name], tolerance, f"{name} {shape} {dtype}")
+        for name in ("weight_gradient", "bias_gradient"):
+            _assert_close(first[name] + second[name], expected[name], tolerance, f"{name} {shape} {dtype}")
+        for name in ("running_mean", "running_var", "eval_output"):
+            _assert_close(first[name], expected[name], tolerance, f"{name} {shape} {dtype}")
+            assert torch.equal(first[name], second[name])
+        assert first["num_batches_tracked"] == second["num_batches_tracked"] == 1
+
+
+def _layer_results():
+    return [_layer_result(GlobalBatchNorm(6), shape, dtype, SHARDS[dist.rank()]) for shape, dtype in CASES]
+
+
+def _layer_result(layer, shape, dtype, shard) -> dict[str, Tensor]:
+    x = _normal(0, shape).mul(2).add(1).to(dtype)[shard].requires_grad_()
+    layer = _with_affine(layer).to(dtype)
+    output = layer(x)
+    output.backward(_normal(1, shape).to(dtype)[shard])
+    return {
+        "output": output.detach(),
+        "input_gradient": x.grad,
+        "weight_gradient": layer.weight.grad,
+        "bias_gradient": layer.bias.grad,
+        "eval_output": layer.eval()(torch.ones_like(x[:1])).detach(),
+        **dict(layer.named_buffers()),
+    }
+
+
+def test_a_mean_far_from_zero_does_not_cancel(two_ranks):
+    """Catches sums of squares in float32: at mean 700, std 1, they leave an error of 2e-2 in the output."""
+    output = torch.cat(two_ranks[_far_from_zero])
+    x = _normal(2, (10, 4, 9, 9)).add(700).float().double()
+    expected = F.batch_norm(x, None, None, training=True)
+    assert (output - expected).abs().max() < 2e-4  # float32 holds 700 to 6e-5
+
+
+def _far_from_zero():
+    return GlobalBatchNorm(4)(_normal(2, (10, 4, 9, 9)).add(700).float()[SHARDS[dist.rank()]]).detach()
+
+
+def test_bfloat16_keeps_its_statistics_in_float32(two_ranks):
+    """Catches statistics or weight gradients rounded to bfloat16, and an output or gradient that is not bfloat16."""
+    ranks = two_ranks[_layer_result_bfloat16]
+    x = _normal(0, (10, 6, 5, 4)).mul(2).add(1).bfloat16().double().requires_grad_()
+    layer = _with_affine(nn.BatchNorm2d(6)).double()
+    output = layer(x)
+    output.backward(_normal(1, (10, 6, 5, 4)).bfloat16().double())
+    assert ranks[0]["output"].dtype == ranks[0]["input_gradient"].dtype == torch.bfloat16
+    _assert_close(torch.cat([r["output"] for r in ranks]), output.detach(), 2**-8, "output")
+    _assert_close(torch.cat([r["input_gradient"] for r in ranks]), x.grad, 2**-8, "input gradient")
+    _assert_close(ranks[0]["running_mean"], layer.running_mean, 1e-6, "running mean")
+    _assert_close(ranks[0]["running_var"], layer.running_var, 1e-6, "running variance")
+    _assert_close(sum(r["weight_gradient"] for r in ranks), layer.weight.grad, 1e-5, "weight gradient")
+
+
+def _layer_result_bfloat16():
+    shard = SHARDS[dist.rank()]
+    x = _normal(0, (10, 6, 5, 4)).mul(2).add(1).bfloat16()[shard].to(memory_format=torch.channels_last).requires_grad_()
+    layer = _with_affine(GlobalBatchNorm(6))
+    output = layer(x)
+    output.backward(_normal(1, (10, 6, 5, 4)).bfloat16()[shard])
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    return {
+        "output": output.detach(),
+        "input_gradient": x.grad,
+        "weight_gradient": layer.weight.grad,
+        **dict(layer.named_buffers()),
+    }
+
+
+def test_an_empty_shard_is_refused():
+    """Catches the mean of no rows, NaN, spreading to all ranks."""
+    with pytest.raises(RanksFailed, match="ValueError: empty batch on this rank"):
+        run_ranks(2, _empty_on_the_second)
+
+
+def _empty_on_the_second():
+    GlobalBatchNorm(3)(torch.ones(2 - 2 * dist.rank(), 3))
+
+
+def test_frozen_running_stats_across_ranks(two_ranks):
+    """Catches a throw-away pass that moves running statistics, or one that normalises with them."""
+    for frozen, counted, before, after, tracked in two_ranks[_frozen]:
+        assert torch.equal(frozen, counted)
+        assert torch.equal(before, torch.zeros(6))
+        assert after.abs().min() > 0
+        assert tracked == 1
+
+
+def _frozen():
+    layer = GlobalBatchNorm(6)
+    x = _normal(0, (10, 6, 5, 4)).add(1).float()[SHARDS[dist.rank()]]
+    with frozen_running_stats(layer):
+        frozen = layer(x).detach()
+    before = layer.running_mean.clone()
+    counted = layer(x).detach()
+    return frozen, counted, before, layer.running_mean, layer.num_batches_tracked
+
+
+def test_forward_mode_derivative(two_ranks):
+    """Catches tangents of the statistics that are left out or stay on their rank, and a tangent of the weight that is
+    lost."""
+    ranks = two_ranks[_tangents]
+    alone, alone_differences = _tangents()
+    for tangent, differences in ranks:
+        _assert_close(tangent, differences, 1e-7, "jvp against finite differences")
+    _assert_close(alone, alone_differences, 1e-7, "alone")
+    _assert_close(torch.cat([tangent for tangent, _ in ranks]), alone, 1e-12, "two ranks against one")
+
+
+def _tangents():
+    shard = SHARDS[dist.rank()] if dist.world_size() > 1 else slice(None)
+    layer = _with_affine(GlobalBatchNorm(6)).double()
+    primals = _normal(0, (10, 6, 5, 4))[shard], layer.weight.detach(), layer.bias.detach()
+    tangents = _normal(1, (10, 6, 5, 4))[shard], _normal(2, (6,)), _normal(3, (6,))
+
+    def normalise(x, weight, bias):
+        return torch.func.functional_call(layer, {"weight": weight, "bias": bias}, x)
+
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(primal, tangent) for primal, tangent in zip(primals, tangents, strict=True)]
+        jvp = forward_ad.unpack_dual(normalise(*duals)).tangent
+    h = 1e-5
+    ahead, behind = (normalise(*(p + sign * h * t for p, t in zip(primals, tangents, strict=True))) for sign in (1, -1))
+    return jvp, (ahead - behind) / (2 * h)
+
+
+def test_a_compiled_layer_is_one_graph_and_equals_eager(two_ranks):
+    """Catches a graph break, and a backward pass that recomputes from statistics updated meanwhile."""
+    for error in two_ranks[_compiled_error]:
+        assert error < 1e-12
+
+
+def _compiled_error():
+    x = _normal(0, (10, 6, 5, 4))[SHARDS[dist.rank()]]
+    results = []
+    for compiled in (False, True):
+        net = nn.Sequential(_with_affine(GlobalBatchNorm(6)), nn.ReLU(), _with_affine(GlobalBatchNorm(6))).double()
+        if compiled:
+            net.compile(fullgraph=True, backend="aot_eager")
+        for _ in range(2):
+            net(x).pow(3).mean().backward()
+        results.append(torch.cat([t.flatten() for t in (*(p.grad for p in net.parameters()), *net.buffers())]))
+    eager, compiled = results
+    return _distance(compiled, eager)
+
+
+# ResNet-50 with both heads, two resolutions, a loss across ranks
+
+
+class Encoder(nn.Module):
+    """(x of one resolution, x of another) -> z of all rows: two passes, as PAWS has it."""
+
+    def __init__(self, trunk_norm, head_norm):
+        super().__init__()
+        self.trunk = resnet(50, norm=trunk_norm, base_width=8)
+        self.projection = projection_head(self.trunk.num_features, 32, head_norm)
+        self.prediction = prediction_head(32, head_norm)
+
+    def forward(self, x_large, x_small):
+        return torch.cat([self.prediction(self.projection(self.trunk(x))) for x in (x_large, x_small)])
+
+
+SUPPORTS, LARGE, SMALL = 6, 6, 12  # rows per rank
+SHIFTS_AHEAD_OF_BATCH_NORM = {  # their gradient is zero, up to rounding
+    "projection.fc1.bias", "projection.fc2.bias", "projection.fc3.bias", "prediction.bn1.bias", "prediction.fc1.bias",
+}  # fmt: skip
+
+
+def test_resnet50_on_two_ranks_equals_one_process(two_ranks):
+    """Catches any factor W, any statistic of one rank alone, a message out of order, a pass merged with the other.
+
+    In float32, gradients of a whole ResNet are no finer than its ReLUs' signs: what a change of the inputs in their
+    last bit does to them is the measure there.
+    """
+    ranks = two_ranks[_train_steps]
+    for result in (0, 1):
+        assert torch.equal(ranks[0][result]["gradient"]["trunk.conv1.weight"],
+                           ranks[1][result]["gradient"]["trunk.conv1.weight"])  # fmt: skip
+
+    double, expected = ranks[0][0], _one_process(torch.float64)
+    assert _distance((ranks[0][0]["losses"] + ranks[1][0]["losses"]) / 2, expected["losses"]) < 1e-9
+    for name, gradient in expected["gradient"].items():
+        if name in SHIFTS_AHEAD_OF_BATCH_NORM:
+            assert max(double["gradient"][name].abs().max(), gradient.abs().max()) < 1e-9
+        else:
+            assert _distance(double["gradient"][name], gradient) < 1e-9, name
+    for name, buffer in expected["buffers"].items():
+        assert _distance(double["buffers"][name], buffer) < 1e-9, name
+
+    single, expected = ranks[0][1], _one_process(torch.float32)
+    nudged = _one_process(torch.float32, scale=1 + 1e-7)
+    assert _distance((ranks[0][1]["losses"] + ranks[1][1]["losses"]) / 2, expected["losses"]) < 1e-5
+    assert _distance(_flat(single["buffers"]), _flat(expected["buffers"])) < 1e-5
+    sensitivity = _distance(_flat(nudged["gradient"]), _flat(expected["gradient"]))
+    assert _distance(_flat(single["gradient"]), _flat(expected["gradient"])) < 3 * sensitivity
+
+
+def _train_steps():
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        torch.manual_seed(0)
+        net = DistributedDataParallel(Encoder(GlobalBatchNorm, GlobalBatchNorm).to(dtype), broadcast_buffers=False)
+        large, small, targets, labels = _rows(dtype)
+        own = dist.rank()
+        z = net(large[own], small[own])
+        losses = _losses(z, targets[own], labels)
+        losses.sum().backward()
+        results.append(_snapshot(net.module, losses))
+    return results
+
+
+def _one_process(dtype, scale=1.0):
+    torch.manual_seed(0)
+    net = Encoder(nn.BatchNorm2d, nn.BatchNorm1d).to(dtype)
+    large, small, targets, labels = _rows(dtype)
+    # supports of both ranks, then anchors of both: the order that one process knows
+    x_large = torch.cat([large[:, :SUPPORTS].flatten(0, 1), large[:, SUPPORTS:].flatten(0, 1)])
+    t = torch.cat([targets[:, :LARGE].flatten(0, 1), targets[:, LARGE:].flatten(0, 1)])
+    losses = _losses(net(x_large * scale, small.flatten(0, 1) * scale), t, labels)
+    losses.sum().backward()
+    return _snapshot(net, losses)
+
+
+def _losses(z, targets_NK, labels_SK):
+    """Soft nearest neighbours among all ranks' supports, and the entropy of all ranks' mean prediction."""
+    num_supports = len(labels_SK) // dist.world_size()
+    z = F.normalize(z)
+    supports = dist.gather_rows(z[:num_supports])
+    p = torch.softmax(z[num_supports:] @ supports.T / 0.5, dim=1) @ labels_SK
+    mean = dist.mean_over_ranks(p.mean(0))
+    return torch.stack([-(targets_NK * p.log()).sum(1).mean(), (mean * mean.log()).sum()])
+
+
+def _rows(dtype):
+    """Per rank: large images [2, ...] (supports first), small images, targets; and all supports' labels."""
+    large = _normal(4, (2, SUPPORTS + LARGE, 3, 48, 48))
+    small = _normal(5, (2, SMALL, 3, 32, 32))
+    targets = _normal(6, (2, LARGE + SMALL, 3)).mul(2).softmax(2)
+    labels = F.one_hot(torch.arange(2 * SUPPORTS) % 3, 3).mul(0.9).add(1 / 30)
+    return tuple(t.to(dtype) for t in (large, small, targets, labels))
+
+
+def _snapshot(net, losses):
+    return {
+        "losses": losses.detach(),
+        "gradient": {name: parameter.grad for name, parameter in net.named_parameters()},
+        "buffers": {name: b for name, b in net.named_buffers() if b.is_floating_point()},
+    }
+
+
+def test_one_message_a_layer_and_pass_each_way(two_ranks):
+    """Catches a second collective in a layer, one without gradient purpose, and messages that grow with the batch."""
+    for forward, backward in two_ranks[_messages]:
+        channels = [m.num_features for m in Encoder(GlobalBatchNorm, GlobalBatchNorm).modules()
+                    if isinstance(m, GlobalBatchNorm)]  # fmt: skip
+        assert len(channels) == 57
+        assert sorted(forward) == sorted(2 * [8 * (2 * c + 1) for c in channels])
+        assert sorted(backward) == sorted(2 * [8 * 2 * c for c in channels])
+
+
+def _messages():
+    net = Encoder(GlobalBatchNorm, GlobalBatchNorm)
+    large, small, _, _ = (t[dist.rank()] for t in _rows(torch.float32))
+    with MessageBytes() as forward:
+        z = net(large, small)
+    with MessageBytes() as backward:
+        z.square().sum().backward()
+    return forward.messages, backward.messages
+
+
+class MessageBytes(TorchDispatchMode):
+    """Bytes of each collective called within, whichever way it was called."""
+
+    def __init__(self):
+        super().__init__()
+        self.messages: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace in ("c10d", "_c10d_functional") and "wait" not in func.name():
+            tensors = args[0] if isinstance(args[0], (list, tuple)) else [args[0]]
+            self.messages.append(sum(t.nbytes for t in tensors))
+        return func(*args, **(kwargs or {}))
+
+
+# Helpers
+
+
+def _normal(seed, shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _with_affine(layer):
+    with torch.no_grad():
+        layer.weight.copy_(torch.linspace(-1, 2, 6))
+        layer.bias.copy_(torch.linspace(3, -2, 6))
+    return layer
+
+
+def _flat(tensors):
+    return torch.cat([tensor.flatten() for tensor in tensors.values()])
+
+
+def _distance(actual, expected):
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+def _assert_close(actual, expected, tolerance, name):
+    error = (actual - expected).abs().max() / expected.abs().max()
+    assert error <= tolerance, f"{name}: {error:.2e}"
