@@ -1,6 +1,6 @@
 """Signs of collapse: embeddings that fill few directions, predictions that ignore the image.
 
-0-dim tensors on the arguments' device, so that training can log them without waiting.
+Each is a 0-dim tensor on its argument's device, for training to log with the rest.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor
 def effective_rank(values_ND: Tensor) -> Tensor:
     """exp of the entropy of the singular values divided by their sum, between 1 and min(N, D).
 
-    Roy & Vetterli 2007, of the matrix itself, not centred; as RankMe uses it (arXiv 2210.02885). NaN for a matrix of
-    zeros.
+    Roy & Vetterli 2007, of the matrix itself, not centred; as RankMe uses it (arXiv 2210.02885). 1 for a matrix of
+    zeros. Waits for the device.
     """
     # The Gram matrix of the shorter side has the squares of the same singular values; rows pass a few at a time,
     # because their float64 copy would be large.
@@ -24,7 +24,7 @@ def effective_rank(values_ND: Tensor) -> Tensor:
     for rows in tall.split(4096):
         gram += rows.double().T @ rows.double()
     sigma = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
-    return _entropy(sigma / sigma.sum()).exp()
+    return _entropy(sigma / sigma.sum().clamp_min(torch.finfo(sigma.dtype).tiny)).exp()
 
 
 def mean_prediction_entropy(p_NK: Tensor) -> Tensor:
