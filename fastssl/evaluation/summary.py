@@ -28,7 +28,17 @@ def mean_and_spread(values: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def accuracy_cell(spread: dict[str, Any], ci95: Sequence[float] | None = None) -> str:
+def spread_over_seeds(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """`mean_and_spread` of every accuracy (`..._top1...`) that all `results` hold, one result a seed."""
+    shared = set.intersection(*(set(result) for result in results))
+    return {
+        name: mean_and_spread([result[name] for result in results])
+        for name in results[0]
+        if name in shared and "_top1" in name
+    }
+
+
+def accuracy_cell(spread: Mapping[str, Any], ci95: Sequence[float] | None = None) -> str:
     """`97.1 ± 0.3 (3 seeds)`, or `97.1 [96.0, 97.9] (single seed)` where an interval is known; in percent."""
     mean, std, num_seeds = spread["mean"], spread["std"], len(spread["values"])
     if std is not None:
@@ -40,9 +50,3 @@ def accuracy_cell(spread: dict[str, Any], ci95: Sequence[float] | None = None) -
 def markdown_row(cells: Iterable[str]) -> str:
     """One line of a Markdown table; a bar inside a cell is escaped."""
     return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
-
-
-def spread_over_seeds(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """`mean_and_spread` of every score that all results hold as a plain fraction."""
-    names = [name for name, value in results[0].items() if isinstance(value, float)]
-    return {name: mean_and_spread([result[name] for result in results]) for name in names}

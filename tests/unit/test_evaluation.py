@@ -118,6 +118,17 @@ def test_spread_over_seeds_is_the_samples_and_one_seed_has_none():
     assert summary.markdown_row(["a|b", "95.5"]) == r"| a\|b | 95.5 |"
 
 
+def test_only_accuracies_are_summed_up_over_seeds():
+    """Would catch the mean of seeds and ranks, and of a score that one run did not measure."""
+    runs = [
+        {"knn_top1": 0.8, "soft_nn_top1": 0.7, "effective_rank": 2.0, "seed": 0},
+        {"knn_top1": 0.9, "effective_rank": 3.0, "seed": 1},
+    ]
+    spreads = summary.spread_over_seeds(runs)
+    assert list(spreads) == ["knn_top1"]
+    assert spreads["knn_top1"]["values"] == [0.8, 0.9] and spreads["knn_top1"]["mean"] == pytest.approx(0.85)
+
+
 # --- protocols by name ---
 
 
