@@ -1,0 +1,63 @@
+"""What the README promises: its table, its commands and its ten lines of code."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastssl.methods.base import Epochs
+from fastssl.recipes import recipes
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def table() -> dict[str, list[str]]:
+    """Recipe -> its cells after the name."""
+    section = README.partition("\n## Recipes\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `([a-z0-9_.]+)`.*? \| (.*) \|$", section, re.MULTILINE)
+    return {name: cells.split(" | ") for name, cells in rows}
+
+
+def test_the_table_has_every_recipe_and_its_length():
+    lengths = {name: recipe()[0].length for name, recipe in recipes().items()}
+    said = {n: f"{span.count}" if isinstance(span, Epochs) else f"{span.count} steps" for n, span in lengths.items()}
+    assert {name: epochs for name, (_, _, epochs, *_) in table().items()} == said
+
+
+def test_paper_numbers_in_the_table_are_those_of_the_recipes():
+    rows = {name: cells for name, cells in table().items() if name.startswith("paws.rn50")}
+    assert len(rows) == 10
+    for name, (_, _, _, neighbours, fine_tuned, _) in rows.items():
+        said = " ".join((recipes()[name].__doc__ or "").split())
+        assert f"{fine_tuned} % fine-tuned" in said, name
+        assert (f"{neighbours} % nearest" in said) == (neighbours != "–"), name
+
+
+def test_two_set_up_commands_each_make_their_own_environment():
+    """A second command that leans on the first, or a stranger's package from PyPI."""
+    commands = re.findall(r"^python3 -m venv .*$", README, re.MULTILINE)
+    assert len(commands) == 2
+    train, test = (command.split(" && ")[1:] for command in commands)
+    assert train == [".venv/bin/pip install -c constraints.txt -e .", ".venv/bin/fastssl train"]
+    assert test == [".venv/bin/pip install -c constraints.txt -e '.[test]'", ".venv/bin/python -m pytest"]
+    assert not re.search(r"pip install fastssl", README)
+
+
+def test_the_ten_lines_of_the_loaders_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert "/data/images" in code
+    rng = np.random.default_rng(0)
+    for i in range(64):
+        Image.fromarray(rng.integers(0, 256, (24, 32, 3), np.uint8)).save(tmp_path / f"{i}.png")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})  # one thread
+    names: dict = {}
+    exec(code.replace("/data/images", str(tmp_path)), names)
+    crops = names["crops"]
+    assert tuple(crops.shape) == (128, 3, 96, 96) and crops.isfinite().all()
+    assert not crops[:64].equal(crops[64:])
