@@ -1,0 +1,71 @@
+"""The reference renderer: Pillow decodes, Pillow resizes; any encoded source, no extras needed."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from PIL import Image
+
+from loaders.plan.plan import Rows
+from loaders.plan.views import Filter, Rrc, View
+from loaders.renderers.spread import spread
+from loaders.store.images import ImageError, open_image
+from loaders.store.source import EncodedSource, StoreError
+
+_RESAMPLING = {Filter.BILINEAR: Image.Resampling.BILINEAR, Filter.BICUBIC: Image.Resampling.BICUBIC}
+_IMAGES_A_TASK = 2
+
+
+class RenderError(ValueError):
+    """An image that cannot be read or decoded; names its id and file."""
+
+
+class PilRenderer:
+    """Renders an encoded source with the threads of `pool`, which it neither owns nor closes.
+
+    Every image is decoded once for all its views, as RGB (grey and CMYK are converted; EXIF rotation is not applied).
+    """
+
+    def __init__(self, source: EncodedSource, pool: ThreadPoolExecutor):
+        self.source, self.pool = source, pool
+
+    def render(self, rows: Rows, out: Mapping[str, np.ndarray]) -> None:
+        """Fill out[view name], uint8 [copies * B, S, S, 3], with the crops that `rows` describes, copy-major.
+
+        Raises RenderError for an image that is damaged or not of the size its source says.
+        """
+        num_images = len(rows.ids)
+
+        def work(begin: int, end: int) -> None:
+            for b in range(begin, end):
+                image = self.decode(int(rows.ids[b]))
+                for v in rows.views:
+                    for row in range(b, num_images * v.view.copies, num_images):
+                        out[v.view.name][row] = crop(image, v.boxes[row], v.view)
+
+        spread(self.pool, work, num_images, _IMAGES_A_TASK)
+
+    def decode(self, i: int) -> Image.Image:
+        """Image `i` as RGB. Raises RenderError."""
+        try:
+            with open_image(io.BytesIO(self.source.jpeg(i))) as image:
+                height, width = self.source.sizes[i]
+                if image.size != (width, height):
+                    raise ImageError(f"it is {image.width} x {image.height}, its source says {width} x {height}")
+                return image.convert("RGB")
+        except (StoreError, ImageError, OSError, SyntaxError, ValueError) as e:
+            raise RenderError(f"image {i} ({self.source.name_of(i)}) of {self.source.name}: {e}") from e
+
+
+def crop(image: Image.Image, box: np.ndarray, view: View) -> Image.Image:
+    """The part `box` of `image` scaled to the view's size: cut first for random crops, so that nothing beyond the box
+    shows; else scaled in place, as if the whole image had been."""
+    size, filter = (view.size, view.size), _RESAMPLING[view.filter]
+    x0, y0, x1, y1 = box.tolist()
+    if isinstance(view.crop, Rrc):
+        return image.crop((int(x0), int(y0), int(x1), int(y1))).resize(size, filter)
+    # Fractional boxes may stick out by a rounding error, which Pillow does not forgive.
+    return image.resize(size, filter, box=(x0, y0, min(x1, image.width), min(y1, image.height)))

@@ -1,0 +1,188 @@
+"""Antialiased crop-and-resize of uint8 images: the bytes that Pillow's `Image.resize` gives, compiled with numba.
+
+Pillow's law (libImaging/Resample.c): output pixel `o` looks at the source around its centre, box start + (o + 0.5) *
+scale, through a triangle (bilinear) or a cubic (bicubic, a = -0.5) that is widened by the scale when shrinking; the
+weights are normalised and kept as multiples of 2^-22; one axis first, rounded and clipped to uint8, then the other.
+
+How it is fast: both passes are weighted sums of long contiguous rows of bytes, a form that compilers turn into vector
+code. For the pass along x the source is turned (columns become contiguous), eight bytes at a time in one 64-bit word.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from loaders.plan.views import Filter
+
+CODES = {Filter.BILINEAR: 0, Filter.BICUBIC: 1}  # what `resize_box` calls them
+
+_BICUBIC = CODES[Filter.BICUBIC]
+_PRECISION = 22  # bits of a weight; Pillow's: 32 less 8 of a pixel and 2 for a sign and overshoot
+_HALF = 1 << (_PRECISION - 1)
+_GROUP = 4  # taps summed in one sweep
+_BAND = 128  # source rows turned at a time: they stay in the second-level cache
+_TOLERANCE = 1e-6  # pixels by which rounding may push a box over the edge
+
+
+@njit(nogil=True, cache=True)
+def resize_box(src, box, clip, size, filter, out):
+    """Scale the part `box` of `src` to `size` x `size` pixels.
+
+    src   uint8 [H, W, C], contiguous
+    box   (x0, y0, x1, y1) floats, source pixels
+    clip  (x0, y0, x1, y1) ints, what the filter may look at, inside the image and around the box. The box itself:
+          Pillow's crop, then resize. The whole image: Pillow's `resize(box=box)`, which looks a little past the box.
+    filter  one of CODES
+    out   uint8 [size, size, C], contiguous
+
+    Raises ValueError where the box is empty or not inside the clip. Releases the GIL.
+    """
+    left, top, right, bottom = clip
+    x0, y0, x1, y1 = box
+    if not (left - _TOLERANCE <= x0 < x1 <= right + _TOLERANCE and top - _TOLERANCE <= y0 < y1 <= bottom + _TOLERANCE):
+        raise ValueError("the box is not inside the clip")
+    if left < 0 or top < 0 or right > src.shape[1] or bottom > src.shape[0]:
+        raise ValueError("the clip is not inside the image")
+    channels = src.shape[2]
+    first_x, weights_x = _taps(x0, x1, left, right, size, filter)
+    first_y, weights_y = _taps(y0, y1, top, bottom, size, filter)
+    used_right = min(right, first_x[-1] + weights_x.shape[1])
+    used_bottom = min(bottom, first_y[-1] + weights_y.shape[1])
+    rows = src.reshape(src.shape[0], -1)[first_y[0] : used_bottom, first_x[0] * channels : used_right * channels]
+    first_x -= first_x[0]
+    first_y -= first_y[0]
+    result = out.reshape(size, size * channels)
+    shrink_x, shrink_y = right - left - size, bottom - top - size
+    if shrink_y > max(0, 2 * shrink_x):  # as Pillow 13; older ones always begin with x
+        middle = np.empty((size, rows.shape[1]), np.uint8)
+        _along_y(rows, first_y, weights_y, middle)
+        _along_x(middle, first_x, weights_x, channels, result)
+    else:
+        middle = np.empty((len(rows), size * channels), np.uint8)
+        _along_x(rows, first_x, weights_x, channels, middle)
+        _along_y(middle, first_y, weights_y, result)
+
+
+@njit(nogil=True, cache=True)
+def _kernel(x, filter):
+    x = abs(x)
+    if filter != _BICUBIC:
+        return max(0.0, 1.0 - x)
+    if x < 1.0:
+        return (1.5 * x - 2.5) * x * x + 1.0
+    if x < 2.0:
+        return ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0
+    return 0.0
+
+
+@njit(nogil=True, cache=True)
+def _taps(start, end, low, high, size, filter):
+    """Which source pixels make each output pixel along one axis, and how much of each.
+
+    The box start..end becomes `size` pixels; the filter stays within low..high. Returns (first int64 [size], weights
+    int32 [size, T] in units of 2^-22): output o is the sum over k of weights[o, k] * source[first[o] + k]. T is a
+    multiple of `_GROUP`; a window may reach beyond `high` with weights of zero.
+    """
+    scale = (end - start) / size
+    stretch = max(scale, 1.0)
+    support = stretch * (2.0 if filter == _BICUBIC else 1.0)
+    first = np.empty(size, np.int64)
+    weights = np.zeros((size, int(np.ceil(2.0 * support)) + 1 + _GROUP), np.int32)
+    widest = 0
+    for o in range(size):
+        centre = start + (o + 0.5) * scale
+        begin = max(low, int(np.floor(centre - support + 0.5)))
+        stop = min(high, int(np.floor(centre + support + 0.5)))
+        total = 0.0
+        for x in range(begin, stop):
+            total += _kernel((x + 0.5 - centre) / stretch, filter)
+        for x in range(begin, stop):
+            weight = _kernel((x + 0.5 - centre) / stretch, filter) / total
+            weights[o, x - begin] = int(np.floor(abs(weight) * (1 << _PRECISION) + 0.5)) * (1 if weight > 0 else -1)
+        first[o] = begin
+        widest = max(widest, stop - begin)
+    return first, weights[:, : -(-widest // _GROUP) * _GROUP]
+
+
+@njit(nogil=True, cache=True)
+def _along_y(rows, first, weights, out):
+    """rows uint8 [n, L] -> out uint8 [size, L]."""
+    sums = np.empty(rows.shape[1], np.int32)
+    for o in range(len(out)):
+        _sum_rows(rows, first[o], weights[o], sums, out[o])
+
+
+@njit(nogil=True, cache=True)
+def _along_x(rows, first, weights, channels, out):
+    """rows uint8 [n, W * C] -> out uint8 [n, size * C]."""
+    words = np.empty((rows.shape[1], _BAND // 8), np.uint64)
+    words_out = np.empty((out.shape[1], _BAND // 8), np.uint64)
+    columns, columns_out = words.view(np.uint8), words_out.view(np.uint8)
+    sums = np.empty(_BAND, np.int32)
+    for y in range(0, len(rows), _BAND):
+        band = rows[y : y + _BAND]
+        height = len(band)
+        _turn(band, words)
+        for c in range(channels):
+            for o in range(len(first)):
+                column_out = columns_out[o * channels + c, :height]
+                _sum_rows(columns[c::channels, :height], first[o], weights[o], sums, column_out)
+        _turn_back(words_out, out[y : y + _BAND])
+
+
+@njit(nogil=True, cache=True)
+def _sum_rows(rows, first, weights, sums, out):
+    """out[i] = the rounded, clipped sum over k of weights[k] * rows[first + k, i]; `sums` is scratch."""
+    last = len(rows) - 1
+    num = len(weights)
+    for k in range(0, num, _GROUP):
+        a, b = rows[first + k], rows[min(first + k + 1, last)]
+        c, d = rows[min(first + k + 2, last)], rows[min(first + k + 3, last)]
+        p, q, r, s = weights[k], weights[k + 1], weights[k + 2], weights[k + 3]
+        if num == _GROUP:
+            for i in range(len(out)):
+                out[i] = _byte(np.int32(_HALF + a[i] * p + b[i] * q + c[i] * r + d[i] * s))
+        elif k == 0:
+            for i in range(len(out)):
+                sums[i] = np.int32(_HALF + a[i] * p + b[i] * q + c[i] * r + d[i] * s)
+        elif k + _GROUP < num:
+            for i in range(len(out)):
+                sums[i] += np.int32(a[i] * p + b[i] * q + c[i] * r + d[i] * s)
+        else:
+            for i in range(len(out)):
+                out[i] = _byte(np.int32(sums[i] + a[i] * p + b[i] * q + c[i] * r + d[i] * s))
+
+
+@njit(nogil=True, cache=True)
+def _byte(total):
+    return np.uint8(min(max(total >> _PRECISION, 0), 255))
+
+
+@njit(nogil=True, cache=True)
+def _turn(rows, words):
+    """rows uint8 [n, L], n <= 8 * W -> words uint64 [L, W]: byte r of column i is rows[r, i] (little-endian).
+    Rows beyond the last repeat it."""
+    last = len(rows) - 1
+    for g in range(last // 8 + 1):
+        r = 8 * g
+        a, b, c, d = rows[r], rows[min(r + 1, last)], rows[min(r + 2, last)], rows[min(r + 3, last)]
+        e, f, h, j = rows[min(r + 4, last)], rows[min(r + 5, last)], rows[min(r + 6, last)], rows[min(r + 7, last)]
+        for i in range(rows.shape[1]):
+            low, high = _word(a[i], b[i], c[i], d[i]), _word(e[i], f[i], h[i], j[i])
+            words[i, g] = np.uint64(low) | np.uint64(high) << np.uint64(32)
+
+
+@njit(nogil=True, cache=True)
+def _word(a, b, c, d):
+    """Four bytes, the first one lowest."""
+    return np.uint32(a) | np.uint32(b) << np.uint32(8) | np.uint32(c) << np.uint32(16) | np.uint32(d) << np.uint32(24)
+
+
+@njit(nogil=True, cache=True)
+def _turn_back(words, rows):
+    """The inverse of `_turn`: words uint64 [L, W] -> rows uint8 [n, L]."""
+    for r in range(len(rows)):
+        shift = np.uint64(8 * (r % 8))
+        for i in range(rows.shape[1]):
+            rows[r, i] = np.uint8(words[i, r // 8] >> shift)
