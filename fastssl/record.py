@@ -82,7 +82,8 @@ class Recorder:
             self._print(Text("  ".join(self._columns(record))))
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
-        """{"step", "epoch", "evaluation": {...}, "time": {...}}; numbers within are shown, nested ones too."""
+        """{"step", "epoch", "evaluation": {...}, "time": {...}}; the console shows the numbers of `evaluation`, not
+        what is nested deeper."""
         if not self._main:
             return
         self._write(record)
@@ -95,7 +96,7 @@ class Recorder:
             self._print(Text(f"warning: {text}", "yellow"))
 
     def finish(self, result: Mapping[str, Any], next_commands: Sequence[str]) -> None:
-        """Last thing seen: the result and what one would type next."""
+        """Last thing seen: the numbers of the result, and what one would type next."""
         if not self._main:
             return
         self._print(Text("result", "bold"))
@@ -146,11 +147,11 @@ class Recorder:
         if self._total_steps:
             full = round(BAR_CELLS * record["step"] / self._total_steps)
             step = f"{'━' * full}{'─' * (BAR_CELLS - full)} {step}"
-        head = f"  {epoch}  {loss}  "
+        head = f"  {epoch}  {loss}"
         width = self._console.width - 1  # a full last column would wrap
-        middle = Text("".join(f"{part}  " for part in parts), "dim")
-        middle.truncate(max(0, width - cell_len(step + head + tail)), overflow="ellipsis")
-        line = Text.assemble((step, "cyan"), head, middle, tail)
+        middle = Text("  ".join(parts), "dim")
+        middle.truncate(max(0, width - cell_len(f"{step}{head}    {tail}")), overflow="ellipsis")
+        line = Text.assemble((step, "cyan"), head, "  ", middle, "  " if middle else "", tail)
         line.truncate(width)
         if self._unfinished_line:
             self._erase()
@@ -190,15 +191,13 @@ def _number(value: float) -> str:
     return str(value) if isinstance(value, int) else f"{value:#.4g}".removesuffix(".")
 
 
-def _numbers(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Every number in a nested record, named by its path, as a person reads it."""
-    found = []
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            found += _numbers(value, f"{prefix}{name} ")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            found.append((f"{prefix}{name}", _number(value)))
-    return found
+def _numbers(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The numbers of a record by name, as a person reads them; what is nested is for the file."""
+    return [
+        (name, _number(value))
+        for name, value in values.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    ]
 
 
 def _strict(value: Any) -> Any:

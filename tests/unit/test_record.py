@@ -101,7 +101,7 @@ def test_plain_output_tells_the_run_from_plan_to_result(tmp_path: Path, capsys: 
         recorder.log({"step": 10, "epoch": 1.25, "loss": -1.23456, "me": -2.2, "lr": 0.032, "lr_1": 1.0, "time": clock})
         recorder.warn("a slow disk")
         recorder.evaluation(
-            {"step": 20, "epoch": 2.5, "evaluation": {"soft_nn_top1": 0.97125, "split": {"name": "x", "count": 9}}}
+            {"step": 20, "epoch": 2.5, "evaluation": {"soft_nn_top1": 0.97125, "images": 9, "split": {"count": 5}}}
         )
         recorder.finish({"soft_nn_top1": 0.98, "command": "fastssl train"}, ["fastssl evaluate runs/x"])
     assert capsys.readouterr().out.splitlines() == [
@@ -110,7 +110,7 @@ def test_plain_output_tells_the_run_from_plan_to_result(tmp_path: Path, capsys: 
         "  batch  256, 1 rank",
         "step 10/100  epoch 1.2  loss -1.235  me -2.200  lr 0.03200  lr_1 1.000  234 images/s  wait 3%  eta 3 min 20 s",
         "warning: a slow disk",
-        "step 20/100  epoch 2.5  evaluation  soft_nn_top1 0.9712  split count 9",
+        "step 20/100  epoch 2.5  evaluation  soft_nn_top1 0.9712  images 9",
         "result",
         "  soft_nn_top1  0.9800",
         "next",
@@ -149,7 +149,7 @@ def test_a_terminal_has_one_moving_line_that_never_wraps(
     states = moving.split("\r\x1b[2K")
     assert [s.split()[2] for s in states[:4]] == ["1/4", "2/4", "3/4", "4/4"]
     assert states[0].startswith("━━━━────────────") and states[3].startswith("━" * 16)
-    assert all(len(s) <= 79 and s.endswith("lr 0.1000  wait 50%") for s in states[:4])
+    assert all(len(s) <= 79 and s.endswith("  lr 0.1000  wait 50%") for s in states[:4])
     assert states[4] == "step 4/4  epoch 0.5  evaluation  top1 0.5000\n"
 
 
