@@ -127,7 +127,7 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, g_WND: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, g_WND: Tensor) -> Tensor:
         ops = torch.ops._c10d_functional
         return ops.wait_tensor(ops.reduce_scatter_tensor(g_WND.contiguous(), "sum", world_size(), _world_name()))
 
@@ -138,7 +138,7 @@ class _MeanOverRanks(torch.autograd.Function):
         return sum_over_group(x.contiguous(), _world_name()) / world_size()
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> Tensor:
         return g
 
 

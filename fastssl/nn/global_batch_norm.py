@@ -119,7 +119,7 @@ class _Normalise(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         x: Tensor, weight_C: Tensor, bias_C: Tensor, eps: float, group_name: str
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         num_rows = x.numel() // x.shape[1]
@@ -142,7 +142,7 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor, *_: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         x, weight_C, *statistics = ctx.saved_tensors
         local_sums_2C, x_gradient = _weighted_J(g, x, _Statistics(*statistics), weight_C, ctx.eps, ctx.group_name)
         bias_gradient_C, weight_gradient_C = local_sums_2C.to(weight_C.dtype)
@@ -160,7 +160,7 @@ class _NormaliseForwardMode(_Normalise):
         ctx.save_for_forward(x, weight_C, *statistics)
 
     @staticmethod
-    def jvp(  # type: ignore[override]
+    def jvp(
         ctx: Any, dx: Tensor | None, dweight_C: Tensor | None, dbias_C: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
         x, weight_C, *saved = ctx.saved_tensors
