@@ -67,5 +67,4 @@ def crop(image: Image.Image, box: np.ndarray, view: View) -> Image.Image:
     x0, y0, x1, y1 = box.tolist()
     if isinstance(view.crop, Rrc):
         return image.crop((int(x0), int(y0), int(x1), int(y1))).resize(size, filter)
-    # Fractional boxes may stick out by a rounding error, which Pillow does not forgive.
-    return image.resize(size, filter, box=(x0, y0, min(x1, image.width), min(y1, image.height)))
+    return image.resize(size, filter, box=(x0, y0, x1, y1))

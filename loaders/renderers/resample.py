@@ -22,7 +22,6 @@ _PRECISION = 22  # bits of a weight; Pillow's: 32 less 8 of a pixel and 2 for a 
 _HALF = 1 << (_PRECISION - 1)
 _GROUP = 4  # taps summed in one sweep
 _BAND = 128  # source rows turned at a time: they stay in the second-level cache
-_TOLERANCE = 1e-6  # pixels by which rounding may push a box over the edge
 
 
 @njit(nogil=True, cache=True)
@@ -39,8 +38,9 @@ def resize_box(src, box, clip, size, filter, out):
     Raises ValueError where the box is empty or not inside the clip. Releases the GIL.
     """
     left, top, right, bottom = clip
-    x0, y0, x1, y1 = box
-    if not (left - _TOLERANCE <= x0 < x1 <= right + _TOLERANCE and top - _TOLERANCE <= y0 < y1 <= bottom + _TOLERANCE):
+    # Pillow keeps boxes as float32.
+    x0, y0, x1, y1 = np.float32(box[0]), np.float32(box[1]), np.float32(box[2]), np.float32(box[3])
+    if not (left <= x0 < x1 <= right and top <= y0 < y1 <= bottom):
         raise ValueError("the box is not inside the clip")
     if left < 0 or top < 0 or right > src.shape[1] or bottom > src.shape[0]:
         raise ValueError("the clip is not inside the image")
@@ -84,7 +84,7 @@ def _taps(start, end, low, high, size, filter):
     int32 [size, T] in units of 2^-22): output o is the sum over k of weights[o, k] * source[first[o] + k]. T is a
     multiple of `_GROUP`; a window may reach beyond `high` with weights of zero.
     """
-    scale = (end - start) / size
+    scale = np.float64(end - start) / size
     stretch = max(scale, 1.0)
     support = stretch * (2.0 if filter == _BICUBIC else 1.0)
     first = np.empty(size, np.int64)
