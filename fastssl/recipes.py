@@ -27,9 +27,8 @@ def recipes() -> dict[str, Callable[[], Stages]]:
             continue
         members = vars(importlib.import_module(f"fastssl.methods.{module.name}"))
         for name, member in members.items():
-            if inspect.isfunction(member) and not name.startswith("_"):
-                if member.__annotations__.get("return") == "Stages":
-                    found[f"{module.name}.{name}"] = member
+            if inspect.isfunction(member) and member.__annotations__.get("return") == "Stages" and name[0] != "_":
+                found[f"{module.name}.{name}"] = member
     return found
 
 

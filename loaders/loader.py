@@ -28,10 +28,8 @@ from loaders.plan.plan import BoundPlan, Plan, Rows, StreamFacts
 from loaders.renderers.memory import MemoryRenderer
 from loaders.renderers.pil import PilRenderer
 from loaders.store.data import DataSets
-from loaders.store.source import ArraySource, Source
+from loaders.store.source import ArraySource, Source, StoreError
 from loaders.store.subsets import Resolved, resolve
-
-RENDERERS = ("auto", "memory", "pil")
 
 _DONE = object()
 
@@ -90,26 +88,23 @@ class Loader:
         self.threads = threads or len(os.sched_getaffinity(0))
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="fastssl-render")
         self._renderers = {
-            name: make_renderer(renderer, source, self._pool, self.threads) for name, source in bound.sources.items()
+            name: make_renderer(renderer, source, self._pool) for name, source in bound.sources.items()
         }
         self._free: list[_Slot] = []
         self._crops: dict[tuple[str, str], np.ndarray] = {}  # uint8, rewritten every step by the planning thread
-        self._stops: list[threading.Event] = []
-        self._planners: list[threading.Thread] = []
+        self._stopping = threading.Event()
+        self._planner: threading.Thread | None = None
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """Batches of steps start .. stop - 1, prepared in the background while the consumer works.
 
         One such iterator may run at a time; leaving it early stops its thread.
         """
+        assert self._planner is None, "close the iterator before asking for another"
         ready: queue.Queue = queue.Queue(maxsize=self.prefetch)
-        stopping = threading.Event()
-        planner = threading.Thread(
-            target=self._prepare, args=(start, stop, ready, stopping), name="fastssl-plan", daemon=True
-        )
-        self._stops.append(stopping)
-        self._planners.append(planner)
-        planner.start()
+        self._stopping.clear()
+        self._planner = threading.Thread(target=self._prepare, args=(start, stop, ready), name="fastssl-plan")
+        self._planner.start()
         try:
             while True:
                 item = ready.get()
@@ -119,17 +114,18 @@ class Loader:
                     raise item
                 yield item
         finally:
-            stopping.set()
-            planner.join()
-            self._stops.remove(stopping)
-            self._planners.remove(planner)
+            self._join_planner()
 
     def close(self) -> None:
         """Stop and join every thread of this loader."""
-        for stopping, planner in zip(self._stops, self._planners, strict=True):
-            stopping.set()
-            planner.join()
+        self._join_planner()
         self._pool.shutdown(cancel_futures=True)
+
+    def _join_planner(self) -> None:
+        if self._planner is not None:
+            self._stopping.set()
+            self._planner.join()
+            self._planner = None
 
     def __enter__(self) -> Loader:
         return self
@@ -137,11 +133,11 @@ class Loader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _prepare(self, start: int, stop: int, ready: queue.Queue, stopping: threading.Event) -> None:
+    def _prepare(self, start: int, stop: int, ready: queue.Queue) -> None:
         """The planning thread: put batches, then `_DONE` or the exception that ended it, until told to stop."""
 
         def put(item: object) -> None:
-            while not stopping.is_set():
+            while not self._stopping.is_set():
                 try:
                     return ready.put(item, timeout=0.1)
                 except queue.Full:
@@ -149,7 +145,7 @@ class Loader:
 
         try:
             for step in range(start, stop):
-                if stopping.is_set():
+                if self._stopping.is_set():
                     return
                 put(self._batch(step))
             put(_DONE)
@@ -188,15 +184,15 @@ class Loader:
         )
 
 
-def make_renderer(kind: str, source: Source, pool: ThreadPoolExecutor, threads: int) -> MemoryRenderer | PilRenderer:
-    """The renderer named `kind` over `source`; `auto` takes what the source allows."""
-    if isinstance(source, ArraySource):
-        if kind in ("auto", "memory"):
-            return MemoryRenderer(source, pool, threads)
-        raise ValueError(f"{source.name} holds arrays, not encoded images: use --loader memory")
-    if kind in ("auto", "pil"):
-        return PilRenderer(source, pool, threads)
-    raise ValueError(f"{source.name} holds encoded images: use --loader pil")
+def make_renderer(kind: str, source: Source, pool: ThreadPoolExecutor) -> MemoryRenderer | PilRenderer:
+    """The renderer named `kind` over `source`; `auto` takes what the source allows. Raises StoreError otherwise."""
+    fitting = {"memory": MemoryRenderer} if isinstance(source, ArraySource) else {"pil": PilRenderer}
+    if kind == "auto":
+        kind = next(iter(fitting))
+    if kind not in fitting:
+        holds = "arrays" if isinstance(source, ArraySource) else "encoded images"
+        raise StoreError(f"--loader {kind}: {source.name} holds {holds}; choose auto or {', '.join(fitting)}")
+    return fitting[kind](source, pool)
 
 
 class _Slot:

@@ -29,7 +29,7 @@ from fastssl.evaluation.subject import Subject
 from fastssl.methods.base import Artefact, Facts, Method, Ref, Stage, Stages
 from fastssl.record import Recorder
 from loaders.loader import Bound, Loader, bind
-from loaders.store.data import LABELLED, DataSets, open_data
+from loaders.store.data import LABELLED, VALIDATION, DataSets, open_data
 
 RESOLVED, RESULT, PRODUCED = "resolved.json", "result.json", "produced.pt"
 
@@ -124,7 +124,7 @@ class _StageRun:
         torch.manual_seed(job.seed)
         self.method: Method = stage.method.build(facts_of(data, job.seed), inputs)
         self.bound: Bound = bind(self.method.plan(), data)
-        self.protocols = stage.evaluate if data.validation is not None else ()
+        self.protocols = stage.evaluate if VALIDATION in data.sources else ()
 
     def finish(self) -> dict[str, Any]:
         """Train or produce what is not done yet; the stage's result."""

@@ -67,6 +67,10 @@ class Horizon:
     steps_per_epoch: int
     total_steps: int
 
+    def steps(self, span: Span) -> int:
+        """Steps of `span`, or of the whole stage where that is shorter (a warm-up longer than a short trial run)."""
+        return min(span.steps(self.steps_per_epoch), self.total_steps)
+
 
 @dataclass(frozen=True)
 class Facts:

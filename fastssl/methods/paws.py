@@ -269,7 +269,7 @@ class Paws(Method):
             start=c.lr_start,
             peak=c.lr_peak,
             final=c.lr_final,
-            warmup_steps=c.warmup.steps(horizon.steps_per_epoch),
+            warmup_steps=horizon.steps(c.warmup),
             total_steps=horizon.total_steps,
         )
         return rate, rate
@@ -317,7 +317,7 @@ class Paws(Method):
 
 
 def digits() -> Stages:
-    """Scikit-learn's handwritten digits, ten labels a class: what `fastssl train` runs first. Two minutes, two cores."""
+    """Scikit-learn's handwritten digits, ten labels a class: what `fastssl train` runs first."""
     ops = (Affine(degrees=12.0, scale=(0.85, 1.15), shift=0.08), Noise(p=0.5, std=(0.0, 0.15)))
     view = View("global", 16, Rrc((0.6, 1.0)), ops, UNIT, copies=2)
     method = PawsConfig(
