@@ -116,19 +116,18 @@ def _along_y(rows, first, weights, out):
 @njit(nogil=True, cache=True)
 def _along_x(rows, first, weights, channels, out):
     """rows uint8 [n, W * C] -> out uint8 [n, size * C]."""
-    words = np.empty((rows.shape[1], _BAND // 8), np.uint64)
-    words_out = np.empty((out.shape[1], _BAND // 8), np.uint64)
-    columns, columns_out = words.view(np.uint8), words_out.view(np.uint8)
-    sums = np.empty(_BAND, np.int32)
-    for y in range(0, len(rows), _BAND):
-        band = rows[y : y + _BAND]
-        height = len(band)
-        _turn(band, words)
-        for c in range(channels):
-            for o in range(len(first)):
-                column_out = columns_out[o * channels + c, :height]
-                _sum_rows(columns[c::channels, :height], first[o], weights[o], sums, column_out)
-        _turn_back(words_out, out[y : y + _BAND])
+    num_bands = -(-len(rows) // _BAND)
+    num_words = -(-len(rows) // (8 * num_bands))
+    band = 8 * num_words
+    words = np.empty((rows.shape[1], num_words), np.uint64)
+    words_out = np.empty((out.shape[1], num_words), np.uint64)
+    # One row a pixel: its channels, and in each the rows of the band.
+    pixels = words.view(np.uint8).reshape(-1, channels * band)
+    pixels_out = words_out.view(np.uint8).reshape(-1, channels * band)
+    for y in range(0, len(rows), band):
+        _turn(rows[y : y + band], words)
+        _along_y(pixels, first, weights, pixels_out)
+        _turn_back(words_out, out[y : y + band])
 
 
 @njit(nogil=True, cache=True)
@@ -161,28 +160,49 @@ def _byte(total):
 
 @njit(nogil=True, cache=True)
 def _turn(rows, words):
-    """rows uint8 [n, L], n <= 8 * W -> words uint64 [L, W]: byte r of column i is rows[r, i] (little-endian).
-    Rows beyond the last repeat it."""
-    last = len(rows) - 1
-    for g in range(last // 8 + 1):
-        r = 8 * g
-        a, b, c, d = rows[r], rows[min(r + 1, last)], rows[min(r + 2, last)], rows[min(r + 3, last)]
-        e, f, h, j = rows[min(r + 4, last)], rows[min(r + 5, last)], rows[min(r + 6, last)], rows[min(r + 7, last)]
+    """rows uint8 [n, L], n <= 8 * W -> words uint64 [L, W]: byte r of column i is rows[r, i] (little-endian). Rows
+    beyond the last repeat it up to a whole word."""
+    for g in range(-(-len(rows) // 8)):
+        a, b, c, d, e, f, h, j = _eight(rows, g)
         for i in range(rows.shape[1]):
             low, high = _word(a[i], b[i], c[i], d[i]), _word(e[i], f[i], h[i], j[i])
             words[i, g] = np.uint64(low) | np.uint64(high) << np.uint64(32)
 
 
 @njit(nogil=True, cache=True)
-def _word(a, b, c, d):
-    """Four bytes, the first one lowest."""
-    return np.uint32(a) | np.uint32(b) << np.uint32(8) | np.uint32(c) << np.uint32(16) | np.uint32(d) << np.uint32(24)
+def _turn_back(words, rows):
+    """The inverse of `_turn`: words uint64 [L, W] -> rows uint8 [n, L]."""
+    for g in range(-(-len(rows) // 8)):
+        a, b, c, d, e, f, h, j = _eight(rows, g)
+        for i in range(rows.shape[1]):
+            word = words[i, g]
+            a[i] = np.uint8(word)
+            b[i] = np.uint8(word >> np.uint64(8))
+            c[i] = np.uint8(word >> np.uint64(16))
+            d[i] = np.uint8(word >> np.uint64(24))
+            e[i] = np.uint8(word >> np.uint64(32))
+            f[i] = np.uint8(word >> np.uint64(40))
+            h[i] = np.uint8(word >> np.uint64(48))
+            j[i] = np.uint8(word >> np.uint64(56))
 
 
 @njit(nogil=True, cache=True)
-def _turn_back(words, rows):
-    """The inverse of `_turn`: words uint64 [L, W] -> rows uint8 [n, L]."""
-    for r in range(len(rows)):
-        shift = np.uint64(8 * (r % 8))
-        for i in range(rows.shape[1]):
-            rows[r, i] = np.uint8(words[i, r // 8] >> shift)
+def _eight(rows, g):
+    """Rows 8 g .. 8 g + 7; in place of those beyond the last, the last."""
+    r, last = 8 * g, len(rows) - 1
+    return (
+        rows[r],
+        rows[min(r + 1, last)],
+        rows[min(r + 2, last)],
+        rows[min(r + 3, last)],
+        rows[min(r + 4, last)],
+        rows[min(r + 5, last)],
+        rows[min(r + 6, last)],
+        rows[min(r + 7, last)],
+    )
+
+
+@njit(nogil=True, cache=True)
+def _word(a, b, c, d):
+    """Four bytes, the first one lowest."""
+    return np.uint32(a) | np.uint32(b) << np.uint32(8) | np.uint32(c) << np.uint32(16) | np.uint32(d) << np.uint32(24)
