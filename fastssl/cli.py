@@ -15,7 +15,7 @@ import click
 
 from fastssl.config import ConfigError, FastsslError
 from fastssl.datasets import KNOWN_SETS
-from loaders import DATA_ERRORS
+from loaders.errors import LoaderError
 
 DEFAULT_RECIPE = "paws.digits"
 
@@ -27,7 +27,7 @@ def _in_users_words(command: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
             return command(*args, **kwargs)
-        except (FastsslError, *DATA_ERRORS) as error:
+        except (FastsslError, LoaderError) as error:
             raise click.ClickException(str(error)) from error
         except KeyboardInterrupt:
             raise click.ClickException("interrupted; the same command continues from the last checkpoint") from None
@@ -35,7 +35,7 @@ def _in_users_words(command: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-_data = click.option("--data", multiple=True, metavar="[KEY=]PATH", help="Images; KEY: unlabelled, labelled, validation.")
+_data = click.option("--data", multiple=True, metavar="[KEY=]PATH", help="KEY: unlabelled, labelled or validation.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -90,7 +90,6 @@ def train(
         data = (stages[0].method.dataset,)
     if not data and not dry_run:
         raise ConfigError(f"{recipe} needs images: --data {known.how}")
-    folder = out or Path("runs") / f"{recipe}-seed{chosen[0]}"
     if out and len(chosen) > 1:
         raise ConfigError("--out names one run; with several --seeds leave it out")
     job = Job(
@@ -98,7 +97,7 @@ def train(
         stages=stages,
         changes=changes,
         data=data,
-        out=folder,
+        out=out or Path("runs") / f"{recipe}-seed{chosen[0]}",
         seed=chosen[0],
         device="cuda" if gpus else "cpu",
         world=gpus or cpu_ranks or 1,
@@ -110,7 +109,7 @@ def train(
     if dry_run:
         click.echo(describe(job))
         return
-    jobs = [replace(job, seed=s, out=job.out if len(chosen) == 1 else Path("runs") / f"{recipe}-seed{s}") for s in chosen]
+    jobs = [replace(job, seed=seed, out=out or Path("runs") / f"{recipe}-seed{seed}") for seed in chosen]
     results = [start(j) for j in jobs]
     if len(jobs) > 1:
         for name, spread in spread_over_seeds(results).items():

@@ -7,7 +7,7 @@ import torch
 from fastssl.datasets import KNOWN_SETS
 from fastssl.engine.stages import Job, facts_of
 from fastssl.methods.base import Facts, Stage
-from loaders import DATA_ERRORS
+from loaders.errors import LoaderError
 from loaders.loader import bind
 from loaders.plan.plan import check_world
 from loaders.plan.views import All, Sequential
@@ -35,7 +35,7 @@ def _opened(job: Job) -> tuple[DataSets | None, list[str]]:
         warnings.append(f"this host has {available} GPUs, {job.world} are asked for")
     try:
         return (open_data(job.data) if job.data else None), warnings
-    except DATA_ERRORS as error:
+    except LoaderError as error:
         return None, [*warnings, str(error)]
 
 

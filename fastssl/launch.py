@@ -15,7 +15,7 @@ import torch
 from fastssl import dist
 from fastssl.config import FastsslError
 from fastssl.engine.stages import RESULT, Job, run
-from loaders import DATA_ERRORS
+from loaders.errors import LoaderError
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -29,8 +29,8 @@ def start(job: Job) -> dict[str, Any]:
         return _joined(job)
     if job.device == "cuda" and job.world > torch.cuda.device_count():
         raise FastsslError(
-            f"--gpus {job.world}: this host has {torch.cuda.device_count()}. On several hosts, start one process a GPU "
-            f"on each: torchrun --nnodes NODES --nproc-per-node GPUS_A_NODE --rdzv-backend c10d --rdzv-endpoint HOST:29400 "
+            f"--gpus {job.world}: this host has {torch.cuda.device_count()}. Where there are more on several hosts, run "
+            "on each: torchrun --nnodes NODES --nproc-per-node GPUS --rdzv-backend c10d --rdzv-endpoint HOST:29400 "
             f"-m fastssl {' '.join(sys.argv[1:])}"
         )
     if job.world == 1:
@@ -57,8 +57,8 @@ def _started_here(job: Job) -> dict[str, Any]:
     try:
         elastic_launch(config, _worker)(job, os.getpid())
     except ChildFailedError as error:
-        failed = min(error.failures.values(), key=lambda failure: failure.timestamp)
-        raise FastsslError(f"rank {failed.rank} ended with exit code {failed.exitcode}; its message is above") from None
+        rank, failed = error.get_first_failure()
+        raise FastsslError(f"rank {rank} ended with exit code {failed.exitcode}; its message is above") from None
     return json.loads((job.out / RESULT).read_text())
 
 
@@ -67,7 +67,7 @@ def _worker(job: Job, parent: int) -> None:
     _end_with_parent(parent)
     try:
         _joined(job)
-    except (FastsslError, *DATA_ERRORS) as error:
+    except (FastsslError, LoaderError) as error:
         if dist.is_main():
             print(f"Error: {error}", file=sys.stderr, flush=True)
         # Not sys.exit: peers may be inside a collective, and waiting for them here would never end.

@@ -21,7 +21,7 @@ _ALIASES = {"epochs": "length", "steps": "length"}
 
 def recipes() -> dict[str, Callable[[], Stages]]:
     """Every recipe by name, in the order of its file."""
-    found = {}
+    found: dict[str, Callable[[], Stages]] = {}
     for module in pkgutil.iter_modules(fastssl.methods.__path__):
         if module.name == "base":
             continue

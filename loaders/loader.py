@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -23,12 +23,13 @@ import torch
 from torch import Tensor
 
 from loaders.batch import Batch, Part
+from loaders.errors import StoreError
 from loaders.finish import numba_cpu
 from loaders.plan.plan import BoundPlan, Plan, Rows, StreamFacts
 from loaders.renderers.memory import MemoryRenderer
 from loaders.renderers.pil import PilRenderer
 from loaders.store.data import DataSets
-from loaders.store.source import ArraySource, Source, StoreError
+from loaders.store.source import ArraySource, Source, is_encoded
 from loaders.store.subsets import Resolved, resolve
 
 _DONE = object()
@@ -95,7 +96,7 @@ class Loader:
         self._stopping = threading.Event()
         self._planner: threading.Thread | None = None
 
-    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+    def batches(self, start: int, stop: int) -> Generator[Batch]:
         """Batches of steps start .. stop - 1, prepared in the background while the consumer works.
 
         One such iterator may run at a time; leaving it early stops its thread.
@@ -186,13 +187,12 @@ class Loader:
 
 def make_renderer(kind: str, source: Source, pool: ThreadPoolExecutor) -> MemoryRenderer | PilRenderer:
     """The renderer named `kind` over `source`; `auto` takes what the source allows. Raises StoreError otherwise."""
-    fitting = {"memory": MemoryRenderer} if isinstance(source, ArraySource) else {"pil": PilRenderer}
-    if kind == "auto":
-        kind = next(iter(fitting))
-    if kind not in fitting:
-        holds = "arrays" if isinstance(source, ArraySource) else "encoded images"
-        raise StoreError(f"--loader {kind}: {source.name} holds {holds}; choose auto or {', '.join(fitting)}")
-    return fitting[kind](source, pool)
+    if isinstance(source, ArraySource) and kind in ("auto", "memory"):
+        return MemoryRenderer(source, pool)
+    if is_encoded(source) and kind in ("auto", "pil"):
+        return PilRenderer(source, pool)
+    holds, fits = ("encoded images", "pil") if is_encoded(source) else ("arrays", "memory")
+    raise StoreError(f"--loader {kind}: {source.name} holds {holds}; choose auto or {fits}")
 
 
 class _Slot:

@@ -56,7 +56,7 @@ class TinyConfig(Config):
 
 
 def config(family: str, **changes) -> TinyConfig:
-    return TinyConfig(dataset="digits", eval_view=EVAL, labels="per-class=10", precision="fp32", family=family, **changes)
+    return TinyConfig("digits", EVAL, labels="per-class=10", precision="fp32", family=family, **changes)
 
 
 class Tiny(Method):

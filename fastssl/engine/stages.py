@@ -189,7 +189,8 @@ class _StageRun:
         return Subject(self.method, trainer.nets, self.data, device=self.device, threads=self.threads)
 
     def _evaluate(self, trainer: Trainer) -> dict[str, Any]:
-        subject, scores = self._subject(trainer), {}
+        subject = self._subject(trainer)
+        scores: dict[str, Any] = {}
         for protocol in self.protocols:
             scores |= load_protocol(protocol).evaluate(subject)
         return scores
@@ -305,5 +306,5 @@ def _load_weights(module: torch.nn.Module, source: Path) -> None:
     wrong = [k for k in sorted(state.keys() | own.keys()) if k not in state or k not in own]
     wrong += [k for k in sorted(state.keys() & own.keys()) if state[k].shape != own[k].shape]
     if wrong:
-        raise ConfigError(f"--init-from {source}: {len(wrong)} tensors do not fit, the first {wrong[0]}; nothing loaded")
+        raise ConfigError(f"--init-from {source}: {len(wrong)} tensors do not fit ({wrong[0]}, ...); nothing loaded")
     module.load_state_dict(state)

@@ -50,7 +50,7 @@ Span = Epochs | Steps
 
 def parse_span(text: str) -> Span:
     """`20` or `20epochs` -> Epochs(20); `300steps` -> Steps(300)."""
-    number, unit = text.strip(), Epochs
+    number, unit = text.strip(), Epochs  # type: tuple[str, type[Span]]
     for suffix, kind in (("epochs", Epochs), ("epoch", Epochs), ("steps", Steps), ("step", Steps)):
         if number.endswith(suffix):
             number, unit = number.removesuffix(suffix).strip(), kind

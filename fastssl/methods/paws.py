@@ -276,6 +276,7 @@ class Paws(Method):
 
     def loss(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:
         c, unlabelled, support = self.config, batch.parts["unlabelled"].x, batch.parts["support"]
+        assert support.columns is not None
         resolutions = [torch.cat([support.x["support"], unlabelled["global"]])]
         if c.small_view is not None:
             resolutions.append(unlabelled["small"])
@@ -304,6 +305,7 @@ class Paws(Method):
 
     def embed(self, nets: Nets, x: Tensor, tap: str) -> Tensor:
         net = nets.online
+        assert isinstance(net, PawsNet)
         with autocast(x.device, self.config.precision):
             features = net.trunk(x)
             if tap != "backbone":

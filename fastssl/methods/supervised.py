@@ -107,8 +107,10 @@ class Supervised(Method):
         return {"total": F.cross_entropy(logits, part.labels, label_smoothing=c.label_smoothing)}
 
     def embed(self, nets: Nets, x: Tensor, tap: str) -> Tensor:
+        net = nets.online
+        assert isinstance(net, Classifier)
         with autocast(x.device, self.config.precision):
-            return (nets.online.trunk(x) if tap == "backbone" else nets.online(x)).float()
+            return (net.trunk(x) if tap == "backbone" else net(x)).float()
 
 
 # ---------------------------------------------------------------------------------------------------------- recipes

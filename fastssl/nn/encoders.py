@@ -2,10 +2,8 @@
 
 from dataclasses import dataclass
 
-from torch import nn
-
-from fastssl.nn.resnet import Stem, resnet
-from fastssl.nn.wide_resnet import wide_resnet
+from fastssl.nn.resnet import ResNetTrunk, Stem, resnet
+from fastssl.nn.wide_resnet import WideResNetTrunk, wide_resnet
 
 
 @dataclass(frozen=True)
@@ -17,7 +15,7 @@ class ResNet:
     stem: Stem = "imagenet"
     base_width: int = 64
 
-    def build(self, in_channels: int = 3) -> nn.Module:
+    def build(self, in_channels: int = 3) -> ResNetTrunk:
         """[N, in_channels, H, W] -> [N, num_features], an attribute of the module."""
         return resnet(self.depth, self.width, self.stem, in_channels, base_width=self.base_width)
 
@@ -29,7 +27,7 @@ class WideResNet:
     depth: int = 28
     widen: int = 2
 
-    def build(self, in_channels: int = 3) -> nn.Module:
+    def build(self, in_channels: int = 3) -> WideResNetTrunk:
         """[N, in_channels, H, W] -> [N, num_features], an attribute of the module."""
         return wide_resnet(self.depth, self.widen, in_channels)
 

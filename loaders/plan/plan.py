@@ -12,14 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from loaders.errors import PlanError
 from loaders.plan.boxes import boxes
 from loaders.plan.draws import mix, tag, uniforms
 from loaders.plan.order import ClassIndex, balanced, shuffled
 from loaders.plan.views import Balanced, Centre, Sequential, Stream, View
-
-
-class PlanError(ValueError):
-    """The streams asked for cannot be drawn from the data, or not by this number of ranks."""
 
 
 @dataclass(frozen=True)

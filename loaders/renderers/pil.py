@@ -9,18 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from PIL import Image
 
+from loaders.errors import RenderError, StoreError
 from loaders.plan.plan import Rows
 from loaders.plan.views import Filter, Rrc, View
 from loaders.renderers.spread import spread
 from loaders.store.images import ImageError, open_image
-from loaders.store.source import EncodedSource, StoreError
+from loaders.store.source import EncodedSource
 
 _RESAMPLING = {Filter.BILINEAR: Image.Resampling.BILINEAR, Filter.BICUBIC: Image.Resampling.BICUBIC}
 _IMAGES_A_TASK = 2
-
-
-class RenderError(ValueError):
-    """An image that cannot be read or decoded; names its id and file."""
 
 
 class PilRenderer:

@@ -27,8 +27,9 @@ from types import TracebackType
 
 import numpy as np
 
+from loaders.errors import StoreError
 from loaders.store.jpeg import jpeg_header
-from loaders.store.source import StoreError, digest
+from loaders.store.source import digest
 
 VERSION = 2
 PAGE_SIZE = 1 << 24  # FFCV's default of 8 MiB is less than ImageNet's largest JPEG (about 15 MiB)
@@ -106,7 +107,9 @@ class BetonWriter:
         self._file.seek(self._end)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             if kind is None:
                 self._finish()

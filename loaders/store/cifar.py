@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from loaders.store.source import ArraySource, StoreError
+from loaders.errors import StoreError
+from loaders.store.source import ArraySource
 
 FOLDER = "cifar-10-batches-bin"
 TRAIN = tuple(f"data_batch_{k}.bin" for k in range(1, 6))

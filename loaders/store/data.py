@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, overload
 
+from loaders.errors import StoreError
 from loaders.store import cifar
 from loaders.store.beton import BetonSource
 from loaders.store.digits import open_digits
 from loaders.store.folder import FolderSource, folders_in, images_in
-from loaders.store.source import Source, StoreError, concatenate, relabelled
+from loaders.store.source import Source, concatenate, relabelled
 
 TRAIN, VALIDATION, LABELLED = "train", "validation", "labelled"
 _KEYED = re.compile(r"([a-z][a-z0-9_]*)=(.+)", re.DOTALL)

@@ -13,7 +13,7 @@ _BRIGHTEST = 16
 
 def open_digits() -> tuple[ArraySource, ArraySource]:
     """(training, held-out) images uint8 [N, 8, 8, 1], 0..16 scaled to 0..255; the same split everywhere, always."""
-    from sklearn.datasets import load_digits  # type: ignore[import-untyped]  # slow to import, and only this set needs it
+    from sklearn.datasets import load_digits  # slow to import, and only this set needs it
 
     bunch = load_digits()
     images = np.rint(bunch.images * (255 / _BRIGHTEST)).astype(np.uint8)[..., None]

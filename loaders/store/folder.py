@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from loaders.errors import StoreError
 from loaders.store.images import ImageError, open_image
-from loaders.store.source import StoreError, digest
+from loaders.store.source import digest
 
 SUFFIXES = (".jpeg", ".jpg", ".png")
 

@@ -9,9 +9,7 @@ from typing import Protocol, TypeGuard
 
 import numpy as np
 
-
-class StoreError(ValueError):
-    """The data asked for is missing, damaged or not what was expected; the message is for the user."""
+from loaders.errors import StoreError
 
 
 class Source(Protocol):

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from loaders.errors import StoreError
 from loaders.plan.draws import mix
 from loaders.plan.views import All, Complement, Listed, PerClass, Subset
-from loaders.store.source import Source, StoreError
+from loaders.store.source import Source
 
 LISTS_VARIABLE = "FASTSSL_LISTS"
 

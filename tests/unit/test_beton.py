@@ -4,13 +4,14 @@ import io
 import json
 import os
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from loaders.errors import StoreError
 from loaders.store.beton import BetonReader, BetonWriter
-from loaders.store.source import StoreError
 
 PAGE = 1 << 21
 LABELS = [1, 0, -1, 1]
@@ -230,3 +231,20 @@ def test_fingerprint_tells_sets_apart(tmp_path, beton):
     reordered = write(tmp_path / "order.beton", jpegs=[JPEGS[k] for k in (1, 0, 2, 3)])
     renamed = write(tmp_path / "classes.beton", classes=("n01", "n03"))
     assert len({same, *(BetonReader(p).fingerprint() for p in (relabelled, reordered, renamed))}) == 4
+
+
+def test_real_photographs_keep_bytes_and_sizes(tmp_path):
+    """Cameras write headers that no encoder of ours does; Pillow reads the sizes independently."""
+    folder = os.environ.get("FASTSSL_TEST_DATA")
+    if not folder:
+        pytest.skip("FASTSSL_TEST_DATA is not set: no real JPEGs (imagenet-sample/)")
+    files = sorted((Path(folder) / "imagenet-sample").glob("*/*.JPEG"))
+    assert files, f"no JPEGs in {folder}/imagenet-sample"
+    with BetonWriter(tmp_path / "sample.beton", len(files), ("all",)) as writer:
+        for file in files:
+            writer.add(file.read_bytes(), 0, file.name)
+    reader = BetonReader(tmp_path / "sample.beton")
+    for i, file in enumerate(files):
+        with Image.open(file) as image:
+            assert reader.sizes[i].tolist() == [image.height, image.width], file
+        assert reader.jpeg(i) == file.read_bytes() and reader.name(i) == file.name

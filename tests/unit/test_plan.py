@@ -7,10 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from loaders.errors import PlanError
 from loaders.plan.boxes import centre_boxes, random_resized_boxes
 from loaders.plan.draws import mix
 from loaders.plan.ops import ColourJitter, Flip, GaussianBlur, Grayscale
-from loaders.plan.plan import Plan, PlanError, StreamFacts, check_world
+from loaders.plan.plan import Plan, StreamFacts, check_world
 from loaders.plan.views import (
     Balanced,
     Centre,

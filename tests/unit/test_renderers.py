@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from loaders.errors import RenderError
 from loaders.plan.plan import Plan, StreamFacts
 from loaders.plan.views import Centre, Filter, Rrc, Shuffled, Stream, View, Whole
 from loaders.renderers.memory import MemoryRenderer
-from loaders.renderers.pil import PilRenderer, RenderError
+from loaders.renderers.pil import PilRenderer
 from loaders.store.beton import BetonSource, BetonWriter
 from loaders.store.folder import FolderSource
 from loaders.store.source import ArraySource

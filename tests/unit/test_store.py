@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from loaders.errors import StoreError
 from loaders.plan.views import All, Complement, Listed, PerClass
 from loaders.store.beton import BetonWriter
 from loaders.store.cifar import open_cifar10
 from loaders.store.data import open_data
 from loaders.store.digits import open_digits
 from loaders.store.folder import FolderSource
-from loaders.store.source import ArraySource, Concatenated, StoreError, concatenate
+from loaders.store.source import ArraySource, Concatenated, concatenate
 from loaders.store.subsets import PUBLISHED, resolve
 
 
