@@ -65,6 +65,24 @@ def resize_box(src, box, clip, size, filter, out):
 
 
 @njit(nogil=True, cache=True)
+def resize_boxes(images, ids, boxes, cut_first, filter, out):
+    """`resize_box` for many: images uint8 [N, H, W, C], ids int64 [M], boxes float64 [M, 4] -> out uint8 [M, S, S, C].
+
+    `cut_first` makes each box its own clip, else the whole image is. (Here, not with its caller: numba's cache of a
+    function does not notice changes in other files.)
+    """
+    height, width = images.shape[1:3]
+    size = out.shape[1]
+    for m in range(len(ids)):
+        x0, y0, x1, y1 = boxes[m]
+        clip = (int(x0), int(y0), int(x1), int(y1)) if cut_first else (0, 0, width, height)
+        if x1 - x0 == size and y1 - y0 == size and x0 == int(x0) and y0 == int(y0):
+            out[m] = images[ids[m], int(y0) : int(y1), int(x0) : int(x1)]
+        else:
+            resize_box(images[ids[m]], (x0, y0, x1, y1), clip, size, filter, out[m])
+
+
+@njit(nogil=True, cache=True)
 def _kernel(x, filter):
     x = abs(x)
     if filter != _BICUBIC:
