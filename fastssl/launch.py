@@ -29,8 +29,8 @@ def start(job: Job) -> dict[str, Any]:
         return _joined(job)
     if job.device == "cuda" and job.world > torch.cuda.device_count():
         raise FastsslError(
-            f"--gpus {job.world}: this host has {torch.cuda.device_count()}. Where there are more on several hosts, run "
-            "on each: torchrun --nnodes NODES --nproc-per-node GPUS --rdzv-backend c10d --rdzv-endpoint HOST:29400 "
+            f"--gpus {job.world}: this host has {torch.cuda.device_count()}. With more on several hosts, run on "
+            "each: torchrun --nnodes NODES --nproc-per-node GPUS --rdzv-backend c10d --rdzv-endpoint HOST:29400 "
             f"-m fastssl {' '.join(sys.argv[1:])}"
         )
     if job.world == 1:

@@ -6,6 +6,7 @@ else is a function of the step.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
@@ -125,9 +126,12 @@ class Trainer:
         if dist.world_size() == 1:
             return self.nets
         device_ids = [self.device.index] if self.device.type == "cuda" else None
-        averaged = DistributedDataParallel(
-            self.nets.online, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        with warnings.catch_warnings():
+            # What is to replace broadcast_buffers is not in every torch that we support.
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+            averaged = DistributedDataParallel(
+                self.nets.online, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
         trained = replace(self.nets, online=averaged)
         before = {
             name: {key: value.clone() for key, value in module.state_dict().items()}

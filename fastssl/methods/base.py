@@ -34,6 +34,9 @@ class Epochs:
     def steps(self, steps_per_epoch: int) -> int:
         return self.count * steps_per_epoch
 
+    def __str__(self) -> str:
+        return f"{self.count:,} epochs"
+
 
 @dataclass(frozen=True)
 class Steps:
@@ -43,6 +46,9 @@ class Steps:
 
     def steps(self, steps_per_epoch: int) -> int:
         return self.count
+
+    def __str__(self) -> str:
+        return f"{self.count:,} steps"
 
 
 Span = Epochs | Steps
