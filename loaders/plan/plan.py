@@ -146,11 +146,13 @@ class BoundPlan:
         elif not isinstance(stream.order, Sequential) and batch > facts.num_images:
             raise PlanError(f"stream {name!r}: a batch of {batch} needs as many images, there are {facts.num_images}")
         for view in stream.views:
-            if isinstance(view.crop, Centre) and view.crop.resize is None and facts.sizes.min() < view.size:
-                raise PlanError(
-                    f"view {view.name!r} cuts {view.size} pixels from the centre, "
-                    f"the smallest image side is {facts.sizes.min()}: give Centre a resize"
-                )
+            if isinstance(view.crop, Centre):
+                shortest = int(facts.sizes.min()) if view.crop.resize is None else view.crop.resize
+                if shortest < view.size:
+                    raise PlanError(
+                        f"view {view.name!r} cuts {view.size} pixels from the centre of images whose shorter side is "
+                        f"{shortest}: give Centre a resize of {view.size} or more"
+                    )
 
     def _check_balanced(self, stream: Stream, order: Balanced, facts: StreamFacts) -> None:
         ids = np.arange(len(facts.sizes)) if facts.ids is None else facts.ids

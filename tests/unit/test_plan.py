@@ -173,6 +173,15 @@ def test_impossible_streams_are_refused_in_users_words(changes, message):
         paws_plan(**changes)
 
 
+@pytest.mark.parametrize("resize", [None, 32])
+def test_a_centre_crop_larger_than_the_image_is_refused(resize):
+    labels = np.zeros(4, np.int64)
+    facts = StreamFacts(None, labels, labels, np.full((4, 2), 40, np.int32), 1)
+    view = View("eval", 64, Centre(resize))
+    with pytest.raises(PlanError, match="give Centre a resize of 64 or more"):
+        Plan((Stream("s", "validation", (view,), Sequential(), 4),), "s", 0).bind({"s": facts})
+
+
 def test_labels_as_users_write_them():
     assert parse_subset("per-class=13@2") == PerClass(13, 2)
     assert parse_subset("not:per-class=4") == Complement(PerClass(4))
