@@ -23,6 +23,29 @@ class Rrc:
 
 
 @dataclass(frozen=True)
+class ClampedRrc:
+    """RandomResizedCrop with BYOL's and SemPPL's law: area share uniform in `area`, aspect log-uniform in `ratio`, each
+    side cut down to the image's where it is longer, nothing drawn again. Boxes have integer corners."""
+
+    area: tuple[float, float]
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+
+
+@dataclass(frozen=True)
+class DistortedBox:
+    """The "inception crop" of SimCLR and S4L: TensorFlow's sample_distorted_bounding_box around the whole image.
+
+    Aspect uniform in `ratio`; then the height, not the area, uniform over those that give an area share in `area`.
+    Boxes that cover less than `covered` of the image are drawn again, which makes that the actual smallest share.
+    After 100 attempts the whole image. Boxes have integer corners.
+    """
+
+    area: tuple[float, float]
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    covered: float = 0.1
+
+
+@dataclass(frozen=True)
 class Centre:
     """Shorter side scaled to `resize` pixels, then the central `View.size` square (evaluation).
 
@@ -38,7 +61,8 @@ class Whole:
     """The whole image, scaled to `View.size` whatever its aspect (small square sets: digits, CIFAR)."""
 
 
-Crop = Rrc | Centre | Whole
+RandomCrop = Rrc | ClampedRrc | DistortedBox  # cut out first, then scaled: nothing beyond the box shows
+Crop = RandomCrop | Centre | Whole
 
 
 class Filter(Enum):

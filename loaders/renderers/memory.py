@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from loaders.plan.plan import Rows
-from loaders.plan.views import Rrc
+from loaders.plan.views import RandomCrop
 from loaders.renderers.resample import CODES, resize_boxes
 from loaders.renderers.spread import spread
 from loaders.store.source import ArraySource
@@ -30,7 +30,7 @@ class MemoryRenderer:
                 copies = v.view.copies
                 part = slice(begin * copies, end * copies)  # nothing is decoded: any share of the crops will do
                 ids = np.tile(rows.ids, copies)[part]
-                cut_first, filter = isinstance(v.view.crop, Rrc), CODES[v.view.filter]
+                cut_first, filter = isinstance(v.view.crop, RandomCrop), CODES[v.view.filter]
                 resize_boxes(self.source.images, ids, v.boxes[part], cut_first, filter, out[v.view.name][part])
 
         spread(self.pool, work, len(rows.ids), _IMAGES_A_TASK)
