@@ -7,6 +7,7 @@ produced, named with its hash.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
@@ -32,6 +33,7 @@ from loaders.loader import Bound, Loader, bind
 from loaders.store.data import LABELLED, VALIDATION, DataSets, open_data
 
 RESOLVED, RESULT, PRODUCED = "resolved.json", "result.json", "produced.pt"
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,22 @@ def threads_per_rank() -> int:
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
+def keep_freed_memory() -> None:
+    """Let this process keep what it frees. glibc returns large blocks to the kernel, which hands them out again page
+    by page, zeroed: a fifth to a quarter of a CPU training step. Where malloc is not glibc's, nothing changes."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)
+
+
 def run(job: Job) -> dict[str, Any]:
     """Do, or finish, every stage of `job` on this rank; returns what `result.json` holds."""
     threads = threads_per_rank()
     torch.set_num_threads(threads)
     device = torch.device(job.device, dist.local_rank()) if job.device == "cuda" else torch.device("cpu")
+    if device.type == "cpu":
+        keep_freed_memory()
     data = open_data(job.data)
     _claim(job, data)
 
