@@ -22,8 +22,11 @@ from __future__ import annotations
 import json
 import os
 import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 import numpy as np
 
@@ -71,6 +74,84 @@ def _table_type(type_ids: list[int]) -> np.dtype:
     return np.dtype([(f"f{k}", _ROW_TYPES[t]) for k, t in enumerate(type_ids)], align=True)
 
 
+def data_start(num_images: int, page_size: int = PAGE_SIZE) -> int:
+    """Where the data of a file of ours with up to `num_images` images begins: a multiple of the page size."""
+    end = _HEADER.itemsize + 3 * _FIELD.itemsize + num_images * _table_type([_IMAGES, _INT, _JSON]).itemsize
+    return end + -end % page_size
+
+
+def place(sizes: np.ndarray, start: int, page_size: int = PAGE_SIZE) -> tuple[np.ndarray, int]:
+    """Places int64 [N] of regions of `sizes` int64 [N] bytes, one after the other from `start` on, such that none
+    straddles a page; and the end. No size may exceed the page."""
+    assert not len(sizes) or sizes.max() <= page_size
+    ends, places = np.cumsum(sizes), np.empty(len(sizes), np.int64)
+    first, before = 0, 0
+    while first < len(sizes):
+        beyond = int(np.searchsorted(ends, before + page_size - start % page_size, side="right"))
+        if beyond > first:
+            places[first:beyond] = start + (ends - sizes)[first:beyond] - before
+            start += int(ends[beyond - 1]) - before
+            first, before = beyond, int(ends[beyond - 1])
+        else:
+            start += -start % page_size
+    return places, start
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Images whose bytes are in the file already; arrays are [N]."""
+
+    heights: np.ndarray
+    widths: np.ndarray
+    labels: np.ndarray  # -1: none
+    ptrs: np.ndarray
+    sizes: np.ndarray
+    names: Sequence[str]
+
+
+def write_tables(
+    file: BinaryIO, stored: Stored, class_names: tuple[str, ...], end: int, page_size: int = PAGE_SIZE
+) -> None:
+    """Make `file` a `.beton`: all but the images' bytes, which lie between `data_start` and `end`."""
+    texts = [json.dumps(name).encode() + b"\0" for name in stored.names]  # FFCV's JSONField ends with a null
+    text_sizes = np.fromiter(map(len, texts), np.int64, len(texts))
+    text_ptrs, names_end = place(text_sizes, end, page_size)
+    at = None
+    for ptr, text in zip(text_ptrs.tolist(), texts, strict=True):
+        if ptr != at:  # each seek costs a system call: there are millions of names, and a few pages
+            file.seek(ptr)
+        file.write(text)
+        at = ptr + len(text)
+    class_list = json.dumps(class_names).encode()
+    file.write(class_list)
+
+    num_images = len(texts)
+    regions = np.zeros((2, num_images), _ALLOCATION)
+    regions["sample_id"] = np.arange(num_images)
+    regions["ptr"] = stored.ptrs, text_ptrs
+    regions["size"] = stored.sizes, text_sizes
+    file.write(regions.tobytes())
+    file.truncate()
+
+    fields = np.zeros(3, _FIELD)
+    fields["type_id"] = _IMAGES, _INT, _JSON
+    fields["name"] = b"image", b"label", b"name"
+    where = np.array((_CLASS_NAMES_TAG, names_end, len(class_list)), _CLASS_NAMES)
+    fields["arguments"][1, : where.nbytes] = np.frombuffer(where.tobytes(), np.uint8)
+    table = np.zeros(num_images, _table_type([_IMAGES, _INT, _JSON]))
+    image, label, name = (table[f] for f in ("f0", "f1", "f2"))
+    image["mode"] = _JPEG_MODE
+    image["width"], image["height"], image["data_ptr"] = stored.widths, stored.heights, stored.ptrs
+    label[:] = stored.labels
+    name["ptr"], name["size"] = text_ptrs, text_sizes
+    header = np.array((VERSION, 3, page_size, num_images, names_end + len(class_list)), _HEADER)
+    file.seek(0)
+    for part in (header, fields, table):
+        file.write(part.tobytes())
+    file.flush()
+    os.fsync(file.fileno())
+
+
 class BetonWriter:
     """Writes `num_images` images in order; the file appears under its name when the `with` block ends well.
 
@@ -89,15 +170,10 @@ class BetonWriter:
         self.path = Path(path)
         self._partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
         self._class_names, self._page_size = tuple(class_names), page_size
-        self._fields = np.zeros(3, _FIELD)
-        self._fields["type_id"] = _IMAGES, _INT, _JSON
-        self._fields["name"] = b"image", b"label", b"name"
-        self._table = np.zeros(num_images, _table_type([_IMAGES, _INT, _JSON]))
+        self._num_announced = num_images
+        self._rows: list[tuple[int, int, int, int, int]] = []  # height, width, label, ptr, size
         self._names: list[str] = []
-        self._allocations = np.zeros(2 * num_images, _ALLOCATION)
-        self._num_allocations = 0
-        self._end = _HEADER.itemsize + self._fields.nbytes + self._table.nbytes
-        self._end += -self._end % page_size
+        self._end = data_start(num_images, page_size)
 
     def __enter__(self) -> BetonWriter:
         try:
@@ -114,16 +190,15 @@ class BetonWriter:
             if kind is None:
                 self._finish()
                 os.replace(self._partial, self.path)
-                _sync_folder(self.path.parent)
+                sync_folder(self.path.parent)
         finally:
             self._file.close()
             self._partial.unlink(missing_ok=True)
 
     def add(self, jpeg: bytes, label: int, name: str) -> None:
         """Append an image: grey or three-component JPEG bytes, a label (-1: none), its bare file name."""
-        i = len(self._names)
-        if i == len(self._table):
-            raise StoreError(f"{self.path}: {name} is one image more than the {i} announced")
+        if len(self._names) == self._num_announced:
+            raise StoreError(f"{self.path}: {name} is one image more than the {self._num_announced} announced")
         try:
             height, width, components = jpeg_header(jpeg)
         except StoreError as e:
@@ -133,46 +208,24 @@ class BetonWriter:
         num_classes = len(self._class_names) or MAX_CLASSES
         if not -1 <= label < num_classes:
             raise StoreError(f"{name}: label {label} is not in -1..{num_classes - 1}")
-        row = self._table[i]
-        row["f0"] = _JPEG_MODE, width, height, self._append(i, jpeg, name)
-        row["f1"] = label
+        if len(jpeg) > self._page_size:
+            raise StoreError(f"{name}: {len(jpeg)} bytes do not fit a page of {self._page_size}: raise page_size")
+        (ptr,), self._end = place(np.array([len(jpeg)]), self._end, self._page_size)
+        self._file.seek(ptr)
+        self._file.write(jpeg)
+        self._rows.append((height, width, label, int(ptr), len(jpeg)))
         self._names.append(name)
 
-    def _append(self, i: int, data: bytes, name: str) -> int:
-        """Write `data` where it does not straddle a page; returns its place."""
-        if len(data) > self._page_size:
-            raise StoreError(f"{name}: {len(data)} bytes do not fit a page of {self._page_size}: raise page_size")
-        if self._end % self._page_size + len(data) > self._page_size:
-            self._end += -self._end % self._page_size
-            self._file.seek(self._end)
-        ptr = self._end
-        self._file.write(data)
-        self._end += len(data)
-        self._allocations[self._num_allocations] = i, ptr, len(data)
-        self._num_allocations += 1
-        return ptr
-
     def _finish(self) -> None:
-        if len(self._names) < len(self._table):
-            raise StoreError(f"{self.path}: {len(self._names)} of the {len(self._table)} announced images were written")
-        for i, name in enumerate(self._names):
-            data = json.dumps(name).encode() + b"\0"  # FFCV's JSONField ends with a null
-            self._table[i]["f2"] = self._append(i, data, name), len(data)
-        class_names = json.dumps(self._class_names).encode()
-        where = np.array((_CLASS_NAMES_TAG, self._end, len(class_names)), _CLASS_NAMES)
-        self._fields["arguments"][1, : where.nbytes] = np.frombuffer(where.tobytes(), np.uint8)
-        self._file.write(class_names)
-        self._end += len(class_names)
-        header = np.array((VERSION, 3, self._page_size, len(self._table), self._end), _HEADER)
-        self._file.write(self._allocations.tobytes())
-        self._file.seek(0)
-        for part in (header, self._fields, self._table):
-            self._file.write(part.tobytes())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        num_written = len(self._names)
+        if num_written < self._num_announced:
+            raise StoreError(f"{self.path}: {num_written} of the {self._num_announced} announced images were written")
+        heights, widths, labels, ptrs, sizes = np.array(self._rows, np.int64).T
+        stored = Stored(heights, widths, labels, ptrs, sizes, self._names)
+        write_tables(self._file, stored, self._class_names, self._end, self._page_size)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a rename in `folder` survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -266,7 +319,8 @@ class BetonFile:
     def _read_images(self, fields: np.ndarray, table: np.ndarray, regions: np.ndarray) -> None:
         images = table[f"f{self._column(fields, _IMAGES, 'image')}"]
         if (images["mode"] != _JPEG_MODE).any():
-            raise StoreError(f"{self.path}: image {_first(images['mode'] != _JPEG_MODE)} is not stored as JPEG")
+            i = _first(images["mode"] != _JPEG_MODE)
+            raise StoreError(f"{self.path}: image {i} is not stored as JPEG; write the file with FFCV's write_mode='jpg'")
         self.sizes = np.stack([images["height"], images["width"]], axis=1).astype(np.int32)
         if (self.sizes == 0).any():
             raise self._damaged(f"image {_first((self.sizes == 0).any(1))} has no pixels")

@@ -15,15 +15,21 @@ class ImageError(ValueError):
     """Not an image that can be used; the message says why."""
 
 
+class TooManyPixels(ImageError):
+    """A decompression bomb, by its header."""
+
+
 def open_image(file: Path | io.BytesIO) -> Image.Image:
     """Read the header of a JPEG or PNG of at most MAX_PIXELS pixels; the caller closes it. Raises ImageError."""
     try:
         image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
         raise ImageError("not a JPEG or PNG") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
+        raise TooManyPixels(str(e)) from e
+    except (OSError, SyntaxError, ValueError) as e:
         raise ImageError(str(e)) from e
     if image.width * image.height > MAX_PIXELS:
         image.close()
-        raise ImageError(f"{image.width} x {image.height} pixels are more than the {MAX_PIXELS} allowed")
+        raise TooManyPixels(f"{image.width} x {image.height} pixels are more than the {MAX_PIXELS} allowed")
     return image
