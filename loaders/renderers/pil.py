@@ -11,7 +11,7 @@ from PIL import Image
 
 from loaders.errors import RenderError, StoreError
 from loaders.plan.plan import Rows
-from loaders.plan.views import Filter, Rrc, View
+from loaders.plan.views import Filter, RandomCrop, View
 from loaders.renderers.spread import spread
 from loaders.store.images import ImageError, open_image
 from loaders.store.source import EncodedSource
@@ -34,16 +34,19 @@ class PilRenderer:
 
         Raises RenderError for an image that is damaged or not of the size its source says.
         """
-        num_images = len(rows.ids)
 
         def work(begin: int, end: int) -> None:
             for b in range(begin, end):
-                image = self.decode(int(rows.ids[b]))
-                for v in rows.views:
-                    for row in range(b, num_images * v.view.copies, num_images):
-                        out[v.view.name][row] = crop(image, v.boxes[row], v.view)
+                self.render_image(rows, b, out)
 
-        spread(self.pool, work, num_images, _IMAGES_A_TASK)
+        spread(self.pool, work, len(rows.ids), _IMAGES_A_TASK)
+
+    def render_image(self, rows: Rows, b: int, out: Mapping[str, np.ndarray]) -> None:
+        """The share of `render` that is image `b` of `rows`."""
+        image = self.decode(int(rows.ids[b]))
+        for v in rows.views:
+            for row in range(b, len(v.boxes), len(rows.ids)):
+                out[v.view.name][row] = crop(image, v.boxes[row], v.view)
 
     def decode(self, i: int) -> Image.Image:
         """Image `i` as RGB. Raises RenderError."""
@@ -62,6 +65,6 @@ def crop(image: Image.Image, box: np.ndarray, view: View) -> Image.Image:
     shows; else scaled in place, as if the whole image had been."""
     size, filter = (view.size, view.size), _RESAMPLING[view.filter]
     x0, y0, x1, y1 = box.tolist()
-    if isinstance(view.crop, Rrc):
+    if isinstance(view.crop, RandomCrop):
         return image.crop((int(x0), int(y0), int(x1), int(y1))).resize(size, filter)
     return image.resize(size, filter, box=(x0, y0, x1, y1))
