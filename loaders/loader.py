@@ -14,7 +14,8 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Generator
+from collections import deque
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -26,6 +27,7 @@ from loaders.batch import Batch, Part
 from loaders.errors import StoreError
 from loaders.finish import numba_cpu
 from loaders.plan.plan import BoundPlan, Plan, Rows, StreamFacts
+from loaders.renderers import Renderer
 from loaders.renderers.memory import MemoryRenderer
 from loaders.renderers.pil import PilRenderer
 from loaders.store.data import DataSets
@@ -68,8 +70,12 @@ def bind(plan: Plan, data: DataSets) -> Bound:
 
 
 class Loader:
-    """Batches of one rank. `threads` render and finish images (default: the CPUs this process may use); one more
-    thread plans ahead, `prefetch` batches deep. Close it, or use it in a `with` statement, to join its threads."""
+    """Batches of one rank. At most `threads` threads at a time render and finish images (default, and never more: the
+    CPUs this process may use); one more plans ahead, `prefetch` batches deep. Close it, or use it in a `with`
+    statement, to join its threads.
+
+    With a CUDA device, batches leave pinned slots on a stream of their own. NOT YET RUN on a GPU.
+    """
 
     def __init__(
         self,
@@ -86,12 +92,14 @@ class Loader:
         self.bound, self.rank, self.world = bound, rank, world
         self.device = torch.device(device)
         self.prefetch = prefetch
-        self.threads = threads or len(os.sched_getaffinity(0))
+        num_cpus = len(os.sched_getaffinity(0))
+        self.threads = min(threads or num_cpus, num_cpus)
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="fastssl-render")
         self._renderers = {
-            name: make_renderer(renderer, source, self._pool) for name, source in bound.sources.items()
+            name: make_renderer(renderer, source, self._pool, self.threads) for name, source in bound.sources.items()
         }
-        self._free: list[_Slot] = []
+        self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._free: deque[_Slot] = deque()
         self._crops: dict[tuple[str, str], np.ndarray] = {}  # uint8, rewritten every step by the planning thread
         self._stopping = threading.Event()
         self._planner: threading.Thread | None = None
@@ -113,14 +121,22 @@ class Loader:
                     return
                 if isinstance(item, BaseException):
                     raise item
-                yield item
+                batch, copied = item
+                if copied is not None:
+                    _hand_over(batch, copied)
+                yield batch
         finally:
             self._join_planner()
+            while not ready.empty():
+                item = ready.get()
+                if isinstance(item, tuple):
+                    item[0].release()
 
     def close(self) -> None:
         """Stop and join every thread of this loader."""
         self._join_planner()
         self._pool.shutdown(cancel_futures=True)
+        self._renderers.clear()
 
     def _join_planner(self) -> None:
         if self._planner is not None:
@@ -135,7 +151,8 @@ class Loader:
         self.close()
 
     def _prepare(self, start: int, stop: int, ready: queue.Queue) -> None:
-        """The planning thread: put batches, then `_DONE` or the exception that ended it, until told to stop."""
+        """The planning thread: put batches, each with the event of its copy to the GPU, then `_DONE` or the exception
+        that ended it, until told to stop."""
 
         def put(item: object) -> None:
             while not self._stopping.is_set():
@@ -145,6 +162,8 @@ class Loader:
                     continue
 
         try:
+            if self._copies is not None:
+                torch.cuda.set_device(self.device)  # a thread begins on GPU 0, and pinning memory would occupy it
             for step in range(start, stop):
                 if self._stopping.is_set():
                     return
@@ -153,24 +172,54 @@ class Loader:
         except BaseException as error:  # handed to the consumer, which raises it
             put(error)
 
-    def _batch(self, step: int) -> Batch:
-        slot = self._free.pop() if self._free else _Slot()
+    def _batch(self, step: int) -> tuple[Batch, torch.cuda.Event | None]:
+        slot = self._slot()
         rows = {s.name: self.bound.plan.rows(s.name, step, self.rank, self.world) for s in self.bound.plan.plan.streams}
         parts = {name: self._part(r, slot) for name, r in rows.items()}
-        batch = Batch(parts, torch.tensor(step), release=lambda: self._free.append(slot))
-        return batch.to(self.device)
+        batch = Batch(parts, torch.tensor(step))
+        if self._copies is None:
+            batch.release = self._taking_back(slot)
+            return batch, None
+        with torch.cuda.stream(self._copies):
+            batch = batch.to(self.device)
+            slot.copied = self._copies.record_event()
+        self._free.append(slot)
+        return batch, slot.copied
+
+    def _slot(self) -> _Slot:
+        """A slot that nobody reads any more. For a GPU the oldest of at least two, so that none waits for the copy
+        that was begun last."""
+        if len(self._free) < (1 if self._copies is None else 2):
+            return _Slot(pinned=self._copies is not None)
+        slot = self._free.popleft()
+        if slot.copied is not None:
+            slot.copied.synchronize()
+        return slot
+
+    def _taking_back(self, slot: _Slot) -> Callable[[], None]:
+        """What takes `slot` back from the consumer, once: a slot that stood in the list twice would be lent twice."""
+        lent = [slot]
+
+        def release() -> None:
+            while lent:
+                self._free.append(lent.pop())
+
+        return release
 
     def _part(self, rows: Rows, slot: _Slot) -> Part:
         crops = {}
         for view_rows in rows.views:
             view = view_rows.view
             shape = (len(view_rows.boxes), view.size, view.size, self.bound.sources[rows.stream].channels)
-            crops[view.name] = _reuse(self._crops, (rows.stream, view.name), shape, np.uint8)
+            key = rows.stream, view.name
+            if key not in self._crops or self._crops[key].shape != shape:
+                self._crops[key] = np.empty(shape, np.uint8)
+            crops[view.name] = self._crops[key]
         self._renderers[rows.stream].render(rows, crops)
         x = {}
         for view_rows in rows.views:
             view, crop = view_rows.view, crops[view_rows.view.name]
-            out = _reuse(slot.views, (rows.stream, view.name), (len(view.turns), *crop.shape), np.float32)
+            out = slot.floats((rows.stream, view.name), (len(view.turns), *crop.shape))
             numba_cpu.finish(crop, view.ops, view_rows.tables, view.pixels, out[0], self._pool)
             for turned, turn in list(zip(out, view.turns, strict=True))[::-1]:  # out[0], the original, last
                 turned[...] = np.rot90(out[0], turn, axes=(1, 2))
@@ -185,25 +234,61 @@ class Loader:
         )
 
 
-def make_renderer(kind: str, source: Source, pool: ThreadPoolExecutor) -> MemoryRenderer | PilRenderer:
-    """The renderer named `kind` over `source`; `auto` takes what the source allows. Raises StoreError otherwise."""
-    if isinstance(source, ArraySource) and kind in ("auto", "memory"):
+def make_renderer(kind: str, source: Source, pool: ThreadPoolExecutor, threads: int) -> Renderer:
+    """The renderer named `kind` over `source`; `auto` takes the fastest that fits and is installed.
+
+    Raises StoreError where `kind` does not fit the source or is not installed.
+    """
+    if not is_encoded(source):
+        assert isinstance(source, ArraySource)
+        if kind not in ("auto", "memory"):
+            raise StoreError(f"--loader {kind}: {source.name} holds arrays; choose auto or memory")
         return MemoryRenderer(source, pool)
-    if is_encoded(source) and kind in ("auto", "pil"):
-        return PilRenderer(source, pool)
-    holds, fits = ("encoded images", "pil") if is_encoded(source) else ("arrays", "memory")
-    raise StoreError(f"--loader {kind}: {source.name} holds {holds}; choose auto or {fits}")
+    match kind:
+        case "pil":
+            return PilRenderer(source, pool)
+        case "ffcv" | "auto":
+            try:
+                from loaders.renderers.ffcv import FfcvRenderer
+            except ImportError as e:
+                if kind == "auto":
+                    return PilRenderer(source, pool)
+                raise _missing("ffcv", "ffcv", e) from e
+            return FfcvRenderer(source, pool)
+        case "dali":
+            try:
+                from loaders.renderers.dali import DaliRenderer
+            except ImportError as e:
+                raise _missing("dali", "dali, or dali-cuda12 with CUDA 12", e) from e
+            return DaliRenderer(source, pool, threads)
+    raise StoreError(f"--loader {kind}: {source.name} holds encoded images; choose auto, ffcv, dali or pil")
+
+
+def _missing(kind: str, extra: str, error: ImportError) -> StoreError:
+    return StoreError(f"--loader {kind} cannot start ({error}): install the extra {extra} (see README.md)")
 
 
 class _Slot:
-    """Float buffers of one batch, lent to the consumer until it releases the batch."""
+    """Float buffers of one batch, lent until the consumer, or the copy to the GPU, has done with them."""
 
-    def __init__(self) -> None:
-        self.views: dict[tuple[str, str], np.ndarray] = {}
+    def __init__(self, pinned: bool):
+        self.pinned = pinned
+        self.copied: torch.cuda.Event | None = None  # the end of its last copy to the GPU
+        self._views: dict[tuple[str, str], np.ndarray] = {}
+
+    def floats(self, key: tuple[str, str], shape: tuple[int, ...]) -> np.ndarray:
+        """The slot's float32 array of `shape` called `key`."""
+        if key not in self._views or self._views[key].shape != shape:
+            self._views[key] = torch.empty(shape, pin_memory=self.pinned).numpy()
+        return self._views[key]
 
 
-def _reuse(buffers: dict, key: tuple[str, str], shape: tuple[int, ...], dtype: type) -> np.ndarray:
-    """A contiguous array of `shape` at `key`, allocated where none of that shape is there yet."""
-    if key not in buffers or buffers[key].shape != shape:
-        buffers[key] = np.empty(shape, dtype)
-    return buffers[key]
+def _hand_over(batch: Batch, copied: torch.cuda.Event) -> None:
+    """Make the current stream wait for the batch's copy, and the allocator for the current stream."""
+    stream = torch.cuda.current_stream(batch.step.device)
+    stream.wait_event(copied)
+    for part in batch.parts.values():
+        for tensor in (*part.x.values(), part.ids, part.labels, part.columns, part.keys, part.positions):
+            if tensor is not None:
+                tensor.record_stream(stream)
+    batch.step.record_stream(stream)

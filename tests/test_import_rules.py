@@ -19,10 +19,14 @@ ROOT = Path(__file__).parents[1]
 
 # room -> (rooms of ours, libraries) that it may import; the longest matching name rules; a room may import itself
 CONTRACT = {"fastssl.config", "fastssl.dist", "fastssl.methods.base", "loaders"}
+PIXELS = {"loaders.plan", "loaders.store", "loaders.errors"}
 RULES: dict[str, tuple[set[str], set[str]]] = {
-    "loaders.plan": (set(), {"numpy"}),
-    "loaders.store": ({"loaders.plan"}, {"numpy", "PIL", "sklearn"}),
-    "loaders.renderers": ({"loaders.plan", "loaders.store"}, {"numpy", "PIL", "numba"}),
+    "loaders.errors": (set(), set()),
+    "loaders.plan": ({"loaders.errors"}, {"numpy"}),
+    "loaders.store": ({"loaders.plan", "loaders.errors"}, {"numpy", "PIL", "sklearn"}),
+    "loaders.renderers": (PIXELS, {"numpy", "PIL", "numba"}),
+    "loaders.renderers.ffcv": (PIXELS | {"loaders.renderers"}, {"numpy", "numba", "llvmlite"}),
+    "loaders.renderers.dali": (PIXELS | {"loaders.renderers"}, {"numpy", "nvidia"}),
     "loaders.finish": ({"loaders.plan"}, {"numpy", "numba", "llvmlite"}),
     "loaders.batch": (set(), {"torch"}),
     "loaders.loader": ({"loaders"}, {"numpy", "torch"}),
@@ -49,7 +53,12 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "fastssl.__main__": ({"fastssl.cli"}, set()),
     "fastssl.cli": ({"fastssl", "loaders"}, {"click", "rich", "torch", "numpy"}),
 }
-DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "llvmlite": "numba"}  # where import and project differ
+DISTRIBUTIONS = {  # where import and project differ
+    "PIL": "pillow",
+    "sklearn": "scikit-learn",
+    "llvmlite": "numba",
+    "nvidia": "nvidia-dali-cuda130",
+}
 
 
 @cache
