@@ -12,18 +12,19 @@ The disk cache notices edits of this file only: what it takes from `reference` (
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Any
 
 import numpy as np
-from llvmlite import ir  # type: ignore[import-untyped]
+from llvmlite import ir
 from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic
 
-from loaders.finish.reference import LUMA, SUB_OP_ORDERS, noise_words
+from loaders.finish.reference import SUB_OP_ORDERS, noise_words
 from loaders.plan import ops
-from loaders.plan.ops import Op
+from loaders.plan.ops import LUMA, Op
 from loaders.plan.views import Pixels
 
 ROWS_PER_BAND = 8  # of a blur; two buffers of 8 x 230 float32 are 15 kB
@@ -33,8 +34,13 @@ VALUES_PER_TASK = 2**20  # about 1 ms of jitter and blur: long beside a thread's
 _SIGNATURE = types.void(types.CPointer(types.float32), types.CPointer(types.float32), types.intp, types.intp)
 _OPTIONS: dict[str, Any] = {"cache": True, "fastmath": True, "error_model": "numpy"}
 
-ZERO, ONE, TWO, BYTE = np.float32(0), np.float32(1), np.float32(2), np.float32(255)
-RED, GREEN, BLUE = LUMA
+ZERO, ONE, TWO, SIX, BYTE = np.float32(0), np.float32(1), np.float32(2), np.float32(6), np.float32(255)
+HALF, SQRT_2, LN_2 = np.float32(0.5), np.float32(2**0.5), np.float32(math.log(2))
+LOG_1, LOG_3, LOG_5, LOG_7 = (np.float32(2 / math.log(2) / n) for n in (1, 3, 5, 7))  # series of artanh, of exp:
+EXP_2, EXP_3, EXP_4, EXP_5, EXP_6 = (np.float32(1 / math.factorial(n)) for n in (2, 3, 4, 5, 6))
+BIAS, MANTISSA_BITS, MANTISSA = np.int32(127), np.int32(23), np.int32(0x7FFFFF)  # of a float32
+TINY = np.float32(1e-20)  # in place of a divisor that is 0
+RED, GREEN, BLUE = (np.float32(weight) for weight in LUMA)
 
 
 @njit(**_OPTIONS)
@@ -79,15 +85,28 @@ def _saturation(flat: Any, factor: Any) -> None:
 
 
 @njit(**_OPTIONS)
+def _tf_saturation(flat: Any, factor: Any) -> None:
+    """S times `factor`, at most 1: every distance to V grows by the factor, until the least channel is 0."""
+    for i in range(flat.shape[1]):
+        r, g, b = flat[0, i], flat[1, i], flat[2, i]
+        value = max(r, max(g, b))
+        chroma = value - min(r, min(g, b))
+        growth = min(factor, value / max(chroma, TINY))
+        flat[0, i] = value - growth * (value - r)
+        flat[1, i] = value - growth * (value - g)
+        flat[2, i] = value - growth * (value - b)
+
+
+@njit(**_OPTIONS)
 def _hue(flat: Any, turns: Any) -> None:
     """Hue angles are kept in units of the pixel's chroma (a sixth of a turn is `chroma`): no division, no branch."""
-    sixths = np.float32(6) * turns
+    sixths = SIX * turns
     for i in range(flat.shape[1]):
         r, g, b = flat[0, i], flat[1, i], flat[2, i]
         value, least = max(r, max(g, b)), min(r, min(g, b))
         chroma = value - least
         twice = TWO * chroma
-        turn = np.float32(6) * chroma
+        turn = SIX * chroma
         angle = g - b if value == r else (b - r + twice if value == g else r - g + TWO * twice)
         angle += sixths * chroma
         angle = angle + turn if angle < ZERO else angle
@@ -123,11 +142,76 @@ def _colour_jitter(planes: Any, row: Any, channels: Any, size: Any) -> None:
                 _hue(flat, hue)
 
 
+def _tf_colour_jitter(planes: Any, row: Any, channels: Any, size: Any) -> None:
+    flat = carray(planes, (channels, size * size))
+    apply, order, gain, offset, contrast, saturation, hue = carray(row, 7)
+    for sub_op in SUB_OP_ORDERS[int(order)]:
+        if sub_op == 0:
+            for c in range(channels):
+                for i in range(size * size):
+                    flat[c, i] = _clip(gain * flat[c, i] + offset)
+        elif sub_op == 1:
+            for c in range(channels):
+                plane = flat[c : c + 1]
+                _blend(plane, _mean_luma(plane), contrast)
+        elif channels == 3:
+            if sub_op == 2:
+                _tf_saturation(flat, saturation)
+            else:
+                _hue(flat, hue)
+
+
+@njit(**_OPTIONS)
+def _power(x: Any, exponent: Any) -> Any:
+    """x ** exponent for x in [0, 1] and a positive exponent, to 1e-6: 2 ** (exponent * log2(x)) as series, which LLVM
+    turns into vector code (ten times faster) as it cannot a call of the C library's powf. 32-bit integers throughout,
+    as 64-bit ones would keep the loop scalar."""
+    bits = np.float32(max(x, TINY)).view(np.int32)
+    mantissa = np.int32((bits & MANTISSA) | BIAS << MANTISSA_BITS).view(np.float32)  # in [1, 2)
+    t = (mantissa - SQRT_2) / (mantissa + SQRT_2)  # log2(m) = 1 / 2 + 2 / ln 2 * artanh(t)
+    square = t * t
+    log2_mantissa = HALF + t * (LOG_1 + square * (LOG_3 + square * (LOG_5 + square * LOG_7)))
+    y = max(exponent * (np.float32(np.int32(bits >> MANTISSA_BITS) - BIAS) + log2_mantissa), np.float32(-126))
+    whole = np.int32(y - HALF)  # the nearest, as y is not positive
+    f = (y - np.float32(whole)) * LN_2
+    power = ONE + f * (ONE + f * (EXP_2 + f * (EXP_3 + f * (EXP_4 + f * (EXP_5 + f * EXP_6)))))
+    return power * np.int32((whole + BIAS) << MANTISSA_BITS).view(np.float32) if x > TINY else ZERO
+
+
+@njit(**_OPTIONS)
+def _change_hsv(flat: Any, sixths: Any, power_s: Any, gain_s: Any, offset_s: Any,
+                power_v: Any, gain_v: Any, offset_v: Any) -> None:  # fmt: skip
+    for i in range(flat.shape[1]):
+        r, g, b = flat[0, i], flat[1, i], flat[2, i]
+        value = max(r, max(g, b))
+        chroma = value - min(r, min(g, b))
+        angle = g - b if value == r else (b - r + TWO * chroma if value == g else r - g + TWO * TWO * chroma)
+        angle = angle / max(chroma, TINY) + sixths
+        angle = angle + SIX if angle < ZERO else angle
+        angle = angle - SIX if angle >= SIX else angle
+        value = _clip(_power(value, power_v) * gain_v + offset_v)
+        chroma = value * _clip(_power(chroma / max(r, max(g, max(b, TINY))), power_s) * gain_s + offset_s)
+        flat[0, i] = value - chroma + chroma * _clip(abs(angle - np.float32(3)) - ONE)
+        flat[1, i] = value - chroma + chroma * _clip(TWO - abs(angle - TWO))
+        flat[2, i] = value - chroma + chroma * _clip(TWO - abs(angle - TWO * TWO))
+
+
+def _hsv_noise(planes: Any, row: Any, channels: Any, size: Any) -> None:
+    flat = carray(planes, (channels, size * size))
+    apply, turns, power_s, gain_s, offset_s, power_v, gain_v, offset_v = carray(row, 8)
+    if channels == 1:
+        for i in range(size * size):
+            flat[0, i] = _clip(_power(flat[0, i], power_v) * gain_v + offset_v)
+    else:
+        _change_hsv(flat, SIX * turns, power_s, gain_s, offset_s, power_v, gain_v, offset_v)
+
+
 def _grayscale(planes: Any, row: Any, channels: Any, size: Any) -> None:
+    apply, red, green, blue = carray(row, 4)
     if channels == 3:
         flat = carray(planes, (channels, size * size))
         for i in range(size * size):
-            grey = RED * flat[0, i] + GREEN * flat[1, i] + BLUE * flat[2, i]
+            grey = red * flat[0, i] + green * flat[1, i] + blue * flat[2, i]
             flat[0, i] = grey
             flat[1, i] = grey
             flat[2, i] = grey
@@ -213,6 +297,48 @@ def _gaussian_blur(planes: Any, row: Any, channels: Any, size: Any) -> None:
             _copy(a[(pad + y) * pitch + pad : (pad + y + 1) * pitch - pad], plane[y * size : (y + 1) * size])
 
 
+@njit(**_OPTIONS)
+def _convolve(source: Any, out: Any, first: Any, last: Any, stride: Any, half: Any) -> None:
+    """out[i] for i in first..last: half[0] x source[i] and, for k = 1, 2, ..., half[k] x the values k * stride before and
+    after it."""
+    centre, result = source[first:last], out[first:last]
+    for i in range(len(result)):
+        result[i] = half[0] * centre[i]
+    for k in range(1, len(half)):
+        weight, reach = half[k], k * stride
+        before, after = source[first - reach : last - reach], source[first + reach : last + reach]
+        for i in range(len(result)):
+            result[i] += weight * (before[i] + after[i])
+
+
+def _gaussian_kernel_blur(planes: Any, row: Any, channels: Any, size: Any) -> None:
+    """The plane stands in a frame of zeros, `pad` wide; bands of rows as in `_gaussian_blur`."""
+    image = carray(planes, channels * size * size)
+    apply, sigma, reach = carray(row, 3)
+    pad = int(reach)
+    half = np.empty(pad + 1, np.float32)
+    total = ZERO
+    for k in range(pad + 1):
+        half[k] = np.exp(np.float32(-0.5) * (np.float32(k) / sigma) ** 2)
+        total += half[k] if k == 0 else TWO * half[k]
+    for k in range(pad + 1):
+        half[k] /= total
+    pitch = size + 2 * pad
+    a, b = np.zeros(pitch * pitch, np.float32), np.zeros(pitch * pitch, np.float32)
+    for c in range(channels):
+        plane = image[c * size * size : (c + 1) * size * size]
+        for top in range(0, size, ROWS_PER_BAND):
+            bottom = min(top + ROWS_PER_BAND, size)
+            for y in range(top, bottom):
+                _copy(plane[y * size : (y + 1) * size], a[(pad + y) * pitch + pad : (pad + y + 1) * pitch - pad])
+            _convolve(a, b, (pad + top) * pitch + pad, (pad + bottom) * pitch - pad, 1, half)
+        for y in range(pad, pad + size):  # a row at a time, straight into the plane
+            first = y * pitch + pad
+            _convolve(b, a, first, first + size, pitch, half)
+            _copy(a[first : first + size], plane[(y - pad) * size : (y - pad + 1) * size])
+            a[first : first + size] = ZERO
+
+
 def _solarise(planes: Any, row: Any, channels: Any, size: Any) -> None:
     values = carray(planes, channels * size * size)
     threshold = carray(row, 2)[1]
@@ -275,8 +401,11 @@ def _noise(planes: Any, row: Any, channels: Any, size: Any) -> None:
 _BODIES: dict[type[Op], Callable[..., None]] = {
     ops.Flip: _flip,
     ops.ColourJitter: _colour_jitter,
+    ops.TfColourJitter: _tf_colour_jitter,
+    ops.HsvNoise: _hsv_noise,
     ops.Grayscale: _grayscale,
     ops.GaussianBlur: _gaussian_blur,
+    ops.GaussianKernelBlur: _gaussian_kernel_blur,
     ops.Solarise: _solarise,
     ops.Equalize: _equalize,
     ops.Affine: _affine,

@@ -2,8 +2,8 @@
 
 The other finishes are held to this one. An image is float [H, W, C] with values in [0, 1] and C = 1 or 3; every op
 returns a new image of the same shape and dtype, clipped to [0, 1] after each sub-op. The laws are Pillow's and
-torchvision's, on values that are never rounded to bytes in between. An op takes the columns of its parameter table
-after `apply` (see :mod:`loaders.plan.ops`), in their order.
+torchvision's, or where an op says so TensorFlow's, on values that are never rounded to bytes in between. An op takes
+the columns of its parameter table after `apply` (see :mod:`loaders.plan.ops`), in their order.
 
 One-channel images are their own luma: brightness and contrast act on them, saturation, hue and grayscale leave them
 as they are. Hue shifts are exact turns, where Pillow's are rounded to 1/256 of a turn.
@@ -20,10 +20,9 @@ import numpy as np
 from numba.extending import register_jitable
 
 from loaders.plan import ops
-from loaders.plan.ops import Op
+from loaders.plan.ops import LUMA, Op
 from loaders.plan.views import Pixels
 
-LUMA = np.array((0.299, 0.587, 0.114), np.float32)  # ITU-R 601-2, Pillow's convert("L")
 SUB_OP_ORDERS = np.array(tuple(permutations(range(4))))  # [24, 4]; 0 brightness, 1 contrast, 2 saturation, 3 hue
 _WORD = 0xFFFFFFFF
 
@@ -33,9 +32,9 @@ def flip(image: np.ndarray) -> np.ndarray:
     return image[:, ::-1].copy()
 
 
-def luma(image: np.ndarray) -> np.ndarray:
+def luma(image: np.ndarray, weights: tuple[float, ...] = LUMA) -> np.ndarray:
     """[H, W, C] -> [H, W, 1]."""
-    return image if image.shape[2] == 1 else (image @ LUMA.astype(image.dtype))[..., None]
+    return image if image.shape[2] == 1 else (image @ np.array(weights, image.dtype))[..., None]
 
 
 def _blend(image: np.ndarray, towards: np.ndarray | float, factor: float) -> np.ndarray:
@@ -57,22 +56,32 @@ def saturation(image: np.ndarray, factor: float) -> np.ndarray:
     return _blend(image, luma(image), factor)
 
 
-def hue(image: np.ndarray, turns: float) -> np.ndarray:
-    """Shift the hue of HSV by `turns` of the colour circle; value and saturation stay."""
-    if image.shape[2] == 1:
-        return image.copy()
+def to_hsv(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """[H, W, 3] -> hue in turns, saturation and value, each [H, W]. Greys have hue 0, black has saturation 0."""
     red, green, blue = np.moveaxis(image, 2, 0)
     value, chroma = image.max(2), np.ptp(image, 2)
     safe = np.where(chroma > 0, chroma, 1)
     sixths = np.where(
         value == red, (green - blue) / safe, np.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe)
     )
-    sixths = (sixths + 6 * turns) % 6
+    return sixths / 6 % 1, chroma / np.where(value > 0, value, 1), value
+
+
+def from_hsv(hue: np.ndarray, saturation: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """The inverse of `to_hsv`; hues may be any number of turns."""
     channels = []
-    for corner in (5, 3, 1):  # HSV to RGB: f(n) = V - C * clip(min(k, 4 - k), 0, 1), k = (n + sixths) mod 6
-        k = (corner + sixths) % 6
-        channels.append(value - chroma * np.clip(np.minimum(k, 4 - k), 0, 1))
-    return np.clip(np.stack(channels, 2), 0, 1).astype(image.dtype)
+    for corner in (5, 3, 1):  # f(n) = V - V * S * clip(min(k, 4 - k), 0, 1), k = (n + 6 H) mod 6
+        k = (corner + 6 * hue) % 6
+        channels.append(value - value * saturation * np.clip(np.minimum(k, 4 - k), 0, 1))
+    return np.clip(np.stack(channels, 2), 0, 1).astype(value.dtype)
+
+
+def hue(image: np.ndarray, turns: float) -> np.ndarray:
+    """Shift the hue of HSV by `turns` of the colour circle; value and saturation stay."""
+    if image.shape[2] == 1:
+        return image.copy()
+    h, s, v = to_hsv(image)
+    return from_hsv(h + turns, s, v)
 
 
 def colour_jitter(
@@ -86,9 +95,56 @@ def colour_jitter(
     return image
 
 
-def grayscale(image: np.ndarray) -> np.ndarray:
-    """Every channel becomes the luma."""
-    return np.repeat(luma(image), image.shape[2], axis=2)
+def tf_brightness(image: np.ndarray, gain: float, offset: float) -> np.ndarray:
+    return np.clip(image * gain + offset, 0, 1).astype(image.dtype)
+
+
+def tf_contrast(image: np.ndarray, factor: float) -> np.ndarray:
+    """Blend each channel with its own mean."""
+    return _blend(image, image.mean((0, 1), np.float64), factor)
+
+
+def tf_saturation(image: np.ndarray, factor: float) -> np.ndarray:
+    """Multiply the saturation of HSV, at most up to 1."""
+    if image.shape[2] == 1:
+        return image.copy()
+    h, s, v = to_hsv(image)
+    return from_hsv(h, np.clip(s * factor, 0, 1), v)
+
+
+def tf_colour_jitter(
+    image: np.ndarray, order: float, gain: float, offset: float, contrast_: float, saturation_: float, hue_: float
+) -> np.ndarray:
+    """The four sub-ops in the order numbered `order`."""
+    for index in SUB_OP_ORDERS[int(order)]:
+        if index == 0:
+            image = tf_brightness(image, gain, offset)
+        else:
+            sub_op, factor = ((tf_contrast, contrast_), (tf_saturation, saturation_), (hue, hue_))[index - 1]
+            image = sub_op(image, factor)
+    return image
+
+
+def hsv_noise(
+    image: np.ndarray,
+    turns: float,
+    power_s: float, gain_s: float, offset_s: float,
+    power_v: float, gain_v: float, offset_v: float,
+) -> np.ndarray:  # fmt: skip
+    """S4L's change of H, S and V. A one-channel image is its own value."""
+
+    def change(x: np.ndarray, power: float, gain: float, offset: float) -> np.ndarray:
+        return np.clip(x**power * gain + offset, 0, 1)
+
+    if image.shape[2] == 1:
+        return change(image, power_v, gain_v, offset_v).astype(image.dtype)
+    h, s, v = to_hsv(image)
+    return from_hsv(h + turns, change(s, power_s, gain_s, offset_s), change(v, power_v, gain_v, offset_v))
+
+
+def grayscale(image: np.ndarray, *weights: float) -> np.ndarray:
+    """Every channel becomes the sum of the channels times `weights` (red, green, blue)."""
+    return np.repeat(luma(image, weights), image.shape[2], axis=2)
 
 
 def box_radius(sigma: float) -> float:
@@ -123,6 +179,22 @@ def gaussian_blur(image: np.ndarray, sigma: float) -> np.ndarray:
     blurred = blurred.swapaxes(0, 1)
     for _ in range(3):
         blurred = _box_blur_rows(blurred, box_radius(sigma))
+    return blurred.astype(image.dtype)
+
+
+def gaussian_kernel_blur(image: np.ndarray, sigma: float, reach: float) -> np.ndarray:
+    """Convolve rows, then columns, with a Gaussian cut off after `reach` pixels; zeros beyond the edge."""
+    offsets = range(-int(reach), int(reach) + 1)
+    weights = [math.exp(-(k**2) / (2 * sigma**2)) for k in offsets]
+    blurred: np.ndarray = image.astype(np.float64)
+    for axis in (1, 0):
+        total = np.zeros(image.shape)
+        for k, weight in zip(offsets, weights, strict=True):
+            ends = [(0, 0)] * 3
+            ends[axis] = (max(0, -k), max(0, k))
+            first = max(0, k)
+            total += weight / sum(weights) * np.pad(blurred, ends).take(range(first, first + len(image)), axis)
+        blurred = total
     return blurred.astype(image.dtype)
 
 
@@ -196,8 +268,11 @@ def noise(image: np.ndarray, std: float, key_low: float, key_high: float) -> np.
 LAWS: dict[type[Op], Callable[..., np.ndarray]] = {
     ops.Flip: flip,
     ops.ColourJitter: colour_jitter,
+    ops.TfColourJitter: tf_colour_jitter,
+    ops.HsvNoise: hsv_noise,
     ops.Grayscale: grayscale,
     ops.GaussianBlur: gaussian_blur,
+    ops.GaussianKernelBlur: gaussian_kernel_blur,
     ops.Solarise: solarise,
     ops.Equalize: equalize,
     ops.Affine: affine,

@@ -7,7 +7,20 @@ import math
 import numpy as np
 import pytest
 
-from loaders.plan.ops import Affine, ColourJitter, Equalize, Flip, GaussianBlur, Grayscale, Noise, Op, Solarise
+from loaders.plan.ops import (
+    TF_LUMA,
+    Affine,
+    ColourJitter,
+    Flip,
+    GaussianBlur,
+    GaussianKernelBlur,
+    Grayscale,
+    HsvNoise,
+    Noise,
+    Op,
+    Solarise,
+    TfColourJitter,
+)
 
 M = 20_000
 
@@ -19,7 +32,7 @@ def table(op: Op, num: int = M) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("p", (0.0, 0.5, 1.0))
-@pytest.mark.parametrize("kind", (Flip, ColourJitter, Grayscale, GaussianBlur, Solarise, Equalize, Affine, Noise))
+@pytest.mark.parametrize("kind", Op.__subclasses__())
 def test_ops_act_with_their_probability(kind, p):
     """Catches an op that always acts, never acts, or acts with 1 - p."""
     share = table(kind(p=p))["apply"].mean(dtype=np.float64)
@@ -33,9 +46,10 @@ def test_zero_and_almost_one_draws_are_on_the_right_side():
     assert Flip(p=1.0).parameters(extremes)[:, 0].tolist() == [1, 1]
 
 
-def test_jitter_orders_are_uniform():
+@pytest.mark.parametrize("kind", (ColourJitter, TfColourJitter))
+def test_jitter_orders_are_uniform(kind):
     """Catches permutations that are missing or favoured; chi-square with 23 degrees of freedom."""
-    order = table(ColourJitter(0.8, 0.8, 0.8, 0.8, 0.2))["order"]
+    order = table(kind())["order"]
     counts = np.bincount(order.astype(int), minlength=24)
     assert len(counts) == 24 and ((counts - M / 24) ** 2 / (M / 24)).sum() < 49.7  # p = 0.001
 
@@ -56,7 +70,26 @@ def test_ranges():
     uniform(jitter["contrast"], 0.6, 1.4)
     uniform(jitter["saturation"], 0.0, 2.5)  # torchvision cuts the range at 0
     uniform(jitter["hue"], -0.2, 0.2)
+    simclr = table(TfColourJitter(0.8, brightness=0.8, contrast=0.4, saturation=1.5, hue=0.2))
+    uniform(simclr["gain"], 0.2, 1.8)
+    assert (simclr["offset"] == 0).all()
+    uniform(simclr["contrast"], 0.6, 1.4)
+    uniform(simclr["saturation"], 0.0, 2.5)
+    uniform(simclr["hue"], -0.2, 0.2)
+    semppl = table(TfColourJitter(0.8, offset=0.4))
+    assert (semppl["gain"] == 1).all()
+    uniform(semppl["offset"], -0.4, 0.4)
+    hsv = table(HsvNoise())
+    uniform(hsv["hue"], -0.1, 0.1)
+    for x in "sv":
+        uniform(np.log2(hsv[f"power_{x}"]), -2.0, 2.0)
+        uniform(np.log2(hsv[f"gain_{x}"]), -0.5, 0.5)
+        uniform(hsv[f"offset_{x}"], -0.1, 0.1)
     uniform(table(GaussianBlur())["sigma"], 0.1, 2.0)
+    uniform(table(GaussianKernelBlur())["sigma"], 0.1, 2.0)
+    assert (table(GaussianKernelBlur(taps=9))["reach"] == 4).all()
+    grey = table(Grayscale(0.2, TF_LUMA))
+    assert [float(grey[c][0]) for c in ("red", "green", "blue")] == pytest.approx([0.2989, 0.5870, 0.1140])
     uniform(table(Solarise())["threshold"], 0.0, 1.0)
     affine = table(Affine(degrees=10.0, scale=(0.9, 1.1), shift=0.1))
     uniform(affine["angle"], -math.radians(10), math.radians(10))
@@ -66,11 +99,18 @@ def test_ranges():
     uniform(table(Noise(std=(0.02, 0.1)))["std"], 0.02, 0.1)
 
 
-@pytest.mark.parametrize("kind", (ColourJitter, GaussianBlur, Solarise, Affine, Noise))
-def test_columns_are_independent(kind):
+@pytest.mark.parametrize(
+    "op",
+    (
+        ColourJitter(0.5, 0.8, 0.8, 0.8, 0.2), TfColourJitter(0.5, 0.8, 0.4, 0.8, 0.8, 0.2), HsvNoise(0.5),
+        GaussianBlur(0.5), GaussianKernelBlur(0.5), Solarise(0.5), Affine(0.5), Noise(0.5),
+    ),
+    ids=lambda op: type(op).__name__,
+)  # fmt: skip
+def test_columns_are_independent(op):
     """Catches a draw that is used twice: a strong contrast always with a strong hue, or only where the op acts."""
-    op = ColourJitter(0.5, 0.8, 0.8, 0.8, 0.2) if kind is ColourJitter else kind(p=0.5)
-    correlation = np.corrcoef(np.stack(list(table(op).values())).astype(np.float64))
+    columns = [column for name, column in table(op).items() if name != "reach"]
+    correlation = np.corrcoef(np.stack(columns).astype(np.float64))
     assert np.abs(correlation - np.eye(len(correlation))).max() < 5 / math.sqrt(M)
 
 
