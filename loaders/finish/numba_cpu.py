@@ -299,8 +299,8 @@ def _gaussian_blur(planes: Any, row: Any, channels: Any, size: Any) -> None:
 
 @njit(**_OPTIONS)
 def _convolve(source: Any, out: Any, first: Any, last: Any, stride: Any, half: Any) -> None:
-    """out[i] for i in first..last: half[0] x source[i] and, for k = 1, 2, ..., half[k] x the values k * stride before and
-    after it."""
+    """out[i] for i in first..last: half[0] x source[i] and, for k = 1, 2, ..., half[k] x the values k * stride before
+    and after it."""
     centre, result = source[first:last], out[first:last]
     for i in range(len(result)):
         result[i] = half[0] * centre[i]

@@ -21,7 +21,7 @@ from nvidia.dali.pipeline import Pipeline
 
 from loaders.errors import RenderError, StoreError
 from loaders.plan.plan import Rows
-from loaders.plan.views import Filter, Rrc, View
+from loaders.plan.views import Filter, RandomCrop, View
 from loaders.renderers.pil import PilRenderer
 from loaders.store.images import MAX_PIXELS
 from loaders.store.jpeg import jpeg_header
@@ -120,7 +120,7 @@ class DaliRenderer:
 def _box_inputs(view: View, boxes: np.ndarray) -> dict[str, np.ndarray]:
     """Boxes float64 [B, 4] (x0, y0, x1, y1) as DALI takes them: rows before columns."""
     start, end = boxes[:, [1, 0]], boxes[:, [3, 2]]
-    if isinstance(view.crop, Rrc):
+    if isinstance(view.crop, RandomCrop):
         pair = {"start": start.astype(np.int32), "shape": (end - start).astype(np.int32)}
     else:
         pair = {"start": start.astype(np.float32), "end": end.astype(np.float32)}
@@ -147,7 +147,7 @@ def _pipeline(views: tuple[View, ...], batch: int, threads: int, device_id: int 
             for copy in range(view.copies):
                 resize = {"size": (view.size, view.size), "interp_type": _INTERPOLATION[view.filter], "antialias": True}
                 name = f"{view.name}.{copy}"
-                if isinstance(view.crop, Rrc):  # cut first: nothing beyond the box shows
+                if isinstance(view.crop, RandomCrop):  # cut first: nothing beyond the box shows
                     start, shape = given(f"{name}.start", types.INT32), given(f"{name}.shape", types.INT32)
                     outputs.append(fn.resize(fn.slice(image, start, shape, axes=(0, 1)), **resize))
                 else:

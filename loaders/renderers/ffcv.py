@@ -31,7 +31,7 @@ from numba import njit, types
 
 from loaders.errors import StoreError
 from loaders.plan.plan import Rows
-from loaders.plan.views import Rrc
+from loaders.plan.views import RandomCrop
 from loaders.renderers import resample
 from loaders.renderers.pil import PilRenderer
 from loaders.renderers.resample import CODES, resize_boxes
@@ -153,7 +153,7 @@ class FfcvRenderer:
         """
         views = [v.view for v in rows.views]
         boxes, outs = tuple(np.ascontiguousarray(v.boxes) for v in rows.views), tuple(out[view.name] for view in views)
-        cut_first = np.array([isinstance(view.crop, Rrc) for view in views])
+        cut_first = np.array([isinstance(view.crop, RandomCrop) for view in views])
         filters = np.array([CODES[view.filter] for view in views])
 
         def work(begin: int, end: int) -> None:
