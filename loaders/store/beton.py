@@ -320,7 +320,7 @@ class BetonFile:
         images = table[f"f{self._column(fields, _IMAGES, 'image')}"]
         if (images["mode"] != _JPEG_MODE).any():
             i = _first(images["mode"] != _JPEG_MODE)
-            raise StoreError(f"{self.path}: image {i} is not stored as JPEG; write the file with FFCV's write_mode='jpg'")
+            raise StoreError(f"{self.path}: image {i} is not stored as JPEG; write it with FFCV's write_mode='jpg'")
         self.sizes = np.stack([images["height"], images["width"]], axis=1).astype(np.int32)
         if (self.sizes == 0).any():
             raise self._damaged(f"image {_first((self.sizes == 0).any(1))} has no pixels")

@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from loaders.errors import StoreError
 from loaders.store.folder import SUFFIXES, folders_in
 from loaders.store.matlab import structs
-from loaders.store.source import StoreError
 from loaders.store.tars import Member, members
 
 TRAIN, VAL = "train", "val"

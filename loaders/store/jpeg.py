@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from loaders.store.source import StoreError
+from loaders.errors import StoreError
 
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF markers (ITU T.81, table B.1)
 _BARE = frozenset({0x01, *range(0xD0, 0xD9)})  # markers without a length

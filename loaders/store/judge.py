@@ -8,9 +8,9 @@ from enum import IntEnum
 
 from PIL import Image
 
+from loaders.errors import StoreError
 from loaders.store.images import MAX_PIXELS, ImageError, TooManyPixels, open_image
 from loaders.store.jpeg import jpeg_facts
-from loaders.store.source import StoreError
 
 MAX_BYTES = 1 << 26  # of one image file; ImageNet's largest has about 15 MiB
 QUALITY = 95  # of images that have to be written anew

@@ -11,12 +11,15 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from loaders.store.source import StoreError
+from loaders.errors import StoreError
 
 _MAX_BYTES = 1 << 26
 _COMPRESSED, _MATRIX = 15, 14
 _STRUCT, _CHAR = 2, 4
-_NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8", 16: "u1"}
+_NUMBERS = {
+    **{1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"},
+    **{16: "u1", 17: "u2"},  # text
+}
 # what wrong lengths, types and values end in: unpacking, next() in and out of a generator, chr()
 _DAMAGE = (struct.error, zlib.error, StopIteration, RuntimeError, IndexError, ValueError, TypeError, OverflowError)
 

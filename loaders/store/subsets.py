@@ -7,26 +7,28 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from loaders.errors import StoreError
 from loaders.plan.draws import mix
 from loaders.plan.views import All, Complement, Listed, PerClass, Subset
+from loaders.store.published import PUBLISHED, read_file, read_published
 from loaders.store.source import Source
 
 LISTS_VARIABLE = "FASTSSL_LISTS"
 
-# Published lists: our name -> file name, sha256. google-research/simclr imagenet_subsets/{1,10}percent.txt and
-# facebookresearch/suncet imagenet_subsets/val.txt.
-PUBLISHED = {
-    "simclr-1": ("simclr-1percent.txt", "71e82a48ba78252683ae334c4d019ebd5c6e855b9599c1389fbe83eb9549cf17"),
-    "simclr-10": ("simclr-10percent.txt", "6d09de11e7bdaf5b1f3b1f249b6183695f97310cdd20f0c03e7235b6b9392091"),
-    "paws-heldout": (
-        "paws-heldout-12-per-class.txt",
-        "fde94a027633486479402248efb6c938763417979227555e4d541d36547a93a0",
-    ),
-}
+
+class Named(Protocol):
+    """A set of images with names: any source."""
+
+    @property
+    def name(self) -> str: ...
+
+    def __len__(self) -> int: ...
+
+    def name_of(self, i: int) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ def resolve(subset: Subset, source: Source, search: Iterable[Path] = ()) -> Reso
     """The images of `source` that `subset` describes.
 
     Lists are looked for as paths, then in the folders `search` (those of the data) and in those that the environment
-    variable FASTSSL_LISTS names. Raises StoreError in the user's words: list missing, names unknown, class too small.
+    variable FASTSSL_LISTS names; published ones are else fetched. Raises StoreError in the user's words: list missing,
+    names unknown, class too small.
     """
     match subset:
         case All():
@@ -52,7 +55,7 @@ def resolve(subset: Subset, source: Source, search: Iterable[Path] = ()) -> Reso
         case PerClass(count, split_seed):
             return _of_ids(_per_class(source, count, split_seed), f"{count}-per-class-split-{split_seed}")
         case Listed(name):
-            return _listed(source, name, tuple(search))
+            return listed(source, name, tuple(search))
         case Complement(of):
             inner = resolve(of, source, search)
             everything = np.arange(len(source))
@@ -81,18 +84,14 @@ def _per_class(source: Source, count: int, split_seed: int) -> np.ndarray:
     return np.sort(np.concatenate(chosen))
 
 
-def _listed(source: Source, name: str, search: tuple[Path, ...]) -> Resolved:
-    path = _find_list(name, search)
+def listed(source: Named, name: str, search: tuple[Path, ...]) -> Resolved:
+    """The images of `source` on the list `name`, a path or a name; see `resolve`."""
+    path, data = _read_list(name, search)
+    sha256 = hashlib.sha256(data).hexdigest()
     try:
-        data = path.read_bytes()
         entries = data.decode().split()
-    except OSError as e:
-        raise StoreError(f"{path}: cannot be read: {e.strerror}") from e
     except UnicodeDecodeError:
         raise StoreError(f"{path}: not a text file") from None
-    sha256 = hashlib.sha256(data).hexdigest()
-    if name in PUBLISHED and sha256 != PUBLISHED[name][1]:
-        raise StoreError(f"{path}: not the published list {name}: its sha256 is {sha256}, not {PUBLISHED[name][1]}")
     if not entries:
         raise StoreError(f"{path}: the list is empty")
     numbers = all(e.isascii() and e.isdigit() for e in entries)
@@ -103,21 +102,21 @@ def _listed(source: Source, name: str, search: tuple[Path, ...]) -> Resolved:
     return Resolved(unique, Path(name).stem if "/" in name else name, sha256, len(unique))
 
 
-def _find_list(name: str, search: tuple[Path, ...]) -> Path:
+def _read_list(name: str, search: tuple[Path, ...]) -> tuple[Path, bytes]:
     folders = [*search, *(Path(f) for f in os.environ.get(LISTS_VARIABLE, "").split(os.pathsep) if f)]
-    file_names = [name, f"{name}.txt"] + ([PUBLISHED[name][0]] if name in PUBLISHED else [])
-    candidates = [Path(name), *(folder / file for folder in folders for file in file_names)]
-    for candidate in candidates:
+    if name in PUBLISHED and not Path(name).is_file():
+        return read_published(name, folders)
+    for candidate in [Path(name), *(folder / file for folder in folders for file in (name, f"{name}.txt"))]:
         if candidate.is_file():
-            return candidate
+            return candidate, read_file(candidate)
     places = ", ".join(str(f) for f in folders) or "no folder"
     raise StoreError(
-        f"label list {name!r} was not found: no such file, and nothing called {' or '.join(file_names)} in {places}; "
-        f"put it beside the data or name its folder in {LISTS_VARIABLE}"
+        f"label list {name!r} was not found: no such file, and nothing called {name} or {name}.txt in {places}; "
+        f"put it beside the data or name its folder in {LISTS_VARIABLE}; published lists: {', '.join(PUBLISHED)}"
     )
 
 
-def _ids_of_indices(source: Source, path: Path, entries: list[str]) -> np.ndarray:
+def _ids_of_indices(source: Named, path: Path, entries: list[str]) -> np.ndarray:
     beyond = [e for e in entries if int(e) >= len(source)]
     if beyond:
         raise StoreError(
@@ -127,7 +126,7 @@ def _ids_of_indices(source: Source, path: Path, entries: list[str]) -> np.ndarra
     return np.array([int(e) for e in entries], np.int64)
 
 
-def _ids_of_names(source: Source, path: Path, entries: list[str]) -> np.ndarray:
+def _ids_of_names(source: Named, path: Path, entries: list[str]) -> np.ndarray:
     """Bare file names; a folder before the name is allowed and ignored."""
     wanted = [e.rpartition("/")[2] for e in entries]
     ids: dict[str, int] = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from loaders.store.source import StoreError
+from loaders.errors import StoreError
 
 BLOCK = 512
 _MAX_EXTENDED = 1 << 20

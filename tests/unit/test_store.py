@@ -14,8 +14,9 @@ from loaders.store.cifar import open_cifar10
 from loaders.store.data import open_data
 from loaders.store.digits import open_digits
 from loaders.store.folder import FolderSource
+from loaders.store.published import PUBLISHED
 from loaders.store.source import ArraySource, Concatenated, concatenate
-from loaders.store.subsets import PUBLISHED, resolve
+from loaders.store.subsets import resolve
 
 
 def save(path: Path, height=6, width=8, colour=(10, 200, 30)) -> Path:
@@ -326,6 +327,6 @@ def test_list_of_ambiguous_names_is_refused(tmp_path):
 
 def test_published_list_must_be_the_published_one(tmp_path, beton_source):
     """An edited simclr-10 would give numbers that cannot be compared."""
-    (tmp_path / PUBLISHED["simclr-10"][0]).write_text("n01_0.JPEG\n")
+    (tmp_path / PUBLISHED["simclr-10"].alias).write_text("n01_0.JPEG\n")
     with pytest.raises(StoreError, match="not the published list simclr-10"):
         resolve(Listed("simclr-10"), beton_source.get("train"), [tmp_path])

@@ -1,0 +1,407 @@
+"""An image folder or ImageNet's archives into `train.beton`, `val.beton` and `manifest.json`.
+
+Two passes: the sizes of all files first, so that every image has its place; then each image is read once, checked,
+and written to its place by whichever thread takes it. What has to be written anew (CMYK, PNG, EXIF-rotated, or all on
+request) has a length that nobody knows before, so it waits in a spill file and is appended in order at the end.
+Nothing in the result depends on time, threads or interruptions: a conversion that was killed and run again gives the
+same bytes. The source is only read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import PIL
+
+from loaders.errors import StoreError
+from loaders.store.beton import PAGE_SIZE, BetonFile, Stored, data_start, place, sync_folder, write_tables
+from loaders.store.imagenet import TRAIN, Listing, find
+from loaders.store.journal import RECORD, Journal, write_all
+from loaders.store.judge import MAX_BYTES, SAID, Outcome, Reencode, Verdict, judge
+from loaders.store.source import digest
+from loaders.store.subsets import Resolved, listed
+
+MANIFEST = "manifest.json"
+FORMAT = 1  # of the manifest and of the way images are laid out
+COMMIT_S = 5.0  # a kill loses about this much work
+
+_CHUNK = 16  # images a thread takes at once
+_HASH_DIGITS = 8  # of each image's sha256 in the manifest: enough to find the damaged one
+_COPY_BYTES = 1 << 24
+
+Progress = Callable[[str, int, int], None]
+"""(what, number done, number in all), called from the caller's thread."""
+
+
+@dataclass(frozen=True)
+class Options:
+    decode_check: bool = True
+    reencode: Reencode | None = None
+    subset: str | None = None  # a list of training images, by name or path
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be converted; `subset` is the list that chose the training images."""
+
+    source: Path
+    splits: dict[str, Listing]
+    options: Options
+    subset: Resolved | None
+
+    def bytes_needed(self, split: str) -> int:
+        """Of disk, at most, as long as images keep their bytes; re-encoding takes about as much twice, for a while."""
+        sizes = self.splits[split].sizes
+        return int(sizes.sum() * (2 if self.options.reencode else 1)) + 200 * len(sizes) + 2 * _page_size(sizes)
+
+    def described(self) -> dict[str, Any]:
+        """The options as the manifest has them."""
+        reencode = self.options.reencode and asdict(self.options.reencode)
+        subset = self.subset and {"name": self.subset.name, "sha256": self.subset.sha256, "count": self.subset.count}
+        return {"decode_check": self.options.decode_check, "reencode": reencode, "subset": subset}
+
+    def sha256(self) -> str:
+        """Of what decides the result, but for the images' pixels: names, labels, sizes and options."""
+        parts = [(s, li.class_names, digest(li.labels, li.sizes, li.files.names)) for s, li in self.splits.items()]
+        return digest([FORMAT, json.dumps(self.described())], parts)
+
+
+def prepare(source: Path, options: Options) -> Plan:
+    """Look at the source: names, classes and sizes. Raises StoreError where something is missing or unclear."""
+    splits, chosen = find(source, 4 * _num_threads()), None
+    if options.subset is not None:
+        if TRAIN not in splits:
+            raise StoreError(f"{source}: has no training images, of which --subset {options.subset} is a list")
+        chosen = listed(splits[TRAIN], options.subset, (source,))
+        splits[TRAIN] = splits[TRAIN].subset(chosen.ids)  # type: ignore[arg-type]  # a list has ids
+    return Plan(source, splits, options, chosen)
+
+
+def convert(plan: Plan, out: Path, progress: Progress = lambda what, done, total: None) -> dict[str, Any]:
+    """Write the splits and return the manifest. Continues what a kill left; finished, it only returns the manifest.
+
+    Raises StoreError: no space, a source that changed, another conversion's files in `out`. The same call continues.
+    """
+    try:
+        return _convert(plan, out, progress)
+    except OSError as e:
+        what = f"{e.filename or out}: {e.strerror}"
+        raise StoreError(f"{what}; put that right and run the same command: it continues") from e
+
+
+def _convert(plan: Plan, out: Path, progress: Progress) -> dict[str, Any]:
+    inside = next((li.path for li in plan.splits.values() if out.resolve().is_relative_to(li.path.resolve())), None)
+    if inside:
+        raise StoreError(f"{out}: lies among the images of {inside}; choose a folder elsewhere")
+    out.mkdir(parents=True, exist_ok=True)
+    jobs = [_Split(plan, name, out) for name in plan.splits]
+    if (out / MANIFEST).exists():
+        manifest = read_manifest(out)
+        if manifest["plan_sha256"] != plan.sha256():
+            raise StoreError(f"{out}: holds the result of another conversion: other images or options")
+    else:
+        _check_space(plan, out)
+        manifest = {
+            "format": FORMAT,
+            "tool": "fastssl convert-imagenet",
+            "version": _version(),
+            "pillow": PIL.__version__,
+            "plan_sha256": plan.sha256(),
+            "options": plan.described(),
+            "splits": {job.name: job.run(progress) for job in jobs},
+        }
+        _write_whole(out / MANIFEST, json.dumps(manifest, indent=1).encode() + b"\n")
+    for job in jobs:
+        job.clean()
+    return manifest
+
+
+def verify(out: Path, progress: Progress = lambda what, done, total: None) -> dict[str, Any]:
+    """Read all of a finished conversion against its manifest, which is returned. Raises StoreError that names what is
+    damaged."""
+    manifest = read_manifest(out)
+    for name, said in manifest["splits"].items():
+        beton = BetonFile(out / said["file"])
+        if len(beton) != said["images"] or _tables_sha256(beton.path, said["data"]) != said["tables_sha256"]:
+            raise StoreError(f"{beton.path}: damaged: its tables are not those of the manifest")
+        expected = "".join(c["sha256"] for c in said["classes"].values())
+        all_of_them, wrong = hashlib.sha256(), []
+        for ids, digests in _in_chunks(np.arange(len(beton)), lambda ids: _digests(beton, ids)):  # noqa: B023
+            progress(f"verify {name}", int(ids[-1]) + 1, len(beton))
+            for i, found in zip(ids.tolist(), digests, strict=True):
+                all_of_them.update(found)
+                if found.hex()[:_HASH_DIGITS] != expected[i * _HASH_DIGITS : (i + 1) * _HASH_DIGITS]:
+                    wrong.append(i)
+        if wrong:
+            first = f"first {beton.class_names[beton.labels[wrong[0]]]}/{beton.name_of(wrong[0])} (id {wrong[0]})"
+            raise StoreError(f"{beton.path}: {len(wrong)} of {len(beton)} images are damaged, {first}")
+        if all_of_them.hexdigest() != said["images_sha256"]:
+            raise StoreError(f"{beton.path}: damaged: its images are not those of the manifest")
+    return manifest
+
+
+def read_manifest(out: Path) -> dict[str, Any]:
+    path = out / MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes())
+        for said in manifest["splits"].values():
+            _ = said["file"], said["images"], said["data"], said["images_sha256"], said["tables_sha256"]
+            _ = ["".join(c["sha256"]) for c in said["classes"].values()]
+        _ = manifest["plan_sha256"]
+    except OSError as e:
+        raise StoreError(f"{path}: cannot be read: {e.strerror}; a conversion writes it last") from e
+    except (ValueError, LookupError, TypeError, AttributeError) as e:
+        raise StoreError(f"{path}: not the manifest of a conversion") from e
+    return manifest
+
+
+class _Split:
+    """One split's files: final, and while it is made the partial one, the spill and the journal."""
+
+    def __init__(self, plan: Plan, name: str, out: Path):
+        self.name, self._options, self._out = name, plan.options, out
+        self._listing = plan.splits[name]
+        self._final, self._partial, self._spill, self._journal_path = (
+            out / file for file in (f"{name}.beton", f".{name}.beton.partial", f".{name}.spill", f".{name}.journal")
+        )
+        self._identity = digest([plan.sha256(), PIL.__version__], self._listing.files.numbers[:, 1])
+        sizes = np.where(self._listing.sizes > MAX_BYTES, 0, self._listing.sizes)
+        self._page_size = _page_size(sizes)
+        slots = np.zeros_like(sizes) if plan.options.reencode else sizes
+        self._data_start = data_start(len(slots), self._page_size)
+        self._ptrs, self._slots_end = place(slots, self._data_start, self._page_size)
+
+    def run(self, progress: Progress) -> dict[str, Any]:
+        """Make the final file, unless an earlier run did; what the manifest says of it."""
+        with closing(Journal(self._journal_path, bytes.fromhex(self._identity), len(self._listing))) as self._journal:
+            if not self._final.exists():
+                self._make(progress)
+            elif (self._journal.records["outcome"] == 0).any():
+                raise StoreError(f"{self._final}: is there, and not from this conversion; choose another folder")
+            return self._described()
+
+    def _make(self, progress: Progress) -> None:
+        if self._journal.is_new or not self._partial.exists():
+            self._journal.restart()
+            self._spill.unlink(missing_ok=True)
+            self._partial.unlink(missing_ok=True)
+            self._partial.touch()
+        with open(self._partial, "r+b") as file:
+            self._convert_images(file.fileno(), progress)
+            self._finish(file)
+        os.replace(self._partial, self._final)
+        sync_folder(self._out)
+
+    def clean(self) -> None:
+        for path in (self._journal_path, self._spill, self._partial):
+            path.unlink(missing_ok=True)
+
+    # The images
+
+    def _convert_images(self, fd: int, progress: Progress) -> None:
+        todo = np.flatnonzero(self._journal.records["outcome"] == 0)
+        num_done, total = len(self._listing) - len(todo), len(self._listing)
+        spill = os.open(self._spill, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._spill_end, self._spill_lock = os.fstat(spill).st_size, threading.Lock()
+        finished: list[np.ndarray] = []
+
+        def commit(records: list[np.ndarray]) -> None:
+            if records:
+                os.fdatasync(fd)
+                os.fdatasync(spill)
+                self._journal.append(np.concatenate(records))
+
+        try:
+            with ThreadPoolExecutor(1) as committer:  # its waiting for the disk holds nobody up
+                committed: Future[None] = committer.submit(commit, [])
+                since_s = time.monotonic()
+                for ids, records in _in_chunks(todo, lambda ids: self._take(ids, fd, spill)):
+                    finished.append(records)
+                    num_done += len(ids)
+                    progress(self.name, num_done, total)
+                    if time.monotonic() - since_s >= COMMIT_S and committed.done():
+                        committed.result()
+                        committed = committer.submit(commit, finished)
+                        finished, since_s = [], time.monotonic()
+                committed.result()
+                commit(finished)
+        finally:
+            os.close(spill)
+
+    def _take(self, ids: np.ndarray, fd: int, spill: int) -> np.ndarray:
+        """Convert some images; their records [n]."""
+        records = np.zeros(len(ids), RECORD)
+        for i, record in zip(ids.tolist(), records, strict=True):
+            verdict, stored = self._one(i)
+            if verdict.outcome is Outcome.KEPT:
+                write_all(fd, stored, int(self._ptrs[i]))
+            elif verdict.outcome.in_set:
+                with self._spill_lock:
+                    ptr, self._spill_end = self._spill_end, self._spill_end + len(stored)
+                write_all(spill, stored, ptr)
+                record["spill_ptr"] = ptr
+            record["index"], record["outcome"], record["size"] = i, verdict.outcome, len(stored)
+            record["height"], record["width"] = verdict.height, verdict.width
+            record["sha256"] = np.frombuffer(hashlib.sha256(stored).digest(), np.uint8)
+        return records
+
+    def _one(self, i: int) -> tuple[Verdict, bytes]:
+        """The verdict on image `i`, and the bytes to store; of what is not in the set, those it has."""
+        if self._listing.is_repeated(i):
+            return Verdict(Outcome.TWICE), b""
+        if self._listing.sizes[i] > MAX_BYTES:
+            return Verdict(Outcome.TOO_LARGE), b""
+        data = self._listing.read(i)
+        verdict = judge(data, self._options.decode_check, self._options.reencode)
+        if verdict.anew is None:
+            return verdict, data
+        if len(verdict.anew) > self._page_size:
+            return Verdict(Outcome.TOO_LARGE_ANEW), data
+        return replace(verdict, anew=None), verdict.anew
+
+    # The end
+
+    def _finish(self, file: BinaryIO) -> None:
+        """Append what was written anew, and the tables."""
+        records = self._journal.records
+        kept = np.flatnonzero(_in_set(records))
+        if not len(kept):
+            raise StoreError(f"{self._listing.path}: none of its {len(records)} images can be used")
+        anew = kept[records["outcome"][kept] != Outcome.KEPT]
+        ptrs = self._ptrs.copy()
+        ptrs[anew], end = place(records["size"][anew].astype(np.int64), self._slots_end, self._page_size)
+        with open(self._spill, "rb") as spill:
+            for i in anew.tolist():
+                spill.seek(int(records["spill_ptr"][i]))
+                file.seek(int(ptrs[i]))
+                file.write(spill.read(int(records["size"][i])))
+        stored = Stored(
+            heights=records["height"][kept],
+            widths=records["width"][kept],
+            labels=self._listing.labels[kept],
+            ptrs=ptrs[kept],
+            sizes=records["size"][kept],
+            names=[self._listing.files.names[i] for i in kept.tolist()],
+        )
+        write_tables(file, stored, self._listing.class_names, end, self._page_size)
+
+    def _described(self) -> dict[str, Any]:
+        """The split as the manifest has it."""
+        listing, records = self._listing, self._journal.records
+        kept = np.flatnonzero(_in_set(records))
+        anew = kept[records["outcome"][kept] != Outcome.KEPT]
+        places, end = place(records["size"][anew].astype(np.int64), self._slots_end, self._page_size)
+        data = [self._data_start, end]
+        bounds = np.searchsorted(listing.labels[kept], np.arange(len(listing.class_names) + 1))
+        bounds = bounds if listing.class_names else np.array([0, len(kept)])
+        classes = {}
+        for class_name, first, beyond in zip(listing.class_names or ("",), bounds[:-1], bounds[1:], strict=True):
+            starts = records["sha256"][kept[first:beyond], : _HASH_DIGITS // 2]
+            classes[class_name] = {"images": len(starts), "sha256": starts.tobytes().hex()}
+        plain = np.isin(records["outcome"], [Outcome.KEPT, Outcome.REENCODED])
+        aside = [self._odd(i, records[i]) for i in np.flatnonzero(~plain).tolist()]
+        return {
+            "file": self._final.name,
+            "bytes": self._final.stat().st_size,
+            "images": len(kept),
+            "images_sha256": hashlib.sha256(records["sha256"][kept].tobytes()).hexdigest(),
+            "tables_sha256": _tables_sha256(self._final, data),
+            "data": data,
+            "odd": [row for row, in_set in aside if in_set],
+            "quarantined": [row for row, in_set in aside if not in_set],
+            "ignored": {"count": listing.ignored.count, "first": listing.ignored.listed},
+            "classes": classes,
+        }
+
+    def _odd(self, i: int, record: np.void) -> tuple[dict[str, Any], bool]:
+        outcome = Outcome(record["outcome"])
+        row = {"file": self._listing.where(i), "what": SAID[outcome], "sha256": record["sha256"].tobytes().hex()}
+        if outcome in (Outcome.TWICE, Outcome.TOO_LARGE):
+            del row["sha256"]  # was not read
+        return row, outcome.in_set
+
+
+def _in_set(records: np.ndarray) -> np.ndarray:
+    return np.isin(records["outcome"], [o for o in Outcome if o.in_set])
+
+
+def _page_size(sizes: np.ndarray) -> int:
+    """FFCV's pages are a power of two and hold the largest image."""
+    largest = int(sizes[sizes <= MAX_BYTES].max(initial=1))
+    return max(PAGE_SIZE, 1 << (largest - 1).bit_length())
+
+
+def _num_threads() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _in_chunks(ids: np.ndarray, work: Callable[[np.ndarray], Any]) -> Iterator[tuple[np.ndarray, Any]]:
+    """(ids, work(ids)) of a few ids at a time, in order, done by as many threads as there are cores to use."""
+    num_threads = _num_threads()
+    chunks = (ids[k : k + _CHUNK] for k in range(0, len(ids), _CHUNK))
+    pool = ThreadPoolExecutor(num_threads)
+    pending: list[tuple[np.ndarray, Future]] = []
+    try:
+        while True:
+            while len(pending) < 8 * num_threads and (chunk := next(chunks, None)) is not None:
+                pending.append((chunk, pool.submit(work, chunk)))
+            if not pending:
+                return
+            chunk, future = pending.pop(0)
+            yield chunk, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _digests(beton: BetonFile, ids: np.ndarray) -> list[bytes]:
+    return [hashlib.sha256(beton.jpeg(int(i))).digest() for i in ids]
+
+
+def _tables_sha256(path: Path, data: list[int]) -> str:
+    """Of all but bytes data[0]..data[1], where the images are."""
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        for start, end in ((0, data[0]), (data[1], path.stat().st_size)):
+            file.seek(start)
+            while start < end and (more := file.read(min(_COPY_BYTES, end - start))):
+                sha.update(more)
+                start += len(more)
+    return sha.hexdigest()
+
+
+def _check_space(plan: Plan, out: Path) -> None:
+    used = sum(f.stat().st_blocks * 512 for f in out.iterdir() if f.is_file())
+    needed, free = sum(map(plan.bytes_needed, plan.splits)), shutil.disk_usage(out).free
+    if needed > free + used:
+        raise StoreError(f"{out}: {needed:,} bytes are needed, {free + used:,} are free")
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    """`path` appears with all of `data` or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    sync_folder(path.parent)
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("fastssl-train")
+    except importlib.metadata.PackageNotFoundError:  # used from a checkout that is not installed
+        return "unknown"
