@@ -26,6 +26,7 @@ from fastssl.config import FastsslError
 
 PLAIN_EVERY_S = 10.0  # console only: a day of plain lines stays under 9,000
 BAR_CELLS = 16
+COLLAPSE_SIGNS = ("effective_rank", "mean_prediction_entropy_share")  # shown beside accuracies: a collapse must be seen
 
 
 class Recorder:
@@ -82,12 +83,11 @@ class Recorder:
             self._print(Text("  ".join(self._columns(record))))
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
-        """{"step", "epoch", "evaluation": {...}, "time": {...}}; the console shows the numbers of `evaluation`, not
-        what is nested deeper."""
+        """{"step", "epoch", "evaluation": {...}, "time": {...}}; the console shows the headlines of `evaluation`."""
         if not self._main:
             return
         self._write(record)
-        scores = (f"{name} {value}" for name, value in _numbers(record["evaluation"]))
+        scores = (f"{name} {value}" for name, value in _numbers(_headlines(record["evaluation"])))
         self._print(Text("  ".join([*self._place(record), "evaluation", *scores]), "green"))
 
     def warn(self, text: str) -> None:
@@ -96,11 +96,11 @@ class Recorder:
             self._print(Text(f"warning: {text}", "yellow"))
 
     def finish(self, result: Mapping[str, Any], next_commands: Sequence[str]) -> None:
-        """Last thing seen: the numbers of the result, and what one would type next."""
+        """Last thing seen: the headlines of the result, and what one would type next."""
         if not self._main:
             return
         self._print(Text("result", "bold"))
-        self._table(dict(_numbers(result)))
+        self._table(dict(_numbers(_headlines(result))))
         if next_commands:
             self._print(Text("next", "bold"))
             for command in next_commands:
@@ -198,6 +198,11 @@ def _numbers(values: Mapping[str, Any]) -> list[tuple[str, str]]:
         for name, value in values.items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     ]
+
+
+def _headlines(scores: Mapping[str, Any]) -> dict[str, Any]:
+    """The accuracies (`..._top1`) and the signs of a collapse; a protocol's further numbers are for the file."""
+    return {name: value for name, value in scores.items() if name.endswith("top1") or name in COLLAPSE_SIGNS}
 
 
 def _strict(value: Any) -> Any:

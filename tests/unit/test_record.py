@@ -100,22 +100,23 @@ def test_plain_output_tells_the_run_from_plan_to_result(tmp_path: Path, capsys: 
         recorder.announce("paws.digits, seed 0", {"data": "digits", "batch": "256, 1 rank"}, total_steps=100)
         recorder.log({"step": 10, "epoch": 1.25, "loss": -1.23456, "me": -2.2, "lr": 0.032, "lr_1": 1.0, "time": clock})
         recorder.warn("a slow disk")
-        recorder.evaluation(
-            {"step": 20, "epoch": 2.5, "evaluation": {"soft_nn_top1": 0.97125, "images": 9, "split": {"count": 5}}}
-        )
-        recorder.finish({"soft_nn_top1": 0.98, "command": "fastssl train"}, ["fastssl evaluate runs/x"])
+        scores = {"soft_nn_top1": 0.97125, "knn_top1_k10": 0.9, "images": 9, "effective_rank": 12.0, "knn": {"k": 5}}
+        recorder.evaluation({"step": 20, "epoch": 2.5, "evaluation": scores})
+        recorder.finish({"soft_nn_top1": 0.98, "mean_prediction_entropy": 2.3, "seed": 0}, ["fastssl evaluate runs/x"])
     assert capsys.readouterr().out.splitlines() == [
         "paws.digits, seed 0",
         "  data   digits",
         "  batch  256, 1 rank",
         "step 10/100  epoch 1.2  loss -1.235  me -2.200  lr 0.03200  lr_1 1.000  234 images/s  wait 3%  eta 3 min 20 s",
         "warning: a slow disk",
-        "step 20/100  epoch 2.5  evaluation  soft_nn_top1 0.9712  images 9",
+        "step 20/100  epoch 2.5  evaluation  soft_nn_top1 0.9712  effective_rank 12.00",
         "result",
         "  soft_nn_top1  0.9800",
         "next",
         "  fastssl evaluate runs/x",
     ]
+    (_, evaluation) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert evaluation["evaluation"] == scores
 
 
 def test_plain_logs_stay_small_and_the_file_stays_whole(
