@@ -34,6 +34,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "fastssl.config": (set(), set()),
     "fastssl.datasets": (set(), set()),
     "fastssl.clock": (set(), set()),
+    "fastssl.converting": ({"fastssl.config", "loaders"}, {"rich"}),
     "fastssl.record": ({"fastssl.config"}, {"rich"}),
     "fastssl.dist": (set(), {"torch"}),
     "fastssl.launch": ({"fastssl.config", "fastssl.dist", "fastssl.engine", "loaders"}, {"torch"}),

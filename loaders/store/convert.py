@@ -158,8 +158,8 @@ def read_manifest(out: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_bytes())
         for said in manifest["splits"].values():
-            _ = said["file"], said["images"], said["data"], said["images_sha256"], said["tables_sha256"]
-            _ = ["".join(c["sha256"]) for c in said["classes"].values()]
+            _ = said["file"], said["images_sha256"], said["tables_sha256"], said["odd"], said["quarantined"], said["ignored"]
+            _ = said["images"] + sum(said["data"]), ["".join(c["sha256"]) for c in said["classes"].values()]
         _ = manifest["plan_sha256"]
     except OSError as e:
         raise StoreError(f"{path}: cannot be read: {e.strerror}; a conversion writes it last") from e
