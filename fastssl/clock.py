@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-NUM_WINDOWS_IN_ETA = 10  # enough to smooth a slow window, few enough to forget the first one's compilation
+NUM_WINDOWS_IN_ETA = 10  # enough to smooth a slow window, few enough to follow a change of pace
 
 
 class Clock:
@@ -24,6 +24,7 @@ class Clock:
     def __init__(self, now: Callable[[], float] = time.perf_counter):
         self._now = now
         self._recent: deque[tuple[float, int]] = deque(maxlen=NUM_WINDOWS_IN_ETA)  # (unpaused seconds, steps)
+        self._warm = False
         self._begin()
 
     def _begin(self) -> None:
@@ -68,13 +69,14 @@ class Clock:
             "wait_s": self._wait_s / num_steps,
             "elapsed_s": elapsed_s,
         }
-        if self._num_steps:
+        if self._num_steps and self._warm:
             self._recent.append((elapsed_s, self._num_steps))
+        self._warm = self._warm or self._num_steps > 0
         self._begin()
         return measured
 
     def eta_s(self, num_steps_left: int) -> float | None:
-        """Seconds that as many steps will take at the pace of the last windows, pauses not foreseen; None before
-        the first window."""
+        """Seconds that as many steps will take at the pace of the last windows, pauses not foreseen. The first window,
+        in which code is compiled and caches fill, tells nothing: None until there is another."""
         num_steps = sum(steps for _, steps in self._recent)
         return num_steps_left * sum(s for s, _ in self._recent) / num_steps if num_steps else None

@@ -58,13 +58,16 @@ def test_time_counts_where_the_wait_or_the_pause_ends_in_an_error():
     assert window["wait_s"] == 3.0 and window["elapsed_s"] == 3.0
 
 
-def test_eta_counts_steps_not_windows_and_forgets_the_compilation_of_the_first():
+def test_eta_counts_steps_not_windows_and_never_the_compilation_in_the_first():
     hands = Hands()
     clock = Clock(hands)
-    assert clock.eta_s(100) is None
+    clock.window()
     run(clock, hands, 0.0, 60.0, 1)
     clock.window()
-    assert clock.eta_s(2) == 120.0
+    assert clock.eta_s(100) is None
+    run(clock, hands, 0.0, 2.0, 1)
+    clock.window()
+    assert clock.eta_s(100) == 200.0
     for num_steps in range(1, 11):
         for _ in range(num_steps):
             run(clock, hands, 0.0, 0.5, 1)
