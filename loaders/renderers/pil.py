@@ -57,7 +57,13 @@ class PilRenderer:
                     raise ImageError(f"it is {image.width} x {image.height}, its source says {width} x {height}")
                 return image.convert("RGB")
         except (StoreError, ImageError, OSError, SyntaxError, ValueError) as e:
-            raise RenderError(f"image {i} ({self.source.name_of(i)}) of {self.source.name}: {e}") from e
+            raise RenderError(f"image {i} ({self._name_of(i)}) of {self.source.name}: {e}") from e
+
+    def _name_of(self, i: int) -> str:
+        try:
+            return self.source.name_of(i)
+        except StoreError:  # whatever took the image may have taken its name
+            return "name unreadable"
 
 
 def crop(image: Image.Image, box: np.ndarray, view: View) -> Image.Image:

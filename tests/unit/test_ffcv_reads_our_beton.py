@@ -1,0 +1,154 @@
+"""One format, two programs: FFCV's own Reader and Loader open what we write, and we train from what FFCV writes."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from loaders.loader import Loader, bind
+from loaders.plan.plan import Plan
+from loaders.plan.views import Balanced, Rrc, Sequential, Stream, View, Whole
+from loaders.store.beton import BetonReader, BetonWriter
+from loaders.store.data import open_data
+
+pytest.importorskip("ffcv.libffcv", reason="the extra ffcv is not installed", exc_type=ImportError)
+
+from ffcv.fields import BytesField, IntField, JSONField, RGBImageField  # noqa: E402
+from ffcv.fields.basics import IntDecoder  # noqa: E402
+from ffcv.fields.bytes import BytesDecoder  # noqa: E402
+from ffcv.fields.rgb_image import SimpleRGBImageDecoder  # noqa: E402
+from ffcv.libffcv import imdecode  # noqa: E402
+from ffcv.loader import Loader as FfcvLoader  # noqa: E402
+from ffcv.loader import OrderOption  # noqa: E402
+from ffcv.reader import Reader  # noqa: E402
+from ffcv.transforms import ToTensor  # noqa: E402
+from ffcv.writer import DatasetWriter  # noqa: E402
+
+HEIGHT, WIDTH, NUM = 48, 64, 11
+
+
+def photograph(seed, height=HEIGHT, width=WIDTH):
+    small = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def jpeg(image):
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+FILES = [jpeg(photograph(i)) for i in range(NUM)]
+LABELS = [i % 3 for i in range(NUM)]
+NAMES = [f"n0000000{label}_{i}é.JPEG" for i, label in enumerate(LABELS)]
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory):
+    path = tmp_path_factory.mktemp("ours") / "train.beton"
+    with BetonWriter(path, NUM, ("cat", "dog", "eel")) as writer:
+        for file, label, name in zip(FILES, LABELS, NAMES, strict=True):
+            writer.add(file, label, name)
+    return path
+
+
+def test_ffcvs_reader_finds_our_bytes_labels_and_names(ours):
+    reader = Reader(str(ours))
+    assert reader.num_samples == NUM and reader.field_names == ["image", "label", "name"]
+    handlers = list(reader.handlers.values())
+    assert isinstance(handlers[0], RGBImageField) and isinstance(handlers[1], IntField)
+    assert isinstance(handlers[2], BytesField)  # what FFCV makes of its own JSON fields
+    assert reader.metadata["f1"].tolist() == LABELS
+    data = ours.read_bytes()
+    regions = {int(r["ptr"]): int(r["size"]) for r in reader.alloc_table}
+    images = reader.metadata["f0"]
+    assert images["mode"].tolist() == [0] * NUM
+    assert images["width"].tolist() == [WIDTH] * NUM and images["height"].tolist() == [HEIGHT] * NUM
+    assert [data[p : p + regions[p]] for p in images["data_ptr"].tolist()] == FILES
+    names = [np.frombuffer(data, np.uint8, size, ptr) for ptr, size in reader.metadata["f2"].tolist()]
+    assert [JSONField.unpack(name) for name in names] == NAMES
+
+
+def test_ffcvs_loader_gives_the_same_pixels_labels_and_names(ours):
+    """Pixels equal FFCV's own decode (fast DCT) of the original bytes: nothing was re-encoded or exchanged."""
+    loader = FfcvLoader(
+        str(ours),
+        batch_size=4,
+        num_workers=1,
+        order=OrderOption.SEQUENTIAL,
+        drop_last=False,
+        pipelines={
+            "image": [SimpleRGBImageDecoder(), ToTensor()],
+            "label": [IntDecoder(), ToTensor()],
+            "name": [BytesDecoder()],
+        },
+    )
+    images, labels, names = [], [], []
+    for image, label, name in loader:
+        images += [*image.numpy().copy()]
+        labels += label.flatten().tolist()
+        names += JSONField.unpack(name)
+    assert labels == LABELS and names == NAMES
+    for file, image in zip(FILES, images, strict=True):
+        expected = np.empty((HEIGHT, WIDTH, 3), np.uint8)
+        imdecode(np.frombuffer(file, np.uint8), expected, HEIGHT, WIDTH, HEIGHT, WIDTH)
+        assert (image == expected).all()
+
+
+class _Images:
+    """What FFCV's writer indexes: images of several sizes, and labels."""
+
+    def __len__(self):
+        return NUM
+
+    def __getitem__(self, i):
+        return np.asarray(photograph(i, HEIGHT + i, WIDTH - i)), LABELS[i]
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    path = tmp_path_factory.mktemp("theirs") / "train.beton"
+    fields = {"image": RGBImageField(write_mode="jpg", jpeg_quality=95), "label": IntField()}
+    DatasetWriter(str(path), fields, page_size=1 << 21, num_workers=1).from_indexed_dataset(_Images(), chunksize=4)
+    return path
+
+
+def test_a_file_of_ffcvs_writer_is_read_here(theirs):
+    reader = BetonReader(theirs)
+    assert reader.labels.tolist() == LABELS
+    assert reader.sizes.tolist() == [[HEIGHT + i, WIDTH - i] for i in range(NUM)]
+    for i in range(NUM):
+        pixels = np.asarray(Image.open(io.BytesIO(reader.jpeg(i))).convert("RGB")).astype(int)
+        assert np.abs(pixels - np.asarray(photograph(i, HEIGHT + i, WIDTH - i))).mean() < 3
+
+
+@pytest.mark.parametrize("renderer", ["pil", "ffcv"])
+def test_a_file_of_ffcvs_writer_trains_here(theirs, renderer):
+    """A few steps of a linear classifier on labelled batches from it lower the loss."""
+    views = (View("crop", 16, Rrc((0.8, 1.0))),)
+    plan = Plan((Stream("s", "train", views, Balanced(3, 2), 6),), "s", seed=0)
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3 * 16 * 16, 3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    losses = []
+    with Loader(bind(plan, open_data((str(theirs),))), renderer=renderer) as loader:
+        for batch in loader.batches(0, 60):
+            part = batch.parts["s"]
+            assert part.labels.tolist() == [LABELS[i] for i in part.ids]
+            loss = torch.nn.functional.cross_entropy(model(part.x["crop"].flatten(1)), part.labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            batch.release()
+    assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
+
+
+def test_a_pass_over_a_file_of_ffcvs_writer_meets_every_image_once(theirs):
+    plan = Plan((Stream("s", "train", (View("whole", 8, Whole()),), Sequential(), 4),), "s", seed=0)
+    bound = bind(plan, open_data((str(theirs),)))
+    with Loader(bound, renderer="ffcv") as loader:
+        ids = [i for batch in loader.batches(0, bound.plan.num_steps("s")) for i in batch.parts["s"].ids.tolist()]
+    assert ids == list(range(NUM))
