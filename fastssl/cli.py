@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import shlex
 import sys
 import time
@@ -43,6 +44,9 @@ _data = click.option("--data", multiple=True, metavar="[KEY=]PATH", help="KEY: u
 @click.version_option(package_name="fastssl-train")
 def main() -> None:
     """Pre-train image encoders from many unlabelled and few labelled images."""
+    # OpenMP's threads spin between parallel regions by default and so take the cores from the loader's threads, from
+    # other ranks and from each other: a step took up to ten times as long. Read as torch loads, which is later.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @main.command()
@@ -118,10 +122,10 @@ def train(
 
 
 def _seeds(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"--seeds {text!r}: write whole numbers separated by commas") from None
+    parts = text.split(",")
+    if len(set(parts)) < len(parts) or not all(part.isdecimal() and int(part) < 2**63 for part in parts):
+        raise ConfigError(f"--seeds {text!r}: write different whole numbers separated by commas, such as 0,1,2")
+    return [int(part) for part in parts]
 
 
 @main.command()

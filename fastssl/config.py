@@ -50,7 +50,12 @@ def with_value(config: T, path: str, text: str, parsers: Parsers | None = None) 
         new = with_value(old, rest, text, parsers)
     else:
         new = _parse(text, typing.get_type_hints(type(config))[head], path, parsers or {})
-    return replace(config, **{head: new})  # type: ignore[type-var]
+    try:
+        return replace(config, **{head: new})  # type: ignore[type-var]
+    except ConfigError:
+        raise
+    except ValueError as error:  # what a description says of values that it cannot hold
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def has_path(config: object, path: str) -> bool:
@@ -74,9 +79,7 @@ def _parse(text: str, kind: Any, path: str, parsers: Parsers) -> Any:
             return _parse(text, plain[0], path, parsers)
         raise ConfigError(f"{path!r} holds a structure; set one of its parts ({path}.name=value)")
     if origin is typing.Literal:
-        if text not in arguments:
-            raise ConfigError(f"{path}={text}: choose one of {', '.join(map(str, arguments))}")
-        return text
+        return _chosen(text, {str(a): a for a in arguments}, path)
     if origin is tuple:
         parts = [p for p in text.split(",") if p]
         element = [arguments[0]] * len(parts) if arguments[-1:] == (Ellipsis,) else list(arguments)
@@ -94,11 +97,14 @@ def _parse(text: str, kind: Any, path: str, parsers: Parsers) -> Any:
             noun = "a whole number" if kind is int else "a number"
             raise ConfigError(f"{path}={text}: {noun} is needed") from None
     if isinstance(kind, type) and issubclass(kind, Enum):
-        values = {str(member.value): member for member in kind}
-        if text not in values:
-            raise ConfigError(f"{path}={text}: choose one of {', '.join(values)}")
-        return values[text]
+        return _chosen(text, {str(member.value): member for member in kind}, path)
     raise ConfigError(f"{path!r} cannot be written on the command line; set one of its parts or write a recipe")
+
+
+def _chosen(text: str, choices: Mapping[str, Any], path: str) -> Any:
+    if text not in choices:
+        raise ConfigError(f"{path}={text}: choose one of {', '.join(choices)}")
+    return choices[text]
 
 
 def to_plain(value: Any) -> Any:

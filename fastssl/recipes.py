@@ -17,6 +17,7 @@ from fastssl.methods.base import Span, Stage, Stages, parse_span
 
 PARSERS = {Span: parse_span}
 _ALIASES = {"epochs": "length", "steps": "length"}
+_FIXED = {"name", "method", "do", "needs", "dataset"}  # what a recipe is
 
 
 def recipes() -> dict[str, Callable[[], Stages]]:
@@ -57,7 +58,7 @@ def _changed(stages: Stages, key: str, text: str) -> Stages:
         names = {"epochs", "steps"}
         for stage in stages:
             names |= vars(stage).keys() | vars(stage.method).keys()
-        raise ConfigError(f"unknown key {key!r}{suggest(key, names - {'name', 'method', 'do', 'needs'})}")
+        raise ConfigError(f"unknown key {key!r}{suggest(key, names - _FIXED)}")
     return tuple(new or old for new, old in zip(changed, stages, strict=True))
 
 
@@ -66,8 +67,10 @@ def _stage_with(stage: Stage, key: str, text: str) -> Stage | None:
     if key in _ALIASES:
         return with_value(stage, _ALIASES[key], f"{text}{key}", PARSERS)
     first = key.partition(".")[0]
+    if first in _FIXED:
+        return None
     if has_path(stage.method, first):
         return replace(stage, method=with_value(stage.method, key, text, PARSERS))
-    if has_path(stage, first) and first not in ("name", "method", "do", "needs"):
+    if has_path(stage, first):
         return with_value(stage, key, text, PARSERS)
     return None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from fastssl.config import ConfigError
 from loaders.batch import Batch
 from loaders.plan.plan import Plan
-from loaders.plan.views import View
+from loaders.plan.views import View, parse_subset
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -136,6 +136,14 @@ class Config(ABC):
     labels: str = "all"  # which images show their label: see loaders.plan.views.parse_subset
     precision: Precision = "bf16"
 
+    def __post_init__(self) -> None:
+        parse_subset(self.labels)
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            least = {int: 1, float: 0.0}.get(type(value))  # whole numbers count something that there must be
+            if least is not None and not value >= least:
+                raise ConfigError(f"{setting.name} is {value}, but must be {least:g} at least")
+
     @abstractmethod
     def build(self, facts: Facts, inputs: Mapping[str, Artefact]) -> Method:
         """The method of this configuration."""
@@ -209,6 +217,12 @@ class Stage:
     log_every: Span = Steps(10)
     checkpoint_every: Span = Epochs(1)
     keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        if self.length.count < 1:
+            raise ConfigError(f"a stage of {self.length} does nothing")
+        if self.keep_checkpoints < 1:
+            raise ConfigError(f"keep_checkpoints is {self.keep_checkpoints}, but the newest must be kept")
 
 
 Stages = tuple[Stage, ...]

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fastssl.nn.resnet import ResNetTrunk, Stem, resnet
+from fastssl.nn.resnet import Depth, ResNetTrunk, Stem, resnet
 from fastssl.nn.wide_resnet import WideResNetTrunk, wide_resnet
 
 
@@ -10,7 +10,7 @@ from fastssl.nn.wide_resnet import WideResNetTrunk, wide_resnet
 class ResNet:
     """`fastssl.nn.resnet.resnet`. `ResNet(10, stem="cifar", base_width=16)` suits small images on one CPU core."""
 
-    depth: int = 50
+    depth: Depth = 50
     width: int = 1
     stem: Stem = "imagenet"
     base_width: int = 64

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from fastssl.nn.global_batch_norm import GlobalBatchNorm
 
 Norm = Callable[[int], nn.Module]
+Depth = Literal[10, 18, 34, 50, 101, 152, 200]
 Stem = Literal["imagenet", "cifar"]
 
 

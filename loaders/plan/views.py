@@ -107,6 +107,10 @@ class View:
     copies: int = 1
     turns: tuple[int, ...] = (0,)
 
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.copies < 1 or not self.turns:
+            raise ValueError(f"view {self.name!r} needs a pixel, a copy and a turn at least")
+
 
 @dataclass(frozen=True)
 class All:
@@ -187,6 +191,6 @@ def parse_subset(text: str) -> Subset:
     if text.startswith("per-class="):
         count, _, split_seed = text.removeprefix("per-class=").partition("@")
         if not count.isdecimal() or not (split_seed or "0").isdecimal() or int(count) == 0:
-            raise ValueError(f"labels {text!r}: write per-class=COUNT or per-class=COUNT@SPLIT_SEED, whole numbers")
+            raise ValueError(f"{text!r}: write per-class=COUNT or per-class=COUNT@SPLIT_SEED, whole numbers")
         return PerClass(int(count), int(split_seed or 0))
     return Listed(text)
