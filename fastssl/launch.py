@@ -77,9 +77,9 @@ def _started_here(job: Job) -> dict[str, Any]:
 
 def _await(ranks: dict[Connection, SpawnProcess]) -> None:
     """Return once all ranks have finished. Raises the error that ended one, FastsslError but for bugs of ours."""
-    running, failures = set(ranks), []
+    running, failures = set(ranks), list[tuple[Cause, str]]()
     while running and (ready := wait(running, timeout=PEERS_FAIL_S if failures else None)):
-        for report in ready:
+        for report in running.intersection(ready):
             running.remove(report)
             failures += _failure(ranks[report], report)
     if failures:
@@ -93,9 +93,10 @@ def _failure(process: SpawnProcess, report: Connection) -> list[tuple[Cause, str
         return [report.recv()]
     except EOFError:
         process.join()
-    if process.exitcode == 0:
+    code = process.exitcode
+    if not code:
         return []
-    by = signal.Signals(-process.exitcode).name if process.exitcode < 0 else f"exit code {process.exitcode}"
+    by = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     hint = " (out of memory?)" if by == "SIGKILL" else ""
     return [(Cause.DEATH, f"{process.name} died: {by}{hint}; the same command continues from the last checkpoint")]
 

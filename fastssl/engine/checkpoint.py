@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,6 +85,13 @@ class Checkpoints:
             raise CheckpointError(f"no checkpoint in {self.folder} can be read; start afresh in another --out")
         return None
 
+    def newest(self) -> Path:
+        """The newest one's folder. Raises CheckpointError where there is none."""
+        steps = self.steps()
+        if not steps:
+            raise CheckpointError(f"{self.folder} holds no checkpoint")
+        return self.path(steps[-1])
+
     def load(self, step: int) -> dict[str, Any]:
         """The checkpoint of `step`. Raises CheckpointError where its bytes are not those that were written."""
         path = self.path(step)
@@ -90,9 +99,30 @@ class Checkpoints:
             expected = json.loads((path / DIGEST).read_text())
             if sha256_of(path / STATE) != expected["sha256"]:
                 raise CheckpointError(f"checkpoint {path} is damaged (its digest differs)")
-            return torch.load(path / STATE, map_location="cpu", weights_only=True)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"checkpoint {path} is damaged ({error})") from error
+        return read_state(path / STATE)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The state stored in the file `path`, on the CPU. Raises CheckpointError where it is none."""
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(f"{path} is {'no checkpoint' if path.exists() else 'not there'}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path} is no checkpoint that can be read") from error
+    if not isinstance(state, dict) or "nets" not in state:
+        raise CheckpointError(f"{path} is no checkpoint of fastssl")
+    return state
+
+
+def read_json(path: Path) -> Any:
+    """What `write_atomically` left at `path`, as JSON. Raises FastsslError where it is not whole."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise FastsslError(f"{path} cannot be read ({error}): remove it or choose another --out") from error
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from fastssl.config import ConfigError, differences, to_plain
-from fastssl.engine.checkpoint import CheckpointError, Checkpoints
+from fastssl.engine.checkpoint import CheckpointError, Checkpoints, read_json
 from fastssl.engine.stages import RESOLVED, facts_of
 from fastssl.evaluation.subject import Subject
 from fastssl.recipes import resolve
@@ -22,7 +22,7 @@ def open_run(run: Path, data: tuple[str, ...]) -> tuple[Subject, int]:
     path = run / RESOLVED
     if not path.is_file():
         raise ConfigError(f"{run} is no run directory: it has no {RESOLVED}")
-    resolved = json.loads(path.read_text())
+    resolved = read_json(path)
     stages = resolve(resolved["recipe"], tuple(resolved["run"]["changes"]))
     changed = differences(resolved["stages"], json.loads(json.dumps(to_plain(stages))))
     if changed:

@@ -11,8 +11,9 @@ import ctypes
 import json
 import os
 import platform
+import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,7 @@ import torch
 from fastssl import dist
 from fastssl.clock import Clock
 from fastssl.config import ConfigError, differences, to_plain
-from fastssl.engine.checkpoint import STATE, Checkpoints, sha256_of, write_atomically
+from fastssl.engine.checkpoint import STATE, Checkpoints, read_json, read_state, sha256_of, write_atomically
 from fastssl.engine.train import Trainer
 from fastssl.evaluation import load_protocol
 from fastssl.evaluation.subject import Subject
@@ -53,6 +54,10 @@ class Job:
     init_from: Path | None = None
     command: str = ""
 
+    def __post_init__(self) -> None:
+        for name in {name for stage in self.stages for name in stage.evaluate}:
+            load_protocol(name)  # a name that is unknown must not wait for the end of training
+
 
 def threads_per_rank() -> int:
     """CPU threads of this rank: an equal share of what the processes of this host may use."""
@@ -77,6 +82,8 @@ def run(job: Job) -> dict[str, Any]:
         keep_freed_memory()
     data = open_data(job.data)
     _claim(job, data)
+    if (job.out / RESULT).exists():
+        return _say_finished(job)
 
     artefacts: dict[str, Artefact] = {}
     results: dict[str, dict[str, Any]] = {}
@@ -84,8 +91,9 @@ def run(job: Job) -> dict[str, Any]:
         folder = stage_folder(job, stage.name)
         inputs = {name: _input(ref, artefacts) for name, ref in stage.needs.items()}
         results[stage.name] = _StageRun(job, stage, folder, data, inputs, device, threads).finish()
-        made = folder / PRODUCED if stage.do == "produce" else _last_checkpoint(folder) / STATE
-        artefacts[stage.name] = Artefact(made, sha256_of(made))
+        if any(ref.stage == stage.name for later in job.stages for ref in later.needs.values()):
+            made = folder / PRODUCED if stage.do == "produce" else _checkpoints(folder).newest() / STATE
+            artefacts[stage.name] = Artefact(made, sha256_of(made))
     if len(job.stages) == 1:
         return results[job.stages[0].name]
     result = {**results[job.stages[-1].name], "stages": results}
@@ -142,8 +150,8 @@ class _StageRun:
     def finish(self) -> dict[str, Any]:
         """Train or produce what is not done yet; the stage's result."""
         done = self.folder / RESULT
-        if done.exists() and self.job.resume == "auto":
-            return json.loads(done.read_text())
+        if done.exists():
+            return read_json(done)
         with self._loader() as loader:
             result = self._produce(loader) if self.stage.do == "produce" else self._train(loader)
         if dist.is_main():
@@ -162,14 +170,13 @@ class _StageRun:
         )
 
     def _train(self, loader: Loader) -> dict[str, Any]:
-        checkpoints = Checkpoints(self.folder / "checkpoints", self.stage.keep_checkpoints)
+        checkpoints = _checkpoints(self.folder, self.stage.keep_checkpoints)
         trainer = Trainer(self.stage, self.method, loader, checkpoints, self.device)
         damaged: list[str] = []
-        state = checkpoints.load_newest(damaged.append) if self.job.resume == "auto" else None
-        if state is not None:
+        if (state := checkpoints.load_newest(damaged.append)) is not None:
             trainer.load_state(state)
-        elif self.job.init_from is not None:
-            _load_weights(trainer.nets.online, self.job.init_from)
+        elif self.job.init_from is not None and self.stage is self.job.stages[0]:
+            _load_weights(trainer.nets.online, self.job.init_from, damaged.append)
 
         clock, evaluations = Clock(), []
 
@@ -246,8 +253,10 @@ class _StageRun:
         if trainer.step:
             table["continues"] = f"from step {trainer.step:,}"
         table["directory"] = str(self.folder)
-        title = self.job.recipe if len(self.job.stages) == 1 else f"{self.job.recipe}, stage {self.stage.name}"
-        recorder.announce(f"{title}, seed {self.job.seed}", table, total_steps=trainer.horizon.total_steps)
+        stage = f", stage {self.stage.name}" if len(self.job.stages) > 1 else ""
+        recorder.announce(
+            f"{self.job.recipe}{stage}, seed {self.job.seed}", table, total_steps=trainer.horizon.total_steps
+        )
 
 
 def next_commands(job: Job) -> list[str]:
@@ -257,7 +266,7 @@ def next_commands(job: Job) -> list[str]:
 
 
 def _claim(job: Job, data: DataSets) -> None:
-    """Write `resolved.json`, or check that the run there is this one. Raises ConfigError where it is another."""
+    """Write `resolved.json`, or check that the run begun there is this one. Raises ConfigError where it is another."""
     resolved = {
         "recipe": job.recipe,
         "seed": job.seed,
@@ -265,8 +274,8 @@ def _claim(job: Job, data: DataSets) -> None:
         "data": {key: source.fingerprint() for key, source in sorted(data.sources.items())},
     }
     path = job.out / RESOLVED
-    if path.exists() and job.resume == "auto":
-        there = json.loads(path.read_text())
+    if path.exists() and job.resume == "auto" and _has_work(job.out):
+        there = read_json(path)
         changed = differences({key: there.get(key) for key in resolved}, json.loads(json.dumps(resolved)))
         if changed:
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
@@ -277,7 +286,7 @@ def _claim(job: Job, data: DataSets) -> None:
         before = there["run"]["threads"], there["run"]["world"]
         if before != (threads_per_rank(), job.world) and dist.is_main():
             print(f"note: continued on {job.world} ranks of {threads_per_rank()} threads; before {before[1]} of "
-                  f"{before[0]}: the same images, other rounding")  # fmt: skip
+                  f"{before[0]}: the same images, other rounding", flush=True)  # fmt: skip
     dist.barrier()  # every rank has compared before anything is written
     if dist.is_main():
         run_facts = {
@@ -287,9 +296,37 @@ def _claim(job: Job, data: DataSets) -> None:
             "world": job.world,
             "threads": threads_per_rank(),
         }
-        job.out.mkdir(parents=True, exist_ok=True)
         text = json.dumps({**resolved, "run": run_facts, "versions": versions()}, indent=2)
-        write_atomically(path, text + "\n")
+        try:
+            job.out.mkdir(parents=True, exist_ok=True)
+            if job.resume == "never":
+                _clear(job)
+            write_atomically(path, text + "\n")
+        except OSError as error:
+            raise ConfigError(f"--out {job.out} cannot be written: {error.strerror}") from error
+    dist.barrier()
+
+
+def _has_work(out: Path) -> bool:
+    """Whether a run in `out` has come far enough to be worth keeping."""
+    patterns = ("**/checkpoints/step-*", f"**/{RESULT}", f"**/{PRODUCED}")
+    return any(True for pattern in patterns for _ in out.glob(pattern))
+
+
+def _clear(job: Job) -> None:
+    """Remove what a run would continue from."""
+    for folder in {job.out, *(stage_folder(job, stage.name) for stage in job.stages)}:
+        (folder / RESULT).unlink(missing_ok=True)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+def _say_finished(job: Job) -> dict[str, Any]:
+    """Show the result of a run that is done; returns it."""
+    result, last = read_json(job.out / RESULT), stage_folder(job, job.stages[-1].name)
+    with Recorder(last, main=dist.is_main(), resume_step=result.get("steps", 0)) as recorder:
+        recorder.announce(f"finished: {job.recipe}, seed {job.seed}", {"directory": job.out})
+        recorder.finish(result, next_commands(job))
+    return result
 
 
 def _input(ref: Ref, artefacts: Mapping[str, Artefact]) -> Artefact:
@@ -302,22 +339,22 @@ def _input(ref: Ref, artefacts: Mapping[str, Artefact]) -> Artefact:
     return Artefact(path, sha256_of(path))
 
 
-def _last_checkpoint(folder: Path) -> Path:
-    checkpoints = Checkpoints(folder / "checkpoints")
-    return checkpoints.path(checkpoints.steps()[-1])
+def _checkpoints(folder: Path, keep: int = 2) -> Checkpoints:
+    return Checkpoints(folder / "checkpoints", keep)
 
 
-def _load_weights(module: torch.nn.Module, source: Path) -> None:
-    """Weights alone, from a run directory or a checkpoint's state file; every key must fit."""
-    path = source / "checkpoints" if source.is_dir() else source
-    if path.is_dir():
-        path = _last_checkpoint(source) / STATE if Checkpoints(path).steps() else path / STATE
-    if not path.is_file():
-        raise ConfigError(f"--init-from {source}: no checkpoint there")
-    state = torch.load(path, map_location="cpu", weights_only=True)["nets"]["online"]
-    own = module.state_dict()
-    wrong = [k for k in sorted(state.keys() | own.keys()) if k not in state or k not in own]
-    wrong += [k for k in sorted(state.keys() & own.keys()) if state[k].shape != own[k].shape]
+def _load_weights(module: torch.nn.Module, source: Path, warn: Callable[[str], None]) -> None:
+    """Weights alone, from a run directory, a checkpoint or its state file; every key must fit."""
+    if _checkpoints(source).steps():
+        state = _checkpoints(source).load_newest(warn)
+    else:
+        state = read_state(source / STATE if source.is_dir() else source)
+    assert state is not None
+    theirs, own = state["nets"]["online"], module.state_dict()
+    wrong = [k for k in sorted(theirs.keys() | own.keys()) if k not in theirs or k not in own]
+    wrong += [k for k in sorted(theirs.keys() & own.keys()) if theirs[k].shape != own[k].shape]
     if wrong:
-        raise ConfigError(f"--init-from {source}: {len(wrong)} tensors do not fit ({wrong[0]}, ...); nothing loaded")
-    module.load_state_dict(state)
+        raise ConfigError(
+            f"--init-from {source}: {len(wrong)} tensors do not fit, the first {wrong[0]}; nothing loaded"
+        )
+    module.load_state_dict(theirs)

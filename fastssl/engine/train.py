@@ -20,7 +20,7 @@ from fastssl import dist
 from fastssl.clock import Clock
 from fastssl.config import FastsslError
 from fastssl.engine.checkpoint import Checkpoints
-from fastssl.methods.base import Horizon, Method, Nets, Stage
+from fastssl.methods.base import Horizon, Method, Nets, Span, Stage
 from fastssl.record import Recorder
 from loaders.batch import Batch
 from loaders.loader import Loader
@@ -72,7 +72,7 @@ class Trainer:
         if self.step >= total:
             return
         trained = self._averaged_over_ranks()
-        unsettled = torch.full((), total, device=self.device)  # the first step whose loss was not finite
+        unsettled = torch.full((), total, device=self.device)  # the first step whose loss or weights were not finite
 
         with closing(self.loader.batches(self.step, total)) as batches:
             while self.step < total:
@@ -86,13 +86,14 @@ class Trainer:
                     self._stop_if_diverged(unsettled)
                     recorder.log(self._record(batch, parts, clock))
                 batch.release()
-                if evaluate is not None and self._due(self.stage.evaluate_every):
+                if self._due(self.stage.evaluate_every, self.stage.checkpoint_every):
                     with clock.paused():
-                        recorder.evaluation({"step": self.step, "epoch": self.epoch, "evaluation": evaluate()})
-                if self._due(self.stage.checkpoint_every):
-                    with clock.paused():
+                        unsettled = torch.where(self._weights_finite(), unsettled, unsettled.clamp(max=self.step - 1))
                         self._stop_if_diverged(unsettled)
-                        self._save()
+                        if evaluate is not None and self._due(self.stage.evaluate_every):
+                            recorder.evaluation({"step": self.step, "epoch": self.epoch, "evaluation": evaluate()})
+                        if self._due(self.stage.checkpoint_every):
+                            self._save()
 
     @property
     def epoch(self) -> float:
@@ -110,11 +111,10 @@ class Trainer:
         self.method.after_step(self.nets, self.step, self.horizon)
         return {name: value.detach() for name, value in parts.items()}
 
-    def _due(self, every: Any) -> bool:
-        """Whether something done `every` so often, and at the end, is due now that `self.step` steps are done."""
-        return self.step % max(1, every.steps(self.horizon.steps_per_epoch)) == 0 or (
-            self.step == self.horizon.total_steps
-        )
+    def _due(self, *every: Span) -> bool:
+        """Whether something done so often, and at the end, is due now that `self.step` steps are done."""
+        periods = [max(1, span.steps(self.horizon.steps_per_epoch)) for span in every]
+        return self.step == self.horizon.total_steps or any(self.step % period == 0 for period in periods)
 
     def _averaged_over_ranks(self) -> Nets:
         """The nets with `online` averaging its gradients over the ranks.
@@ -158,8 +158,12 @@ class Trainer:
         time = clock.window() | {"eta_s": clock.eta_s(self.horizon.total_steps - self.step)}
         return {"step": self.step, "epoch": self.epoch, "loss": values.pop("total"), **values, **rates, "time": time}
 
+    def _weights_finite(self) -> Tensor:
+        """Whether all weights are finite numbers; 0-dim, on the device."""
+        return torch.stack([p.isfinite().all() for p in self.nets.online.parameters()]).all()
+
     def _stop_if_diverged(self, unsettled: Tensor) -> None:
-        """Raise TrainingDiverged, on every rank, where any rank has met a non-finite loss. Under fp16 the scaler
+        """Raise TrainingDiverged, on every rank, where any rank has met what is not finite. Under fp16 the scaler
         skips steps that overflow, so only a scale driven below one counts."""
         step = int(dist.least_over_ranks(unsettled))
         if step >= self.horizon.total_steps or (self.scaler.is_enabled() and self.scaler.get_scale() >= 1):
@@ -169,7 +173,7 @@ class Trainer:
         saved = self.checkpoints.steps()
         last = f"the last good checkpoint is {self.checkpoints.path(saved[-1])}" if saved else "no checkpoint was made"
         raise TrainingDiverged(
-            f"the loss of step {step} is not a finite number (image ids: {ids}); {last}; "
+            f"step {step + 1} gave a loss or weights that are not finite (image ids: {ids}); {last}; "
             "try a lower learning rate or --set precision=fp32"
         )
 
