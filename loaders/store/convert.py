@@ -16,6 +16,7 @@ import os
 import shutil
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -96,7 +97,9 @@ def convert(plan: Plan, out: Path, progress: Progress = lambda what, done, total
     Raises StoreError: no space, a source that changed, another conversion's files in `out`. The same call continues.
     """
     try:
-        return _convert(plan, out, progress)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # Pillow's, of EXIF that it cannot read and we do not need
+            return _convert(plan, out, progress)
     except OSError as e:
         what = f"{e.filename or out}: {e.strerror}"
         raise StoreError(f"{what}; put that right and run the same command: it continues") from e
@@ -158,7 +161,7 @@ def read_manifest(out: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_bytes())
         for said in manifest["splits"].values():
-            _ = said["file"], said["images_sha256"], said["tables_sha256"], said["odd"], said["quarantined"], said["ignored"]
+            _ = [said[key] for key in ("file", "images_sha256", "tables_sha256", "odd", "quarantined", "ignored")]
             _ = said["images"] + sum(said["data"]), ["".join(c["sha256"]) for c in said["classes"].values()]
         _ = manifest["plan_sha256"]
     except OSError as e:
