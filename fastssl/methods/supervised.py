@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from fastssl.methods import paws
 from fastssl.methods.base import (
     Artefact,
     Config,
@@ -32,15 +31,16 @@ from fastssl.methods.base import (
 from fastssl.nn.encoders import Encoder, ResNet
 from fastssl.optim.schedule import warmup_cosine
 from loaders.batch import Batch
+from loaders.plan.ops import Flip
 from loaders.plan.plan import Plan
-from loaders.plan.views import Shuffled, Stream, View, parse_subset
+from loaders.plan.views import IMAGENET, Rrc, Shuffled, Stream, View, parse_subset
 
 
 @dataclass(frozen=True)
 class SupervisedConfig(Config):
     """Settings of the baseline; an epoch is a pass over the labelled images."""
 
-    view: View = paws.GLOBAL_VIEW
+    view: View = View("labelled", 224, Rrc((0.08, 1.0)), (Flip(),), IMAGENET)
     encoder: Encoder = ResNet(50)
     batch_global: int = 256
     lr_peak: float = 0.1
@@ -116,19 +116,14 @@ class Supervised(Method):
 # ---------------------------------------------------------------------------------------------------------- recipes
 
 
+# The recipes are derived from PAWS's, whose module imports this one: hence the late imports.
+
+
 def digits() -> Stages:
     """The network, labels and crops of paws.digits, trained on the hundred labelled digits alone."""
-    return _beside(paws.digits(), batch_global=100, length=Epochs(400))
+    from fastssl.methods import paws
 
-
-def cifar10_small() -> Stages:
-    """The network, labels and crops of paws.cifar10_small, trained on the 4,000 labelled images alone."""
-    return _beside(paws.cifar10_small(), batch_global=256, length=Epochs(300))
-
-
-def _beside(stages: Stages, batch_global: int, length: Span) -> Stages:
-    """The baseline of a PAWS recipe: everything that is not the method is the same."""
-    (stage,) = stages
+    (stage,) = paws.digits()
     theirs = stage.method
     assert isinstance(theirs, paws.PawsConfig)
     ours = SupervisedConfig(
@@ -138,7 +133,16 @@ def _beside(stages: Stages, batch_global: int, length: Span) -> Stages:
         precision=theirs.precision,
         view=replace(theirs.global_view, name="labelled", copies=1),
         encoder=theirs.encoder,
-        batch_global=batch_global,
+        batch_global=100,
     )
-    every = Epochs(max(1, length.count // 10))
-    return (Stage("train", ours, length, evaluate=("classifier", "knn"), evaluate_every=every, log_every=Steps(10)),)
+    protocols = ("classifier", "knn")
+    return (Stage("train", ours, Epochs(400), evaluate=protocols, evaluate_every=Epochs(40), log_every=Steps(10)),)
+
+
+def cifar10_small() -> Stages:
+    """The first stage of paws.cifar10_small, the 4,000 labelled images alone, for as long as its two stages take."""
+    from fastssl.methods import paws
+
+    labels_alone, _ = paws.cifar10_small()
+    longer = replace(labels_alone, length=Epochs(2100), evaluate_every=Epochs(150), checkpoint_every=Epochs(30))
+    return (replace(longer, name="train", log_every=Steps(310)),)
