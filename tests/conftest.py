@@ -2,6 +2,8 @@
 
 FASTSSL_TEST_DATA names a folder with label lists and sample images, FASTSSL_TEST_CIFAR10 one with CIFAR-10's official
 binary files. Unset, a test that needs one skips and says so; set, a missing file is a failure.
+
+Where there is no GPU, Triton kernels run under their interpreter.
 """
 
 from __future__ import annotations
@@ -10,6 +12,10 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read once, when triton is imported, which torch's optimisers also do
 
 
 def _folder(variable: str, holds: str, witness: str) -> Path:
