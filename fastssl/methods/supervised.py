@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD
 
+from fastssl.methods import paws
 from fastssl.methods.base import (
     Artefact,
     Config,
@@ -31,16 +32,15 @@ from fastssl.methods.base import (
 from fastssl.nn.encoders import Encoder, ResNet
 from fastssl.optim.schedule import warmup_cosine
 from loaders.batch import Batch
-from loaders.plan.ops import Flip
 from loaders.plan.plan import Plan
-from loaders.plan.views import IMAGENET, Rrc, Shuffled, Stream, View, parse_subset
+from loaders.plan.views import Shuffled, Stream, View, parse_subset
 
 
 @dataclass(frozen=True)
 class SupervisedConfig(Config):
     """Settings of the baseline; an epoch is a pass over the labelled images."""
 
-    view: View = View("labelled", 224, Rrc((0.08, 1.0)), (Flip(),), IMAGENET)
+    view: View = paws.GLOBAL_VIEW
     encoder: Encoder = ResNet(50)
     batch_global: int = 256
     lr_peak: float = 0.1
@@ -116,14 +116,19 @@ class Supervised(Method):
 # ---------------------------------------------------------------------------------------------------------- recipes
 
 
-# The recipes are derived from PAWS's, whose module imports this one: hence the late imports.
-
-
 def digits() -> Stages:
     """The network, labels and crops of paws.digits, trained on the hundred labelled digits alone."""
-    from fastssl.methods import paws
+    return _beside(paws.digits(), batch_global=100, lr_peak=0.1, length=Epochs(400))
 
-    (stage,) = paws.digits()
+
+def cifar10_small() -> Stages:
+    """The network, labels and crops of paws.cifar10_small, trained on the 4,000 labelled images alone."""
+    return _beside(paws.cifar10_small(), batch_global=128, lr_peak=0.2, length=Epochs(2000))
+
+
+def _beside(stages: Stages, batch_global: int, lr_peak: float, length: Epochs) -> Stages:
+    """The baseline of a PAWS recipe: everything that is not the method is the same."""
+    (stage,) = stages
     theirs = stage.method
     assert isinstance(theirs, paws.PawsConfig)
     ours = SupervisedConfig(
@@ -133,16 +138,18 @@ def digits() -> Stages:
         precision=theirs.precision,
         view=replace(theirs.global_view, name="labelled", copies=1),
         encoder=theirs.encoder,
-        batch_global=100,
+        batch_global=batch_global,
+        lr_peak=lr_peak,
     )
-    protocols = ("classifier", "knn")
-    return (Stage("train", ours, Epochs(400), evaluate=protocols, evaluate_every=Epochs(40), log_every=Steps(10)),)
-
-
-def cifar10_small() -> Stages:
-    """The first stage of paws.cifar10_small, the 4,000 labelled images alone, for as long as its two stages take."""
-    from fastssl.methods import paws
-
-    labels_alone, _ = paws.cifar10_small()
-    longer = replace(labels_alone, length=Epochs(2100), evaluate_every=Epochs(150), checkpoint_every=Epochs(30))
-    return (replace(longer, name="train", log_every=Steps(310)),)
+    tenth = Epochs(length.count // 10)
+    return (
+        Stage(
+            name="train",
+            method=ours,
+            length=length,
+            evaluate=("classifier", "knn"),
+            evaluate_every=tenth,
+            log_every=Steps(100),
+            checkpoint_every=tenth,
+        ),
+    )
