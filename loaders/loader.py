@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor
 from loaders.batch import Batch, Part
 from loaders.errors import StoreError
 from loaders.finish import numba_cpu
-from loaders.plan.plan import BoundPlan, Plan, Rows, StreamFacts
+from loaders.plan.plan import BoundPlan, Plan, Rows, StreamFacts, ViewRows
 from loaders.renderers import Renderer
 from loaders.renderers.memory import MemoryRenderer
 from loaders.renderers.pil import PilRenderer
@@ -74,7 +75,7 @@ class Loader:
     CPUs this process may use); one more plans ahead, `prefetch` batches deep. Close it, or use it in a `with`
     statement, to join its threads.
 
-    With a CUDA device, batches leave pinned slots on a stream of their own. NOT YET RUN on a GPU.
+    With a CUDA device, uint8 crops leave pinned slots and are finished on a stream of their own. NOT YET RUN on a GPU.
     """
 
     def __init__(
@@ -98,9 +99,9 @@ class Loader:
         self._renderers = {
             name: make_renderer(renderer, source, self._pool, self.threads) for name, source in bound.sources.items()
         }
-        self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._ahead = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # copies and finishes
         self._free: deque[_Slot] = deque()
-        self._crops: dict[tuple[str, str], np.ndarray] = {}  # uint8, rewritten every step by the planning thread
+        self._scratch = _Slot(pinned=False)  # crops that are finished on the CPU: rewritten every step
         self._stopping = threading.Event()
         self._planner: threading.Thread | None = None
 
@@ -162,7 +163,7 @@ class Loader:
                     continue
 
         try:
-            if self._copies is not None:
+            if self._ahead is not None:
                 torch.cuda.set_device(self.device)  # a thread begins on GPU 0, and pinning memory would occupy it
             for step in range(start, stop):
                 if self._stopping.is_set():
@@ -175,22 +176,21 @@ class Loader:
     def _batch(self, step: int) -> tuple[Batch, torch.cuda.Event | None]:
         slot = self._slot()
         rows = {s.name: self.bound.plan.rows(s.name, step, self.rank, self.world) for s in self.bound.plan.plan.streams}
-        parts = {name: self._part(r, slot) for name, r in rows.items()}
-        batch = Batch(parts, torch.tensor(step))
-        if self._copies is None:
+        with torch.cuda.stream(self._ahead):
+            parts = {name: self._part(r, slot) for name, r in rows.items()}
+            batch = Batch(parts, torch.tensor(step)).to(self.device)
+        if self._ahead is None:
             batch.release = self._taking_back(slot)
             return batch, None
-        with torch.cuda.stream(self._copies):
-            batch = batch.to(self.device)
-            slot.copied = self._copies.record_event()
+        slot.copied = self._ahead.record_event()
         self._free.append(slot)
         return batch, slot.copied
 
     def _slot(self) -> _Slot:
         """A slot that nobody reads any more. For a GPU the oldest of at least two, so that none waits for the copy
         that was begun last."""
-        if len(self._free) < (1 if self._copies is None else 2):
-            return _Slot(pinned=self._copies is not None)
+        if len(self._free) < (1 if self._ahead is None else 2):
+            return _Slot(pinned=self._ahead is not None)
         slot = self._free.popleft()
         if slot.copied is not None:
             slot.copied.synchronize()
@@ -207,23 +207,20 @@ class Loader:
         return release
 
     def _part(self, rows: Rows, slot: _Slot) -> Part:
+        buffers = self._scratch if self._ahead is None else slot
         crops = {}
-        for view_rows in rows.views:
-            view = view_rows.view
-            shape = (len(view_rows.boxes), view.size, view.size, self.bound.sources[rows.stream].channels)
-            key = rows.stream, view.name
-            if key not in self._crops or self._crops[key].shape != shape:
-                self._crops[key] = np.empty(shape, np.uint8)
-            crops[view.name] = self._crops[key]
+        for v in rows.views:
+            shape = (len(v.boxes), v.view.size, v.view.size, self.bound.sources[rows.stream].channels)
+            crops[v.view.name] = buffers.array((rows.stream, v.view.name), shape, torch.uint8)
         self._renderers[rows.stream].render(rows, crops)
         x = {}
-        for view_rows in rows.views:
-            view, crop = view_rows.view, crops[view_rows.view.name]
-            out = slot.floats((rows.stream, view.name), (len(view.turns), *crop.shape))
-            numba_cpu.finish(crop, view.ops, view_rows.tables, view.pixels, out[0], self._pool)
-            for turned, turn in list(zip(out, view.turns, strict=True))[::-1]:  # out[0], the original, last
-                turned[...] = np.rot90(out[0], turn, axes=(1, 2))
-            x[view.name] = torch.from_numpy(out.reshape(-1, *crop.shape[1:])).permute(0, 3, 1, 2)
+        for v in rows.views:
+            crop, shape = crops[v.view.name], (len(v.view.turns), *crops[v.view.name].shape)
+            if self._ahead is None:
+                out = self._finished(v, crop, slot.array((rows.stream, v.view.name), shape, torch.float32))
+            else:
+                out = _finished_on_gpu(v, crop, torch.empty(shape, device=self.device))
+            x[v.view.name] = out.flatten(0, 1).permute(0, 3, 1, 2)
         return Part(
             x=x,
             ids=torch.from_numpy(rows.ids),
@@ -232,6 +229,30 @@ class Loader:
             keys=torch.from_numpy(rows.keys.view(np.int64)),
             positions=torch.from_numpy(rows.positions),
         )
+
+
+    def _finished(self, rows: ViewRows, crops: np.ndarray, out: np.ndarray) -> Tensor:
+        """Crops uint8 [M, S, S, C] -> `out` float32 [turns, M, S, S, C]."""
+        numba_cpu.finish(crops, rows.view.ops, rows.tables, rows.view.pixels, out[0], self._pool)
+        _turn(out, rows.view.turns, np.rot90)
+        return torch.from_numpy(out)
+
+
+def _finished_on_gpu(rows: ViewRows, crops: np.ndarray, out: Tensor) -> Tensor:
+    """Pinned crops uint8 [M, S, S, C] -> `out` float32 [turns, M, S, S, C] on the GPU, queued on the current stream."""
+    from loaders.finish import triton_cuda  # a library that only torch's CUDA builds bring along
+
+    on_gpu = torch.from_numpy(crops).to(out.device, non_blocking=True)
+    triton_cuda.finish(on_gpu, rows.view.ops, rows.tables, rows.view.pixels, out[0])
+    _turn(out, rows.view.turns, torch.rot90)
+    return out
+
+
+def _turn(out: Any, turns: tuple[int, ...], rot90: Callable) -> None:
+    """From the crops in out[0], [M, S, S, C], the quarter turns of each."""
+    for i, turn in reversed(list(enumerate(turns))):  # the original last
+        if i or turn % 4:
+            out[i] = rot90(out[0], turn, (1, 2))
 
 
 def make_renderer(kind: str, source: Source, pool: ThreadPoolExecutor, threads: int) -> Renderer:
@@ -269,18 +290,18 @@ def _missing(kind: str, extra: str, error: ImportError) -> StoreError:
 
 
 class _Slot:
-    """Float buffers of one batch, lent until the consumer, or the copy to the GPU, has done with them."""
+    """Buffers of one batch, lent until the consumer, or the copy to the GPU, has done with them."""
 
     def __init__(self, pinned: bool):
         self.pinned = pinned
         self.copied: torch.cuda.Event | None = None  # the end of its last copy to the GPU
-        self._views: dict[tuple[str, str], np.ndarray] = {}
+        self._arrays: dict[tuple[str, str], np.ndarray] = {}
 
-    def floats(self, key: tuple[str, str], shape: tuple[int, ...]) -> np.ndarray:
-        """The slot's float32 array of `shape` called `key`."""
-        if key not in self._views or self._views[key].shape != shape:
-            self._views[key] = torch.empty(shape, pin_memory=self.pinned).numpy()
-        return self._views[key]
+    def array(self, key: tuple[str, str], shape: tuple[int, ...], dtype: torch.dtype) -> np.ndarray:
+        """The slot's array called `key`, of one dtype as long as it lives."""
+        if key not in self._arrays or self._arrays[key].shape != shape:
+            self._arrays[key] = torch.empty(shape, dtype=dtype, pin_memory=self.pinned).numpy()
+        return self._arrays[key]
 
 
 def _hand_over(batch: Batch, copied: torch.cuda.Event) -> None:
