@@ -161,7 +161,10 @@ class FfcvRenderer:
             files = [np.frombuffer(self._file(i), np.uint8) for i in ids.tolist()]
             addresses = np.array([file.ctypes.data for file in files])
             lengths = np.array([len(file) for file in files])
-            decoder = self._idle.pop() if self._idle else _Decoder()
+            try:
+                decoder = self._idle.pop()
+            except IndexError:
+                decoder = _Decoder()
             rendered = _render(
                 decoder.handle,
                 addresses,

@@ -154,7 +154,7 @@ def _sum_rows(rows, first, weights, sums, out):
     last = len(rows) - 1
     num = len(weights)
     for k in range(0, num, _GROUP):
-        a, b = rows[first + k], rows[min(first + k + 1, last)]
+        a, b = rows[min(first + k, last)], rows[min(first + k + 1, last)]
         c, d = rows[min(first + k + 2, last)], rows[min(first + k + 3, last)]
         p, q, r, s = weights[k], weights[k + 1], weights[k + 2], weights[k + 3]
         if num == _GROUP:

@@ -3,6 +3,8 @@
 The promise is 1/255; held to the byte, because a difference of one hides a wrong weight."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -132,3 +134,26 @@ def test_boxes_outside_are_errors_not_stray_reads(box):
 def test_clip_outside_is_an_error():
     with pytest.raises(ValueError, match="clip is not inside"):
         ours(np.zeros((40, 50, 3), np.uint8), (0, 0, 8, 8), 8, Filter.BILINEAR, clip=(0, 0, 51, 40))
+
+
+CHECKED = """
+import numpy as np
+from loaders.renderers.resample import resize_boxes
+rng = np.random.default_rng(4)
+image = rng.integers(0, 256, (1, 97, 120, 3), np.uint8)
+for size in (3, 8, 20):
+    corner = np.floor(rng.random((200, 2)) * (60, 50))
+    far = corner + 1 + np.floor(rng.random((200, 2)) * ((120, 97) - corner))
+    boxes = np.concatenate([corner, far], axis=1)
+    for cut_first in (False, True):
+        for filter in (0, 1):
+            out = np.empty((len(boxes), size, size, 3), np.uint8)
+            resize_boxes(image, np.zeros(len(boxes), np.int64), boxes, cut_first, filter, out)
+"""
+
+
+def test_nothing_is_read_or_written_outside_the_arrays(tmp_path):
+    """Compiled code does not check its indices: taps of weight zero beyond the last row once crashed, at times."""
+    environment = os.environ | {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", CHECKED], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
