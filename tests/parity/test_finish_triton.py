@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from loaders import loader
 from loaders.finish import reference, triton_cuda
 from loaders.plan.ops import (
     Affine,
@@ -22,7 +23,10 @@ from loaders.plan.ops import (
     Op,
     Solarise,
 )
-from loaders.plan.views import CIFAR10, IMAGENET, SIGNED, UNIT, Pixels
+from loaders.plan.plan import Plan, ViewRows
+from loaders.plan.views import CIFAR10, IMAGENET, SIGNED, UNIT, Pixels, Rrc, Shuffled, Stream, View, Whole
+from loaders.store.data import DataSets
+from loaders.store.source import ArraySource
 from tests.parity.test_finish import (
     ALWAYS,
     EXEMPLAR,
@@ -115,6 +119,33 @@ def test_few_rows(num):
     table = tables(PAWS_CIFAR, num)
     expected = reference.finish(crops, PAWS_CIFAR, table, CIFAR10)
     assert fast(crops, PAWS_CIFAR, table, CIFAR10).shape == expected.shape
+
+
+def test_the_loaders_gpu_path_is_its_cpu_path():
+    """Catches turns made from a turned crop or the wrong way round, and a view that only one path finishes."""
+    crops = photos(3, 12, 3)
+    view = View("v", 12, Whole(), (Flip(), Solarise(0.5)), UNIT, turns=(1, 0, 2))
+    rows = ViewRows(view, np.zeros((3, 4)), tables(view.ops, 3))
+    out = torch.empty((3, *crops.shape), device=DEVICE)
+    finished = loader._finished_on_gpu(rows, crops, out).cpu().numpy()
+    upright = reference.finish(crops, view.ops, rows.tables, UNIT)
+    for turn, found in zip(view.turns, finished, strict=True):
+        assert np.abs(found - np.rot90(upright, turn, (1, 2))).max() < 0.02 * LEVEL
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
+def test_batches_on_a_gpu_are_those_of_the_cpu():
+    """Catches slots that are written while they are copied, and batches that are read before they are there."""
+    source = ArraySource("noise", random_crops(256, 32, 3), np.arange(256) % 4, tuple("abcd"))
+    views = (View("v", 32, Rrc((0.3, 1.0)), PAWS_IMAGENET, copies=2),)
+    plan = Plan((Stream("s", "train", views, Shuffled(), 64),), "s", seed=0)
+    bound = loader.bind(plan, DataSets({"train": source}))
+    with loader.Loader(bound) as on_cpu, loader.Loader(bound, device=DEVICE) as on_gpu:
+        for ours, theirs in zip(on_gpu.batches(0, 12), on_cpu.batches(0, 12), strict=True):
+            difference = ours.parts["s"].x["v"].cpu() - theirs.parts["s"].x["v"]
+            assert difference.abs().max() * 0.23 < 0.02 * LEVEL
+            ours.release()
+            theirs.release()
 
 
 def test_passes_are_as_few_as_neighbours_allow():
