@@ -51,7 +51,7 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout_s: f
 
 def _rank_main(rank: int, world: int, folder: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     try:
         dist.init("gloo", init_method=f"file://{folder}/rendezvous", timeout_s=60.0)
         result = function(*args)
