@@ -58,6 +58,7 @@ def main() -> None:
 @click.option("--loader", default="auto", show_default=True, help="How images are decoded: auto, memory or pil.")
 @click.option("--resume", type=click.Choice(["auto", "never"]), default="auto", show_default=True)
 @click.option("--init-from", type=click.Path(path_type=Path), help="Start from the weights of this run or checkpoint.")
+@click.option("--stage-to", type=click.Path(path_type=Path), help="Copy .beton data to this local folder first.")
 @click.option("--labels", help="Labelled images: all, per-class=N, a list's name or path.")
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change a field of the recipe.")
 @click.option("--seeds", default="0", show_default=True, help="Seed, or several separated by commas.")
@@ -72,6 +73,7 @@ def train(
     loader: str,
     resume: str,
     init_from: Path | None,
+    stage_to: Path | None,
     labels: str | None,
     changes: tuple[str, ...],
     seeds: str,
@@ -109,6 +111,7 @@ def train(
         loader=loader,
         resume=resume,  # type: ignore[arg-type]
         init_from=init_from,
+        stage_to=stage_to,
         command=shlex.join(["fastssl", *sys.argv[1:]]),
     )
     if dry_run:

@@ -14,7 +14,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +31,8 @@ from fastssl.evaluation.subject import Subject
 from fastssl.methods.base import Artefact, Facts, Method, Ref, Stage, Stages
 from fastssl.record import Recorder
 from loaders.loader import Bound, Loader, bind
-from loaders.store.data import LABELLED, VALIDATION, DataSets, open_data
+from loaders.store import staging
+from loaders.store.data import LABELLED, VALIDATION, DataSets, open_data, search_folders
 
 RESOLVED, RESULT, PRODUCED = "resolved.json", "result.json", "produced.pt"
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
@@ -52,6 +53,7 @@ class Job:
     loader: str = "auto"
     resume: Literal["auto", "never"] = "auto"
     init_from: Path | None = None
+    stage_to: Path | None = None  # where this host keeps copies of the data; None: read in place
     command: str = ""
 
     def __post_init__(self) -> None:
@@ -80,7 +82,7 @@ def run(job: Job) -> dict[str, Any]:
     device = torch.device(job.device, dist.local_rank()) if job.device == "cuda" else torch.device("cpu")
     if device.type == "cpu":
         keep_freed_memory()
-    data = open_data(job.data)
+    data = _opened(job)
     _claim(job, data)
     if (job.out / RESULT).exists():
         return _say_finished(job)
@@ -100,6 +102,20 @@ def run(job: Job) -> dict[str, Any]:
     if dist.is_main():
         write_atomically(job.out / RESULT, json.dumps(result, indent=2) + "\n")
     return result
+
+
+def _opened(job: Job) -> DataSets:
+    """The job's data, from copies on this host where it asks for them; label lists stay beside the originals."""
+    if job.stage_to is None:
+        return open_data(job.data)
+    copies = staging.stage(job.data, job.stage_to, _show_staging)
+    return replace(open_data(copies), search=search_folders(job.data))
+
+
+def _show_staging(file: str, done: int, total: int) -> None:
+    """One line each tenth of a file: copies of hundreds of gigabytes take a while."""
+    if dist.is_main() and done * 10 // total != max(0, done - (1 << 24)) * 10 // total:
+        print(f"copying {file}: {100 * done // total} % of {total / 1e9:.1f} GB", flush=True)
 
 
 def stage_folder(job: Job, name: str) -> Path:

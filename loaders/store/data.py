@@ -63,13 +63,9 @@ def open_data(specs: tuple[str, ...]) -> DataSets:
     written `./a=b`. Raises StoreError that says what was looked for.
     """
     found: dict[str, list[Source]] = defaultdict(list)
-    search: list[Path] = []
     for spec in specs:
-        keyed = _KEYED.fullmatch(spec)
-        key, path = keyed.groups() if keyed else (None, spec)
+        key, path = parse_spec(spec)
         splits = _open(path)
-        if path != "digits":
-            search.append(Path(path) if Path(path).is_dir() else Path(path).parent)
         if key is None:
             if splits.train is not None:
                 found[TRAIN].append(splits.train)
@@ -77,7 +73,19 @@ def open_data(specs: tuple[str, ...]) -> DataSets:
                 found[VALIDATION].append(splits.validation)
         else:
             found[key].append(_chosen(splits, key, path))
-    return DataSets(_with_common_classes(found), tuple(dict.fromkeys(search)))
+    return DataSets(_with_common_classes(found), search_folders(specs))
+
+
+def parse_spec(spec: str) -> tuple[str | None, str]:
+    """(key, path) of a `--data` value; the key is None where none is written."""
+    keyed = _KEYED.fullmatch(spec)
+    return (keyed[1], keyed[2]) if keyed else (None, spec)
+
+
+def search_folders(specs: tuple[str, ...]) -> tuple[Path, ...]:
+    """The folders of the data, where label lists may lie."""
+    paths = (Path(path) for _, path in map(parse_spec, specs) if path != "digits")
+    return tuple(dict.fromkeys(path if path.is_dir() else path.parent for path in paths))
 
 
 def _chosen(splits: _Splits, key: str, path: str) -> Source:
