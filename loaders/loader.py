@@ -36,6 +36,7 @@ from loaders.store.source import ArraySource, Source, is_encoded
 from loaders.store.subsets import Resolved, resolve
 
 _DONE = object()
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ class Loader:
         self.threads = min(threads or num_cpus, num_cpus)
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="fastssl-render")
         self._renderers = {
-            name: make_renderer(renderer, source, self._pool, self.threads) for name, source in bound.sources.items()
+            name: make_renderer(renderer, source, self._pool, self.threads, self.device)
+            for name, source in bound.sources.items()
         }
         self._ahead = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # copies and finishes
         self._free: deque[_Slot] = deque()
@@ -207,12 +209,16 @@ class Loader:
         return release
 
     def _part(self, rows: Rows, slot: _Slot) -> Part:
+        renderer = self._renderers[rows.stream]
         buffers = self._scratch if self._ahead is None else slot
-        crops = {}
+        crops: dict[str, Any] = {}
         for v in rows.views:
             shape = (len(v.boxes), v.view.size, v.view.size, self.bound.sources[rows.stream].channels)
-            crops[v.view.name] = buffers.array((rows.stream, v.view.name), shape, torch.uint8)
-        self._renderers[rows.stream].render(rows, crops)
+            if renderer.device_id is None:
+                crops[v.view.name] = buffers.array((rows.stream, v.view.name), shape, torch.uint8)
+            else:
+                crops[v.view.name] = torch.empty(shape, dtype=torch.uint8, device=self.device)
+        renderer.render(rows, crops)
         x = {}
         for v in rows.views:
             crop, shape = crops[v.view.name], (len(v.view.turns), *crops[v.view.name].shape)
@@ -230,7 +236,6 @@ class Loader:
             positions=torch.from_numpy(rows.positions),
         )
 
-
     def _finished(self, rows: ViewRows, crops: np.ndarray, out: np.ndarray) -> Tensor:
         """Crops uint8 [M, S, S, C] -> `out` float32 [turns, M, S, S, C]."""
         numba_cpu.finish(crops, rows.view.ops, rows.tables, rows.view.pixels, out[0], self._pool)
@@ -238,11 +243,12 @@ class Loader:
         return torch.from_numpy(out)
 
 
-def _finished_on_gpu(rows: ViewRows, crops: np.ndarray, out: Tensor) -> Tensor:
-    """Pinned crops uint8 [M, S, S, C] -> `out` float32 [turns, M, S, S, C] on the GPU, queued on the current stream."""
+def _finished_on_gpu(rows: ViewRows, crops: np.ndarray | Tensor, out: Tensor) -> Tensor:
+    """Crops uint8 [M, S, S, C], pinned or on the GPU already -> `out` float32 [turns, M, S, S, C] on the GPU, queued on
+    the current stream."""
     from loaders.finish import triton_cuda  # a library that only torch's CUDA builds bring along
 
-    on_gpu = torch.from_numpy(crops).to(out.device, non_blocking=True)
+    on_gpu = crops if isinstance(crops, Tensor) else torch.from_numpy(crops).to(out.device, non_blocking=True)
     triton_cuda.finish(on_gpu, rows.view.ops, rows.tables, rows.view.pixels, out[0])
     _turn(out, rows.view.turns, torch.rot90)
     return out
@@ -255,8 +261,11 @@ def _turn(out: Any, turns: tuple[int, ...], rot90: Callable) -> None:
             out[i] = rot90(out[0], turn, (1, 2))
 
 
-def make_renderer(kind: str, source: Source, pool: ThreadPoolExecutor, threads: int) -> Renderer:
-    """The renderer named `kind` over `source`; `auto` takes the fastest that fits and is installed.
+def make_renderer(
+    kind: str, source: Source, pool: ThreadPoolExecutor, threads: int, device: torch.device = _CPU
+) -> Renderer:
+    """The renderer named `kind` over `source`; `auto` takes the fastest that fits and is installed. DALI decodes on
+    `device`, the others on the CPU.
 
     Raises StoreError where `kind` does not fit the source or is not installed.
     """
@@ -281,7 +290,7 @@ def make_renderer(kind: str, source: Source, pool: ThreadPoolExecutor, threads: 
                 from loaders.renderers.dali import DaliRenderer
             except ImportError as e:
                 raise _missing("dali", "dali, or dali-cuda12 with CUDA 12", e) from e
-            return DaliRenderer(source, pool, threads)
+            return DaliRenderer(source, pool, threads, None if device.type != "cuda" else device.index or 0)
     raise StoreError(f"--loader {kind}: {source.name} holds encoded images; choose auto, ffcv, dali or pil")
 
 

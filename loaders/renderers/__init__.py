@@ -7,7 +7,9 @@ from loaders.plan.plan import Rows
 
 
 class Renderer(Protocol):
-    """What the loader asks of each."""
+    """What the loader asks of each. `device_id`: the GPU whose torch tensors it fills; None: it fills NumPy arrays."""
+
+    device_id: int | None
 
     def render(self, rows: Rows, out: Mapping[str, Any]) -> None:
         """Fill out[view name], uint8 [copies * B, S, S, C], with the crops that `rows` describes, copy-major."""

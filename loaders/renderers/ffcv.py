@@ -141,6 +141,8 @@ class FfcvRenderer:
     Every image is decoded once for all its views; pixels are those of `PilRenderer`.
     """
 
+    device_id: int | None = None
+
     def __init__(self, source: EncodedSource, pool: ThreadPoolExecutor):
         self.source, self.pool = source, pool
         self._pil = PilRenderer(source, pool)

@@ -19,6 +19,8 @@ _IMAGES_A_TASK = 64
 class MemoryRenderer:
     """Renders an `ArraySource` with the threads of `pool`, which it neither owns nor closes."""
 
+    device_id: int | None = None
+
     def __init__(self, source: ArraySource, pool: ThreadPoolExecutor):
         self.source, self.pool = source, pool
 

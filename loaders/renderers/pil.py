@@ -26,6 +26,8 @@ class PilRenderer:
     Every image is decoded once for all its views, as RGB (grey and CMYK are converted; EXIF rotation is not applied).
     """
 
+    device_id: int | None = None
+
     def __init__(self, source: EncodedSource, pool: ThreadPoolExecutor):
         self.source, self.pool = source, pool
 
