@@ -1,0 +1,391 @@
+"""How fast PAWS's unlabelled images come in on this machine's CPUs, beside what people use today.
+
+    python -m benchmarks.loader --data DIR [--quick] [--json FILE]      (default: $FASTSSL_TEST_DATA/imagenet-sample)
+
+Every contender turns JPEG files into the eight views of PAWS on ImageNet (two of 224 pixels, six of 96: crop, flip,
+colour, grey, blur, normalise, float32), on all CPUs, in one process, in turns: each round gives each of them one
+window. Between windows everybody comes to rest; a window begins once what was made ahead is used up. Reported are
+medians over windows of images per second of wall time and per second of CPU time (worker processes included).
+
+pil_dataloader  torch's DataLoader, a worker a CPU; PIL and NumPy transforms as torchvision's, written out below
+eight_decodes   a stream for each view: every view decodes its images for itself; ours in everything else
+dali_own_ops    NVIDIA DALI on the CPU: one decode, its own random crops, colour twist and blur
+fastssl_*       `loaders.Loader` with each renderer, finished by numba
+decode_only     the floor: FFCV's libturbojpeg decodes each image, nothing else
+decode_and_crops  ... and cuts and resizes its eight crops, uint8
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+
+from fastssl.methods.paws import GLOBAL_VIEW, SMALL_VIEW
+from loaders.loader import Loader, bind
+from loaders.plan.ops import ColourJitter, GaussianBlur, Grayscale
+from loaders.plan.plan import Plan, ViewRows
+from loaders.plan.views import IMAGENET, Rrc, Shuffled, Stream, View
+from loaders.renderers.ffcv import FfcvRenderer
+from loaders.store.data import DataSets
+from loaders.store.folder import FolderSource
+
+VIEWS = (GLOBAL_VIEW, SMALL_VIEW)
+BATCH = 32
+TARGETS = {  # ours : the peer -> (must, moonshot)
+    ("fastssl_ffcv", "pil_dataloader"): (4.5, 6.0),
+    ("fastssl_ffcv", "eight_decodes"): (3.0, None),
+    ("fastssl_ffcv", "dali_own_ops"): (2.0, None),
+}
+CROPS_PER_CPU_S = (550, 750)  # decode_and_crops, images a second and core: must, moonshot
+
+Batches = Iterator[int]  # endless; each item is the number of images just received
+
+
+# ---------------------------------------------------------------------------------------------- PIL and a DataLoader
+
+
+def pil_crop(image: Image.Image, view: View) -> Image.Image:
+    """torchvision's RandomResizedCrop."""
+    law = view.crop
+    assert isinstance(law, Rrc)
+    width, height = image.size
+    low, high = map(math.log, law.ratio)
+    for _ in range(10):
+        area = width * height * random.uniform(*law.area)
+        aspect = math.exp(random.uniform(low, high))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            break
+    else:
+        w, h = min(width, round(height * law.ratio[1])), min(height, round(width / law.ratio[0]))
+    x, y = random.randint(0, width - w), random.randint(0, height - h)
+    return image.crop((x, y, x + w, y + h)).resize((view.size, view.size), Image.Resampling.BILINEAR)
+
+
+def pil_hue(image: Image.Image, turns: float) -> Image.Image:
+    hue, saturation, value = image.convert("HSV").split()
+    turned = np.array(hue) + np.array(turns * 255).astype(np.int32).astype(np.uint8)  # wraps around
+    return Image.merge("HSV", (Image.fromarray(turned), saturation, value)).convert("RGB")
+
+
+def pil_jitter(image: Image.Image, op: ColourJitter) -> Image.Image:
+    def factor(strength: float) -> float:
+        return random.uniform(max(0.0, 1 - strength), 1 + strength)
+
+    steps: list[Callable[[Image.Image], Image.Image]] = [
+        lambda im: ImageEnhance.Brightness(im).enhance(factor(op.brightness)),
+        lambda im: ImageEnhance.Contrast(im).enhance(factor(op.contrast)),
+        lambda im: ImageEnhance.Color(im).enhance(factor(op.saturation)),
+        lambda im: pil_hue(im, random.uniform(-op.hue, op.hue)),
+    ]
+    random.shuffle(steps)
+    for step in steps:
+        image = step(image)
+    return image
+
+
+def pil_view(image: Image.Image, view: View) -> torch.Tensor:
+    """A view as PAWS's authors make it: crop, flip, jitter, grey, blur, to a tensor, normalise."""
+    _, jitter, grey, blur = view.ops
+    assert isinstance(jitter, ColourJitter) and isinstance(grey, Grayscale) and isinstance(blur, GaussianBlur)
+    image = pil_crop(image, view)
+    if random.random() < 0.5:
+        image = ImageOps.mirror(image)
+    if random.random() < jitter.p:
+        image = pil_jitter(image, jitter)
+    if random.random() < grey.p:
+        image = image.convert("L").convert("RGB")
+    if random.random() < blur.p:
+        image = image.filter(ImageFilter.GaussianBlur(random.uniform(*blur.sigma)))
+    x = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div(255)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (view.pixels.mean, view.pixels.std))
+    return x.sub_(mean).div_(std)
+
+
+class PilImages(torch.utils.data.Dataset):
+    """Files, again and again; an item is the eight views of one."""
+
+    def __init__(self, paths: list[Path]):
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return 1 << 40
+
+    def __getitem__(self, i: int) -> list[torch.Tensor]:
+        with open(self.paths[i % len(self.paths)], "rb") as file:
+            image = Image.open(file).convert("RGB")
+        return [pil_view(image, view) for view in VIEWS for _ in range(view.copies)]
+
+
+def pil_dataloader(paths: list[Path], threads: int) -> Batches:
+    order = (i for k in itertools.count() for i in np.random.default_rng(k).permutation(len(paths)).tolist())
+    loader = torch.utils.data.DataLoader(PilImages(paths), BATCH, sampler=order, num_workers=threads)
+    for batch in loader:
+        yield len(batch[0])
+
+
+# ------------------------------------------------------------------------------------------------------------- DALI
+
+
+def dali_own_ops(paths: list[Path], threads: int) -> Batches:
+    """One decode for all crops; probabilities by DALI's conditional execution, so that what is not drawn costs
+    nothing."""
+    from nvidia.dali import fn, pipeline_def, types
+
+    mean, std = ([255 * value for value in values] for values in (IMAGENET.mean, IMAGENET.std))
+
+    def view_of(image: Any, view: View) -> Any:
+        _, jitter, grey, blur = view.ops
+        assert isinstance(view.crop, Rrc) and isinstance(jitter, ColourJitter) and isinstance(blur, GaussianBlur)
+        x = fn.random_resized_crop(
+            image, size=view.size, random_area=view.crop.area, random_aspect_ratio=view.crop.ratio, antialias=True
+        )
+
+        def factor(strength: float) -> Any:
+            return fn.random.uniform(range=(max(0.0, 1 - strength), 1 + strength))
+
+        if fn.random.coin_flip(probability=jitter.p, dtype=types.BOOL):
+            x = fn.color_twist(
+                x,
+                brightness=factor(jitter.brightness),
+                contrast=factor(jitter.contrast),
+                saturation=factor(jitter.saturation),
+                hue=fn.random.uniform(range=(-360 * jitter.hue, 360 * jitter.hue)),
+            )
+        if fn.random.coin_flip(probability=grey.p, dtype=types.BOOL):
+            x = fn.saturation(x, saturation=0.0)
+        if fn.random.coin_flip(probability=blur.p, dtype=types.BOOL):
+            x = fn.gaussian_blur(x, sigma=fn.random.uniform(range=blur.sigma))
+        flip = fn.random.coin_flip(probability=0.5)
+        return fn.crop_mirror_normalize(x, mirror=flip, mean=mean, std=std, dtype=types.FLOAT, output_layout="HWC")
+
+    @pipeline_def(batch_size=BATCH, num_threads=threads, device_id=None, enable_conditionals=True)
+    def pipeline() -> Any:
+        files, _ = fn.readers.file(files=[str(path) for path in paths], random_shuffle=True, name="files")
+        image = fn.decoders.image(files, device="cpu", output_type=types.RGB, adjust_orientation=False)
+        return tuple(view_of(image, view) for view in VIEWS for _ in range(view.copies))
+
+    built = pipeline()
+    built.build()
+    while True:
+        views = [output.as_array() for output in built.run()]
+        yield len(views[0])
+
+
+# ------------------------------------------------------------------------------------------------------------- ours
+
+
+def fastssl(source: FolderSource, threads: int, renderer: str, streams: tuple[Stream, ...]) -> Batches:
+    bound = bind(Plan(streams, streams[0].name, seed=0), DataSets({"train": source}))
+    with Loader(bound, renderer=renderer, threads=threads) as loader, closing(loader.batches(0, 1 << 40)) as batches:
+        for batch in batches:
+            yield BATCH
+            batch.release()
+
+
+def together() -> tuple[Stream, ...]:
+    """One stream: an image's eight views come from one decode."""
+    return (Stream("unlabelled", "train", VIEWS, Shuffled(), BATCH),)
+
+
+def apart() -> tuple[Stream, ...]:
+    """A stream a view."""
+    return tuple(
+        Stream(f"{view.name}{copy}", "train", (replace(view, copies=1),), Shuffled(), BATCH)
+        for view in VIEWS
+        for copy in range(view.copies)
+    )
+
+
+def rendered(source: FolderSource, threads: int, cut: bool) -> Batches:
+    """The ffcv renderer alone: decode, and the crops or (not `cut`) a single pixel of each image."""
+    plan = bind(Plan(together(), "unlabelled", seed=0), DataSets({"train": source})).plan
+    pixel = View("pixel", 1, Rrc((0.1, 1.0)))
+    corner = np.tile(np.array([0.0, 0.0, 1.0, 1.0]), (BATCH, 1))
+    views = VIEWS if cut else (pixel,)
+    out = {v.name: np.empty((v.copies * BATCH, v.size, v.size, 3), np.uint8) for v in views}
+    with ThreadPoolExecutor(threads) as pool:
+        renderer = FfcvRenderer(source, pool)
+        for step in itertools.count():
+            rows = plan.rows("unlabelled", step)
+            renderer.render(rows if cut else replace(rows, views=(ViewRows(pixel, corner, ()),)), out)
+            yield BATCH
+
+
+# -------------------------------------------------------------------------------------------------------- measuring
+
+
+def cpu_s() -> float:
+    """CPU seconds of this process and of those it started."""
+    total, tick = time.process_time(), os.sysconf("SC_CLK_TCK")
+    for child in multiprocessing.active_children():
+        fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+        total += (int(fields[11]) + int(fields[12])) / tick  # utime, stime
+    return total
+
+
+def rest() -> None:
+    """Wait until nobody works ahead any more."""
+    quiet = 0
+    while quiet < 3:
+        before = cpu_s()
+        time.sleep(0.05)
+        quiet = quiet + 1 if cpu_s() - before < 0.01 else 0
+
+
+def window(batches: Batches, seconds: float, ahead: int) -> tuple[float, float]:
+    """Images per wall second and per CPU second over about `seconds`, after `ahead` batches that were ready."""
+    for _ in range(ahead):
+        next(batches)
+    wall, cpu, images = time.perf_counter(), cpu_s(), 0
+    while time.perf_counter() - wall < seconds:
+        images += next(batches)
+    wall, cpu = time.perf_counter() - wall, cpu_s() - cpu
+    return images / wall, images / cpu
+
+
+def measure(contenders: dict[str, Batches], rounds: int, seconds: float, ahead: int) -> dict[str, np.ndarray]:
+    """Rates [rounds, 2], wall and CPU, of each. Every round starts with another one."""
+    for batches in contenders.values():
+        for _ in range(ahead + 2):  # compile, start workers, touch every buffer
+            next(batches)
+        rest()
+    names = list(contenders)
+    rates: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    for k in range(rounds):
+        for name in names[k % len(names) :] + names[: k % len(names)]:
+            rates[name].append(window(contenders[name], seconds, ahead))
+            rest()
+    return {name: np.array(values) for name, values in rates.items()}
+
+
+def commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    described = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    return described.stdout.strip() or "unknown"
+
+
+def cpu_model() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+
+
+def summary(rates: dict[str, np.ndarray], settings: dict[str, Any]) -> dict[str, Any]:
+    wall = {name: statistics.median(values[:, 0]) for name, values in rates.items()}
+    cpu = {name: statistics.median(values[:, 1]) for name, values in rates.items()}
+    asked = ("pil_dataloader", "eight_decodes", "dali_own_ops", "fastssl_ffcv", "fastssl_dali", "decode_only")
+    ratios = {}
+    for (ours, peer), (must, moonshot) in TARGETS.items():
+        per_round = rates[ours] / rates[peer]
+        ratios[f"{ours} / {peer}"] = {
+            "wall": statistics.median(per_round[:, 0]),
+            "wall_least": per_round[:, 0].min(),
+            "cpu": statistics.median(per_round[:, 1]),
+            "must": must,
+            "moonshot": moonshot,
+        }
+    return {
+        "unlabelled_images_per_s": {name: wall[name] for name in asked},
+        "unlabelled_images_per_cpu_s": {name: cpu[name] for name in asked},
+        "others": {name: {"per_s": wall[name], "per_cpu_s": cpu[name]} for name in rates if name not in asked},
+        "ratios": ratios,
+        "decode_and_crops_per_cpu_s": {
+            "measured": cpu["decode_and_crops"],
+            "must": CROPS_PER_CPU_S[0],
+            "moonshot": CROPS_PER_CPU_S[1],
+        },
+        "windows": {name: values.round(2).tolist() for name, values in rates.items()},
+        "settings": settings,
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    rows = [(n, v, result["unlabelled_images_per_cpu_s"][n]) for n, v in result["unlabelled_images_per_s"].items()]
+    rows += [(name, v["per_s"], v["per_cpu_s"]) for name, v in result["others"].items()]
+    print(f"{'':18}{'images/s':>10}{'images/CPU-s':>14}{'CPU ms/image':>14}")
+    for name, per_s, per_cpu_s in sorted(rows, key=lambda row: row[1]):
+        print(f"{name:18}{per_s:10.1f}{per_cpu_s:14.1f}{1000 / per_cpu_s:14.2f}")
+    for name, r in result["ratios"].items():
+        moonshot = f", moonshot {r['moonshot']}" if r["moonshot"] else ""
+        least = f"least window {r['wall_least']:.2f}"
+        print(f"{name}: {r['wall']:.2f} x ({least}; CPU {r['cpu']:.2f}); must {r['must']}{moonshot}")
+    crops = result["decode_and_crops_per_cpu_s"]
+    print(
+        f"decode and eight uint8 crops: {crops['measured']:.0f} images/s/core; must {crops['must']}, "
+        f"moonshot {crops['moonshot']}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder of class folders of JPEGs")
+    parser.add_argument("--quick", action="store_true", help="short windows: two minutes in all")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    arguments = parser.parse_args()
+    if arguments.data is None and "FASTSSL_TEST_DATA" not in os.environ:
+        parser.error("give --data DIR, or set FASTSSL_TEST_DATA")
+    folder = arguments.data or Path(os.environ["FASTSSL_TEST_DATA"]) / "imagenet-sample"
+    rounds, seconds = (5, 1.5) if arguments.quick else (7, 6.0)
+
+    threads = len(os.sched_getaffinity(0))
+    torch.set_num_threads(1)
+    source = FolderSource(folder)
+    paths = sorted(folder.glob("*/*.JPEG"))
+    contenders: dict[str, Batches] = {
+        "pil_dataloader": pil_dataloader(paths, threads),
+        "eight_decodes": fastssl(source, threads, "ffcv", apart()),
+        "dali_own_ops": dali_own_ops(paths, threads),
+        "fastssl_ffcv": fastssl(source, threads, "ffcv", together()),
+        "fastssl_dali": fastssl(source, threads, "dali", together()),
+        "fastssl_pil": fastssl(source, threads, "pil", together()),
+        "decode_only": rendered(source, threads, cut=False),
+        "decode_and_crops": rendered(source, threads, cut=True),
+    }
+    start = time.perf_counter()
+    with ExitStack() as stack:
+        for batches in contenders.values():
+            stack.callback(batches.close)  # type: ignore[attr-defined]
+        rates = measure(contenders, rounds, seconds, ahead=2 * threads)
+    libraries = ("torch", "numpy", "numba", "pillow", "ffcv", "nvidia-dali-cuda130")
+    settings = {
+        "images": len(paths),
+        "batch": BATCH,
+        "cpus": threads,
+        "cpu": cpu_model(),
+        "windows": rounds,
+        "window_s": seconds,
+        "took_s": round(time.perf_counter() - start, 1),
+        "commit": commit(),
+        "command": " ".join(sys.argv),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in libraries},
+    }
+    result = summary(rates, settings)
+    show(result)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
