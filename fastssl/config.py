@@ -124,6 +124,8 @@ def to_plain(value: Any) -> Any:
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
     """Dotted paths at which two plain forms differ, each as `path: old -> new`."""
+    if isinstance(old, list) and isinstance(new, list):
+        old, new = dict(enumerate(old)), dict(enumerate(new))
     if isinstance(old, dict) and isinstance(new, dict):
         found = []
         for key in sorted(old.keys() | new.keys()):

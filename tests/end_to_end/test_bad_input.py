@@ -1,0 +1,230 @@
+"""Mistakes: each ends in one line that says what to do, an exit code other than 0, and no traceback."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from fastssl.cli import main
+from fastssl.engine.stages import Job
+from fastssl.launch import start
+from tests import fakes
+from tests.end_to_end import command
+
+SHORT = (*command.CHANGES, "--set", "length=6steps", "--set", "evaluate=knn")
+LABELS = "class '0' has 143 images, 500 were asked for"
+
+
+def invoke(*arguments):
+    """What the command line answers, in this process."""
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def refused(*arguments):
+    """The one line of a command that must fail."""
+    result = invoke(*arguments)
+    assert isinstance(result.exception, SystemExit), repr(result.exception)
+    assert result.exit_code != 0
+    return only_error(result.output)
+
+
+def only_error(output):
+    assert "Traceback" not in output
+    errors = [line for line in output.splitlines() if "rror" in line]
+    assert len(errors) == 1 and errors[0] == output.splitlines()[-1], output
+    return errors[0]
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of six steps with checkpoints of steps 3 and 6."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    result = invoke("train", "--out", folder, *SHORT)
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("paws.digit", "unknown recipe 'paws.digit'; did you mean 'paws.digits'?"),
+        ("--set lr_peek=1", "unknown key 'lr_peek'; did you mean 'lr_peak'?"),
+        ("--set encoder.dept=10", "unknown key 'dept' in ResNet; did you mean 'depth'?"),
+        ("--set encoder.depth=17", "choose one of 10, 18, 34, 50, 101, 152, 200"),
+        ("--set batch_global=many", "a whole number is needed"),
+        ("--set batch_global=0", "batch_global is 0, but must be 1 at least"),
+        ("--set weight_decay=-1", "weight_decay is -1.0, but must be 0 at least"),
+        ("--set lr_peak=nan", "lr_peak is nan"),
+        ("--set global_view.size=0", "needs a pixel"),
+        ("--set length=soon", "write 20epochs or 300steps"),
+        ("--set length=0steps", "a stage of 0 steps does nothing"),
+        ("--set evaluate=soft-nn,kn", "unknown protocol 'kn'; did you mean 'knn'?"),
+        ("--set dataset=cifar10", "unknown key 'dataset'"),
+        ("--set tau", "write key=value"),
+        ("--labels per-class=ten", "write per-class=COUNT"),
+        ("--labels per-class=500", LABELS),
+        ("--labels nolist", "label list 'nolist' was not found"),
+        ("--labels per-class=4", "wants 8 labelled images of every class; class 0 has 4"),
+        ("--set classes_global=20", "wants 20 classes a batch, the data has 10: lower classes_global"),
+        ("--set batch_global=5000", "a batch of 5000 needs as many images"),
+        ("--seeds zero", "write different whole numbers separated by commas, such as 0,1,2"),
+        ("--seeds 0,,1", "--seeds '0,,1'"),
+        ("--seeds 0,0", "--seeds '0,0'"),
+        ("--seeds 0,1 --out run", "--out names one run"),
+        ("--gpus 999", "--gpus 999: this host has"),
+        ("--gpus 2 --cpu-ranks 2", "give one of them"),
+        ("--loader pil", "--loader pil: digits (train) holds arrays; choose auto or memory"),
+        ("--loader fast", "choose auto or memory"),
+        ("--data nowhere", "nowhere: no such file or folder"),
+        ("--data notes.beton", "damaged or cut short"),
+        ("--data empty", "empty: no images; looked for"),
+        ("--data support=digits", "no data for 'labelled': give --data PATH or --data labelled=PATH (given: support)"),
+        ("paws.cifar10", "paws.cifar10 needs images: --data PATH of the official binary CIFAR-10"),
+        ("paws.cifar10 --data cifar", "data_batch_1.bin: a CIFAR-10 binary file has 30,730,000 bytes, this one has 3"),
+        ("--init-from nowhere", "nowhere is not there"),
+        ("--init-from notes.beton", "notes.beton is no checkpoint"),
+        ("--out notes.beton", "--out notes.beton cannot be written"),
+    ],
+)
+def test_each_mistake_is_one_line_that_says_what_to_do(arguments, says, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "cifar").mkdir()
+    (tmp_path / "cifar" / "data_batch_1.bin").write_bytes(b"abc")
+    (tmp_path / "notes.beton").write_text("notes")
+    assert says in refused("train", *arguments.split())
+
+
+def test_a_mistake_claims_no_directory(tmp_path):
+    """The corrected command must not be told that the directory holds another run."""
+    assert LABELS in refused("train", "--out", "run", "--labels", "per-class=500")
+    result = invoke("train", "--out", "run", *SHORT, "--set", "length=1steps")
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "differs"),
+    [
+        (["supervised.digits"], "recipe: paws.digits -> supervised.digits"),
+        ([*SHORT, "--set", "tau=0.2"], "(stages.0.method.tau: 0.1 -> 0.2)"),
+        ([*SHORT, "--seeds", "1"], "seed: 0 -> 1"),
+        ([*SHORT, "--data", "digits", "--data", "validation=digits"], "data.validation"),
+    ],
+    ids=["recipe", "setting", "seed", "data"],
+)
+def test_directory_of_another_run_is_left_alone(finished, arguments, differs):
+    before = (finished / "resolved.json").read_bytes()
+    line = refused("train", *arguments, "--out", finished)
+    assert "holds another run" in line and differs in line and "choose another --out" in line
+    assert (finished / "resolved.json").read_bytes() == before
+
+
+def test_loss_that_is_no_number_stops_with_step_ids_and_last_good_checkpoint(tmp_path):
+    """Catches a checkpoint of broken weights, saved because the loss before it was still finite."""
+    arguments = ("train", "--out", "run", *SHORT, "--set", "checkpoint_every=1steps", "--set", "lr_peak=1e30")
+    line = refused(*arguments)
+    step = int(line.partition("step ")[2].split()[0])
+    saved = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert saved and f"the last good checkpoint is run/checkpoints/{saved[-1].name}" in line
+    assert int(saved[-1].name.removeprefix("step-")) == step - 1
+    assert "image ids: unlabelled " in line and "support " in line
+    for path in saved:
+        weights = torch.load(path / "state.pt", weights_only=True)["nets"]["online"]
+        assert all(w.isfinite().all() for name, w in weights.items() if "running" not in name)
+    assert refused(*arguments) == line
+
+
+def truncate(state):
+    state.write_bytes(state.read_bytes()[:-100])
+
+
+def flip_a_bit(state):
+    content = bytearray(state.read_bytes())
+    content[len(content) // 2] ^= 1
+    state.write_bytes(content)
+
+
+def lose_the_digest(state):
+    state.with_name("digest.json").unlink()
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, lose_the_digest])
+def test_damaged_newest_checkpoint_falls_back_to_the_one_before_and_says_so(finished, tmp_path, damage):
+    run = shutil.copytree(finished, tmp_path / "run")
+    (run / "result.json").unlink()
+    damage(run / "checkpoints" / "step-00000006" / "state.pt")
+    result = invoke("train", "--out", run, *SHORT)
+    assert result.exit_code == 0, result.output
+    assert f"warning: checkpoint {run}/checkpoints/step-00000006 is damaged" in result.output
+    assert "going back to step 3" in result.output
+    assert command.metrics(run) == command.metrics(finished)
+
+
+def test_no_whole_checkpoint_is_an_error(finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    (run / "result.json").unlink()
+    for state in run.glob("checkpoints/*/state.pt"):
+        truncate(state)
+    assert "can be read; start afresh in another --out" in refused("train", "--out", run, *SHORT)
+    assert "can be read" in refused("evaluate", run, "--protocol", "knn")
+
+
+def test_init_from_other_shapes_loads_nothing(finished):
+    line = refused("train", "--out", "run", "--init-from", finished, *SHORT, "--set", "out_features=16")
+    assert "tensors do not fit, the first projection.fc3.bias; nothing loaded" in line
+
+
+def test_damaged_json_is_named(finished, tmp_path):
+    for name in ("resolved.json", "result.json"):
+        run = shutil.copytree(finished, tmp_path / name)
+        (run / name).write_text("{")
+        assert f"{name} cannot be read" in refused("train", "--out", run, *SHORT)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("evaluate", "empty", "--protocol", "knn"), "empty is no run directory: it has no resolved.json"),
+        (("evaluate", "nowhere", "--protocol", "knn"), "'nowhere' does not exist"),
+        (("evaluate", "empty", "--protocol", "soft"), "unknown protocol 'soft'; did you mean 'soft-nn'?"),
+        (("embed", "empty"), "empty is no run directory"),
+    ],
+)
+def test_commands_on_what_is_no_run(arguments, says, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert says in refused(*arguments)
+
+
+def test_unknown_tap_and_missing_checkpoint(finished, tmp_path):
+    assert "Paws has no tap 'logits'; it has backbone, h, z" in refused("embed", finished, "--tap", "logits")
+    run = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints")
+    assert "has no checkpoint yet" in refused("evaluate", run, "--protocol", "knn")
+
+
+def test_recipe_that_changed_since_the_run_was_made(finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    resolved = json.loads((run / "resolved.json").read_text())
+    resolved["stages"][0]["method"]["tau"] = 0.5
+    (run / "resolved.json").write_text(json.dumps(resolved))
+    assert "recipe paws.digits has changed since" in refused("evaluate", run, "--protocol", "knn")
+
+
+def test_ranks_speak_once(tmp_path):
+    """Catches an error once a rank, one that only the log of a launcher shows, and exit code 0."""
+    code, output = command.run(tmp_path, "train", "--out", "run", "--cpu-ranks", "3", *SHORT)
+    assert code == 1
+    assert only_error(output) == "Error: batch 32 does not divide by 3 ranks; nearest: 2 or 4"
+
+
+def test_a_bug_on_a_rank_is_shown_with_its_traceback(tmp_path):
+    """A KeyError is no mistake of the user's: where it arose must be seen, not only that a rank ended."""
+    stages = fakes.stages("nonsense")
+    with pytest.raises(RuntimeError, match=r"(?s)rank [01]: Traceback.*fakes.py.*KeyError: 'nonsense'"):
+        start(Job("fake", stages, (), ("digits",), tmp_path, 0, "cpu", 2))
