@@ -66,10 +66,12 @@ Crop = RandomCrop | Centre | Whole
 
 
 class Filter(Enum):
-    """Resampling filters, antialiased as Pillow's are."""
+    """Resampling filters: Pillow's, which widen when they shrink an image (antialias), and the cubic that does not
+    (TensorFlow's `resize` of method `bicubic`: four taps an axis, renormalised at the edge)."""
 
     BILINEAR = "bilinear"
     BICUBIC = "bicubic"
+    BICUBIC_ALIASED = "bicubic without antialias"
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,11 @@ from loaders.store.images import MAX_PIXELS
 from loaders.store.jpeg import jpeg_header
 from loaders.store.source import EncodedSource
 
-_INTERPOLATION = {Filter.BILINEAR: types.INTERP_LINEAR, Filter.BICUBIC: types.INTERP_CUBIC}
+_FILTERS = {
+    Filter.BILINEAR: {"interp_type": types.INTERP_LINEAR, "antialias": True},
+    Filter.BICUBIC: {"interp_type": types.INTERP_CUBIC, "antialias": True},
+    Filter.BICUBIC_ALIASED: {"interp_type": types.INTERP_CUBIC, "antialias": False},
+}
 _COLOURS = (1, 3)  # components of a grey and a colour JPEG; four are CMYK
 
 
@@ -145,7 +149,7 @@ def _pipeline(views: tuple[View, ...], batch: int, threads: int, device_id: int 
         outputs = []
         for view in views:
             for copy in range(view.copies):
-                resize = {"size": (view.size, view.size), "interp_type": _INTERPOLATION[view.filter], "antialias": True}
+                resize = {"size": (view.size, view.size), **_FILTERS[view.filter]}
                 name = f"{view.name}.{copy}"
                 if isinstance(view.crop, RandomCrop):  # cut first: nothing beyond the box shows
                     start, shape = given(f"{name}.start", types.INT32), given(f"{name}.shape", types.INT32)

@@ -12,6 +12,7 @@ from PIL import Image
 from loaders.errors import RenderError, StoreError
 from loaders.plan.plan import Rows
 from loaders.plan.views import Filter, RandomCrop, View
+from loaders.renderers.resample import CODES, resize_boxes
 from loaders.renderers.spread import spread
 from loaders.store.images import ImageError, open_image
 from loaders.store.source import EncodedSource
@@ -71,6 +72,11 @@ class PilRenderer:
 def crop(image: Image.Image, box: np.ndarray, view: View) -> Image.Image:
     """The part `box` of `image` scaled to the view's size: cut first for random crops, so that nothing beyond the box
     shows; else scaled in place, as if the whole image had been."""
+    if view.filter not in _RESAMPLING:  # Pillow always antialiases
+        pixels, out = np.array(image)[None], np.empty((1, view.size, view.size, 3), np.uint8)
+        cut_first = isinstance(view.crop, RandomCrop)
+        resize_boxes(pixels, np.zeros(1, np.int64), box[None], cut_first, CODES[view.filter], out)
+        return Image.fromarray(out[0])
     size, filter = (view.size, view.size), _RESAMPLING[view.filter]
     x0, y0, x1, y1 = box.tolist()
     if isinstance(view.crop, RandomCrop):

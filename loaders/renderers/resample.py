@@ -3,6 +3,7 @@
 Pillow's law (libImaging/Resample.c): output pixel `o` looks at the source around its centre, box start + (o + 0.5) *
 scale, through a triangle (bilinear) or a cubic (bicubic, a = -0.5) that is widened by the scale when shrinking; the
 weights are normalised and kept as multiples of 2^-22; one axis first, rounded and clipped to uint8, then the other.
+The cubic without antialias is the same with a window that is never widened.
 
 How it is fast: both passes are weighted sums of long contiguous rows of bytes, a form that compilers turn into vector
 code. For the pass along x the source is turned (columns become contiguous), eight bytes at a time in one 64-bit word.
@@ -15,9 +16,9 @@ from numba import njit
 
 from loaders.plan.views import Filter
 
-CODES = {Filter.BILINEAR: 0, Filter.BICUBIC: 1}  # what `resize_box` calls them
+CODES = {Filter.BILINEAR: 0, Filter.BICUBIC: 1, Filter.BICUBIC_ALIASED: 2}  # what `resize_box` calls them
 
-_BICUBIC = CODES[Filter.BICUBIC]
+_BILINEAR, _ALIASED = CODES[Filter.BILINEAR], CODES[Filter.BICUBIC_ALIASED]
 _PRECISION = 22  # bits of a weight; Pillow's: 32 less 8 of a pixel and 2 for a sign and overshoot
 _HALF = 1 << (_PRECISION - 1)
 _GROUP = 4  # taps summed in one sweep
@@ -85,7 +86,7 @@ def resize_boxes(images, ids, boxes, cut_first, filter, out):
 @njit(nogil=True, cache=True)
 def _kernel(x, filter):
     x = abs(x)
-    if filter != _BICUBIC:
+    if filter == _BILINEAR:
         return max(0.0, 1.0 - x)
     if x < 1.0:
         return (1.5 * x - 2.5) * x * x + 1.0
@@ -103,8 +104,8 @@ def _taps(start, end, low, high, size, filter):
     multiple of `_GROUP`; a window may reach beyond `high` with weights of zero.
     """
     scale = np.float64(end - start) / size
-    stretch = max(scale, 1.0)
-    support = stretch * (2.0 if filter == _BICUBIC else 1.0)
+    stretch = 1.0 if filter == _ALIASED else max(scale, 1.0)
+    support = stretch * (1.0 if filter == _BILINEAR else 2.0)
     first = np.empty(size, np.int64)
     weights = np.zeros((size, int(np.ceil(2.0 * support)) + 1 + _GROUP), np.int32)
     widest = 0
