@@ -1,0 +1,73 @@
+"""The loader's benchmark: every contender does the work it is said to do, and the report has the promised form."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from loaders.store.folder import FolderSource
+
+pytest.importorskip("loaders.renderers.ffcv", reason="the extra ffcv is not installed", exc_type=ImportError)
+
+from benchmarks import loader as benchmark  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    for label in ("a", "b"):
+        (root / label).mkdir()
+        for i in range(20):
+            small = np.random.default_rng(i).integers(0, 256, (5, 6, 3), np.uint8)
+            image = Image.fromarray(small).resize((64, 48), Image.Resampling.BICUBIC)
+            image.save(root / label / f"{i}.JPEG", quality=90)
+    return root
+
+
+def test_every_contender_goes_on_handing_out_images(folder):
+    source, paths = FolderSource(folder), sorted(folder.glob("*/*.JPEG"))
+    contenders = [
+        benchmark.pil_dataloader(paths, 1),
+        benchmark.fastssl(source, 1, "ffcv", benchmark.apart()),
+        benchmark.fastssl(source, 1, "pil", benchmark.together()),
+        benchmark.rendered(source, 1, cut=False),
+        benchmark.rendered(source, 1, cut=True),
+    ]
+    for batches in contenders:
+        assert [next(batches) for _ in range(3)] == [benchmark.BATCH] * 3
+        batches.close()
+
+
+def test_dali_contender_hands_out_images(folder):
+    pytest.importorskip("nvidia.dali", reason="the extra dali is not installed")
+    batches = benchmark.dali_own_ops(sorted(folder.glob("*/*.JPEG")), 1)
+    assert [next(batches) for _ in range(3)] == [benchmark.BATCH] * 3
+
+
+def test_pil_contender_makes_pawss_views(folder):
+    """Eight normalised float views of the right sizes; grey, blurred and untouched ones among them."""
+    images = benchmark.PilImages(sorted(folder.glob("*/*.JPEG")))
+    items = [images[i] for i in range(12)]
+    assert [tuple(view.shape) for view in items[0]] == [(3, 224, 224)] * 2 + [(3, 96, 96)] * 6
+    views = torch.stack([view for item in items for view in item[2:]])
+    std = torch.tensor(benchmark.IMAGENET.std)[:, None, None]
+    values = views * std + torch.tensor(benchmark.IMAGENET.mean)[:, None, None]
+    assert values.min() >= -1e-6 and values.max() <= 1 + 1e-6 and values.max() > 0.9
+    grey = ((values.amax(1) - values.amin(1)).amax((1, 2)) < 1e-5).float().mean()
+    assert 0.08 < grey < 0.4
+
+
+def test_windows_count_images_and_the_report_has_its_form():
+    def batches():
+        while True:
+            torch.ones(200, 200) @ torch.ones(200, 200)  # some CPU time
+            yield 7
+
+    names = ("pil_dataloader", "eight_decodes", "dali_own_ops", "fastssl_ffcv", "fastssl_dali", "decode_only")
+    contenders = {name: batches() for name in (*names, "fastssl_pil", "decode_and_crops")}
+    rates = benchmark.measure(contenders, rounds=3, seconds=0.02, ahead=1)
+    assert all(values.shape == (3, 2) and (values > 0).all() for values in rates.values())
+    result = benchmark.summary(rates, {})
+    assert tuple(result["unlabelled_images_per_s"]) == names
+    assert result["unlabelled_images_per_s"]["decode_only"] == np.median(rates["decode_only"][:, 0])
+    benchmark.show(result)
