@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fastssl import dist
 from fastssl.clock import Clock
 from fastssl.config import FastsslError
-from fastssl.engine.checkpoint import Checkpoints
+from fastssl.engine.checkpoint import CheckpointError, Checkpoints
 from fastssl.methods.base import Horizon, Method, Nets, Span, Stage
 from fastssl.record import Recorder
 from loaders.batch import Batch
@@ -69,6 +69,7 @@ class Trainer:
     def run(self, recorder: Recorder, evaluate: Evaluate | None, clock: Clock) -> None:
         """Train from `self.step` to the end of the stage, evaluating now and then where `evaluate` is given."""
         total = self.horizon.total_steps
+        self._check_ranks_agree()
         if self.step >= total:
             return
         trained = self._averaged_over_ranks()
@@ -99,6 +100,16 @@ class Trainer:
     def epoch(self) -> float:
         """Epochs done."""
         return self.step / self.horizon.steps_per_epoch
+
+    def _check_ranks_agree(self) -> None:
+        """Raise CheckpointError, on every rank, where ranks have loaded different checkpoints: their collectives would
+        not match."""
+        first, last = dist.least_over_ranks(torch.tensor([self.step, -self.step], device=self.device)).tolist()
+        if first != -last:
+            raise CheckpointError(
+                f"some ranks would start after step {first}, others after step {-last}: --out must be one folder that "
+                "every host sees"
+            )
 
     def _train_step(self, trained: Nets, batch: Batch) -> dict[str, Tensor]:
         for group, rate in zip(self.optimizer.param_groups, self.method.rates(self.step, self.horizon), strict=True):
