@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -18,7 +19,8 @@ from loaders.store.data import open_data
 
 def open_run(run: Path, data: tuple[str, ...]) -> tuple[Subject, int]:
     """The networks of `run`'s last stage at its newest checkpoint, beside `data` (default: what the run was trained
-    on), and the step they are from. Raises FastsslError where the run cannot be read or its recipe has changed."""
+    on), and the step they are from. A damaged checkpoint is passed over for the one before, with a line on stderr.
+    Raises FastsslError where the run cannot be read or its recipe has changed."""
     path = run / RESOLVED
     if not path.is_file():
         raise ConfigError(f"{run} is no run directory: it has no {RESOLVED}")
@@ -29,8 +31,7 @@ def open_run(run: Path, data: tuple[str, ...]) -> tuple[Subject, int]:
         raise ConfigError(f"recipe {resolved['recipe']} has changed since {run} was made ({changed[0]})")
     stage = stages[-1]
     folder = run if len(stages) == 1 else run / stage.name
-    warnings: list[str] = []
-    state = Checkpoints(folder / "checkpoints").load_newest(warnings.append)
+    state = Checkpoints(folder / "checkpoints").load_newest(lambda text: print(f"warning: {text}", file=sys.stderr))
     if state is None:
         raise CheckpointError(f"{run} has no checkpoint yet")
 
