@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD
 
+from fastssl.config import ConfigError
 from fastssl.methods import paws
 from fastssl.methods.base import (
     Artefact,
@@ -71,6 +72,11 @@ class Supervised(Method):
 
     config: SupervisedConfig
     taps = ("backbone", "logits")
+
+    def __init__(self, config: SupervisedConfig, facts: Facts, inputs: Mapping[str, Artefact]):
+        if not facts.num_classes:
+            raise ConfigError("no image of the labelled data carries a label: give --data labelled=PATH")
+        super().__init__(config, facts, inputs)
 
     def plan(self) -> Plan:
         c = self.config
