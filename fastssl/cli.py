@@ -81,7 +81,7 @@ def train(
 ) -> None:
     """Train RECIPE (default: paws.digits). The same command continues a run that was stopped."""
     from fastssl.dry_run import describe
-    from fastssl.engine.stages import Job
+    from fastssl.engine.job import Job
     from fastssl.evaluation.summary import accuracy_cell, spread_over_seeds
     from fastssl.launch import start
     from fastssl.recipes import resolve

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from fastssl.datasets import KNOWN_SETS
-from fastssl.engine.stages import Job, facts_of
+from fastssl.engine.job import Job
+from fastssl.engine.stages import facts_of
 from fastssl.methods.base import Facts, Stage
 from loaders.errors import LoaderError
 from loaders.loader import bind

@@ -20,7 +20,9 @@ from torch.distributed import TCPStore
 
 from fastssl import dist
 from fastssl.config import FastsslError
-from fastssl.engine.stages import RESULT, Job, run
+from fastssl.engine.job import Job
+from fastssl.engine.run_dir import RESULT
+from fastssl.engine.stages import run
 from loaders.errors import LoaderError
 
 HOST = "127.0.0.1"

@@ -65,8 +65,8 @@ class Recorder:
         if not self._main:
             return
         self._total_steps = total_steps
-        self._print(Text(title, "bold"))
-        self._table(table)
+        for line in (Text(title, "bold"), *_table(table)):
+            self._print(line)
 
     def log(self, record: Mapping[str, Any]) -> None:
         """{"step", "epoch", "loss", each part by its name, "lr" ("lr_1", ... where groups differ), "time": {...}}.
@@ -99,12 +99,8 @@ class Recorder:
         """Last thing seen: the headlines of the result, and what one would type next."""
         if not self._main:
             return
-        self._print(Text("result", "bold"))
-        self._table(dict(_numbers(_headlines(result))))
-        if next_commands:
-            self._print(Text("next", "bold"))
-            for command in next_commands:
-                self._print(Text(f"  {command}"))
+        for line in result_lines(result, next_commands):
+            self._print(line)
         self.close()
 
     def close(self) -> None:
@@ -135,11 +131,6 @@ class Recorder:
     def _erase(self) -> None:
         self._console.control(Control(ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2)))
         self._unfinished_line = False
-
-    def _table(self, rows: Mapping[str, object]) -> None:
-        width = max((cell_len(name) for name in rows), default=0)
-        for name, value in rows.items():
-            self._print(Text.assemble("  ", (f"{name:<{width}}", "cyan"), f"  {value}"))
 
     def _progress(self, record: Mapping[str, Any]) -> None:
         """Rewrites the terminal's last line; where that is narrow the loss parts, in the middle, give way."""
@@ -176,6 +167,19 @@ class Recorder:
         others = {"step", "epoch", "loss", "time", *rates}
         parts = [f"{name} {value}" for name, value in _numbers({k: v for k, v in record.items() if k not in others})]
         return [*self._place(record), f"loss {_number(record['loss'])}", *parts, "  ".join(tail)]
+
+
+def result_lines(result: Mapping[str, Any], next_commands: Sequence[str]) -> list[Text]:
+    """The headlines of a result, and what one would type next."""
+    lines = [Text("result", "bold"), *_table(dict(_numbers(_headlines(result))))]
+    if next_commands:
+        lines += [Text("next", "bold"), *(Text(f"  {command}") for command in next_commands)]
+    return lines
+
+
+def _table(rows: Mapping[str, object]) -> list[Text]:
+    width = max((cell_len(name) for name in rows), default=0)
+    return [Text.assemble("  ", (f"{name:<{width}}", "cyan"), f"  {value}") for name, value in rows.items()]
 
 
 def duration(seconds: float) -> str:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl import dist
-from fastssl.engine.stages import Job
+from fastssl.engine.job import Job
 from fastssl.methods.base import Artefact, Config, Epochs, Facts, Horizon, Method, Nets, Ref, Stage, Stages, Steps
 from fastssl.nn.global_batch_norm import GlobalBatchNorm
 from loaders.batch import Batch
@@ -91,7 +91,7 @@ class TinyPaws(Tiny):
         unlabelled, support = batch.parts["unlabelled"], batch.parts["support"]
         z = F.normalize(nets.online(torch.cat([unlabelled.x["global"], support.x["global"]])), dim=1)
         anchors, supports = z.split([len(unlabelled.x["global"]), len(support.x["global"])])
-        columns = F.one_hot(dist.gather_rows(support.columns.repeat(2)), 10).float()
+        columns = F.one_hot(dist.gather_rows(support.columns.repeat(2)), 10).to(anchors)
         p = torch.softmax(anchors @ dist.gather_rows(supports).T / 0.1, dim=1) @ columns
         first, second = p.chunk(2)
         loss = -(second.detach() * first.clamp_min(1e-6).log()).sum(dim=1).mean()
@@ -172,11 +172,9 @@ class TinyFineTune(Tiny):
         stream = Stream("labelled", "labelled", (VIEW,), Shuffled(), self.config.batch_global, ids=PerClass(10))
         return Plan((stream,), "labelled", self.facts.seed)
 
-    def nets(self) -> Nets:
-        online = TinyNet(10)
-        online.load_state_dict(self.inputs["init"].load()["nets"]["online"])
-        nn.init.zeros_(online.head.weight)
-        return Nets(online)
+    def load_inputs(self, nets: Nets) -> None:
+        nets.online.load_state_dict(self.inputs["init"].load()["nets"]["online"])
+        nn.init.zeros_(nets.online.head.weight)
 
     def optimizer(self, nets: Nets) -> torch.optim.Optimizer:
         groups = [{"params": nets.online.body.parameters()}, {"params": nets.online.head.parameters()}]
@@ -194,9 +192,10 @@ class TinyDistil(TinyContrast):
     """SimCLRv2's third stage: a student learns from a frozen teacher."""
 
     def nets(self) -> Nets:
-        teacher = TinyNet(10).requires_grad_(False)
-        teacher.load_state_dict(self.inputs["teacher"].load()["nets"]["online"])
-        return Nets(TinyNet(10), frozen=teacher)
+        return Nets(TinyNet(10), frozen=TinyNet(10).requires_grad_(False))
+
+    def load_inputs(self, nets: Nets) -> None:
+        nets.frozen.load_state_dict(self.inputs["teacher"].load()["nets"]["online"])
 
     def loss(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:
         x = batch.parts["images"].x["global"]
@@ -240,10 +239,10 @@ class TinyLabeller(Tiny):
     def plan(self) -> Plan:
         return Plan((Stream("images", "train", (EVAL,), Sequential(), 256),), "images", 0)
 
-    def nets(self) -> Nets:
-        online = TinyNet(14)
-        online.load_state_dict(self.inputs["init"].load()["nets"]["online"])
-        return Nets(online)
+    num_outputs = 14
+
+    def load_inputs(self, nets: Nets) -> None:
+        nets.online.load_state_dict(self.inputs["init"].load()["nets"]["online"])
 
     def loss(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:
         raise AssertionError("this stage does not train")

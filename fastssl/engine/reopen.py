@@ -11,7 +11,8 @@ import torch
 
 from fastssl.config import ConfigError, differences, to_plain
 from fastssl.engine.checkpoint import CheckpointError, Checkpoints, read_json
-from fastssl.engine.stages import RESOLVED, facts_of
+from fastssl.engine.run_dir import CHECKPOINTS, RESOLVED
+from fastssl.engine.stages import facts_of
 from fastssl.evaluation.subject import Subject
 from fastssl.recipes import resolve
 from loaders.store.data import open_data
@@ -31,7 +32,7 @@ def open_run(run: Path, data: tuple[str, ...]) -> tuple[Subject, int]:
         raise ConfigError(f"recipe {resolved['recipe']} has changed since {run} was made ({changed[0]})")
     stage = stages[-1]
     folder = run if len(stages) == 1 else run / stage.name
-    state = Checkpoints(folder / "checkpoints").load_newest(lambda text: print(f"warning: {text}", file=sys.stderr))
+    state = Checkpoints(folder / CHECKPOINTS).load_newest(lambda text: print(f"warning: {text}", file=sys.stderr))
     if state is None:
         raise CheckpointError(f"{run} has no checkpoint yet")
 

@@ -1,6 +1,5 @@
 """A run: a recipe's stages one after the other on this rank, each continued from wherever it was left.
 
-A run with one stage keeps everything in the run directory; with several, each stage has a directory of its name there.
 A stage is done when its `result.json` is written; what later stages need of it is its last checkpoint, or what it
 produced, named with its hash.
 """
@@ -9,61 +8,29 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
-import platform
-import shutil
-import subprocess
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
 
 from fastssl import dist
 from fastssl.clock import Clock
-from fastssl.config import ConfigError, differences, to_plain
+from fastssl.config import ConfigError
 from fastssl.engine.checkpoint import STATE, Checkpoints, read_json, read_state, sha256_of, write_atomically
+from fastssl.engine.job import Job, threads_per_rank, versions
+from fastssl.engine.run_dir import CHECKPOINTS, PRODUCED, RESULT, claim
 from fastssl.engine.train import Trainer
 from fastssl.evaluation import load_protocol
 from fastssl.evaluation.subject import Subject
-from fastssl.methods.base import Artefact, Facts, Method, Ref, Stage, Stages
-from fastssl.record import Recorder
+from fastssl.methods.base import Artefact, Facts, Method, Nets, Ref, Stage
+from fastssl.record import Recorder, result_lines
 from loaders.loader import Bound, Loader, bind
 from loaders.store import staging
 from loaders.store.data import LABELLED, VALIDATION, DataSets, open_data, search_folders
 
-RESOLVED, RESULT, PRODUCED = "resolved.json", "result.json", "produced.pt"
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
-
-
-@dataclass(frozen=True)
-class Job:
-    """Everything that decides what a run computes, the same on every rank."""
-
-    recipe: str
-    stages: Stages
-    changes: tuple[str, ...]  # what the user set, from which the recipe resolves to `stages`
-    data: tuple[str, ...]
-    out: Path
-    seed: int
-    device: Literal["cpu", "cuda"]
-    world: int
-    loader: str = "auto"
-    resume: Literal["auto", "never"] = "auto"
-    init_from: Path | None = None
-    stage_to: Path | None = None  # where this host keeps copies of the data; None: read in place
-    command: str = ""
-
-    def __post_init__(self) -> None:
-        for name in {name for stage in self.stages for name in stage.evaluate}:
-            load_protocol(name)  # a name that is unknown must not wait for the end of training
-
-
-def threads_per_rank() -> int:
-    """CPU threads of this rank: an equal share of what the processes of this host may use."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def keep_freed_memory() -> None:
@@ -83,19 +50,21 @@ def run(job: Job) -> dict[str, Any]:
     if device.type == "cpu":
         keep_freed_memory()
     data = _opened(job)
-    _claim(job, data)
-    if (job.out / RESULT).exists():
-        return _say_finished(job)
+    if (result := claim(job, data)) is not None:
+        if dist.is_main():
+            print(f"finished: {job.recipe}, seed {job.seed}, in {job.out}")
+            for line in result_lines(result, job.next_commands()):
+                print(line.plain)
+        return result
 
     artefacts: dict[str, Artefact] = {}
     results: dict[str, dict[str, Any]] = {}
     for stage in job.stages:
-        folder = stage_folder(job, stage.name)
+        folder = job.folder(stage)
         inputs = {name: _input(ref, artefacts) for name, ref in stage.needs.items()}
         results[stage.name] = _StageRun(job, stage, folder, data, inputs, device, threads).finish()
         if any(ref.stage == stage.name for later in job.stages for ref in later.needs.values()):
-            made = folder / PRODUCED if stage.do == "produce" else _checkpoints(folder).newest() / STATE
-            artefacts[stage.name] = Artefact(made, sha256_of(made))
+            artefacts[stage.name] = _made(stage, folder)
     if len(job.stages) == 1:
         return results[job.stages[0].name]
     result = {**results[job.stages[-1].name], "stages": results}
@@ -118,29 +87,10 @@ def _show_staging(file: str, done: int, total: int) -> None:
         print(f"copying {file}: {100 * done // total} % of {total / 1e9:.1f} GB", flush=True)
 
 
-def stage_folder(job: Job, name: str) -> Path:
-    """Where the stage called `name` keeps its files."""
-    return job.out if len(job.stages) == 1 else job.out / name
-
-
 def facts_of(data: DataSets, seed: int) -> Facts:
     """What a method may know of `data` before it is built."""
     labelled = data.get(LABELLED)
     return Facts(labelled.num_classes, labelled.channels, seed)
-
-
-def versions() -> dict[str, str]:
-    """What this process computes with."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "machine": platform.machine(),
-        "commit": commit.stdout.strip() or "unknown",
-    }
 
 
 class _StageRun:
@@ -166,8 +116,9 @@ class _StageRun:
     def finish(self) -> dict[str, Any]:
         """Train or produce what is not done yet; the stage's result."""
         done = self.folder / RESULT
-        if done.exists():
-            return read_json(done)
+        # One rank looks, so that none misses the barriers below because another was faster.
+        if (result := dist.broadcast_object(read_json(done) if done.exists() else None)) is not None:
+            return result
         with self._loader() as loader:
             result = self._produce(loader) if self.stage.do == "produce" else self._train(loader)
         if dist.is_main():
@@ -186,13 +137,13 @@ class _StageRun:
         )
 
     def _train(self, loader: Loader) -> dict[str, Any]:
-        checkpoints = _checkpoints(self.folder, self.stage.keep_checkpoints)
+        checkpoints = Checkpoints(self.folder / CHECKPOINTS, self.stage.keep_checkpoints)
         trainer = Trainer(self.stage, self.method, loader, checkpoints, self.device)
         damaged: list[str] = []
         if (state := checkpoints.load_newest(damaged.append)) is not None:
             trainer.load_state(state)
         elif self.job.init_from is not None and self.stage is self.job.stages[0]:
-            _load_weights(trainer.nets.online, self.job.init_from, damaged.append)
+            _load_weights(trainer.nets, self.job.init_from, damaged.append)
 
         clock, evaluations = Clock(), []
 
@@ -218,11 +169,18 @@ class _StageRun:
                 "provenance": self._subject(trainer).provenance() if self.protocols else {},
                 "versions": versions(),
             }
-            recorder.finish(scores, next_commands(self.job))
+            recorder.finish(scores, self.job.next_commands())
         return result
 
     def _subject(self, trainer: Trainer) -> Subject:
-        return Subject(self.method, trainer.nets, self.data, device=self.device, threads=self.threads)
+        return Subject(
+            self.method,
+            trainer.nets,
+            self.data,
+            device=self.device,
+            threads=self.threads,
+            renderer=self.job.loader,
+        )
 
     def _evaluate(self, trainer: Trainer) -> dict[str, Any]:
         subject = self._subject(trainer)
@@ -234,6 +192,7 @@ class _StageRun:
     def _produce(self, loader: Loader) -> dict[str, Any]:
         """Store what the method says of every image of its first stream, in the stream's order."""
         nets = self.method.nets()
+        self.method.load_inputs(nets)
         for module in nets.modules().values():
             module.to(self.device).eval()
         stream = self.bound.plan.plan.streams[0].name
@@ -275,76 +234,6 @@ class _StageRun:
         )
 
 
-def next_commands(job: Job) -> list[str]:
-    """What one would type next."""
-    data = "".join(f" --data {spec}" for spec in job.data if spec != "digits")
-    return [f"fastssl evaluate {job.out} --protocol knn{data}", f"fastssl embed {job.out}{data}"]
-
-
-def _claim(job: Job, data: DataSets) -> None:
-    """Write `resolved.json`, or check that the run begun there is this one. Raises ConfigError where it is another."""
-    resolved = {
-        "recipe": job.recipe,
-        "seed": job.seed,
-        "stages": to_plain(job.stages),
-        "data": {key: source.fingerprint() for key, source in sorted(data.sources.items())},
-    }
-    path = job.out / RESOLVED
-    if path.exists() and job.resume == "auto" and _has_work(job.out):
-        there = read_json(path)
-        changed = differences({key: there.get(key) for key in resolved}, json.loads(json.dumps(resolved)))
-        if changed:
-            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-            raise ConfigError(
-                f"{job.out} holds another run ({'; '.join(changed[:3])}{more}): choose another --out, or run the "
-                "command it was made with"
-            )
-        before = there["run"]["threads"], there["run"]["world"]
-        if before != (threads_per_rank(), job.world) and dist.is_main():
-            print(f"note: continued on {job.world} ranks of {threads_per_rank()} threads; before {before[1]} of "
-                  f"{before[0]}: the same images, other rounding", flush=True)  # fmt: skip
-    dist.barrier()  # every rank has compared before anything is written
-    if dist.is_main():
-        run_facts = {
-            "command": job.command,
-            "changes": job.changes,
-            "data": job.data,
-            "world": job.world,
-            "threads": threads_per_rank(),
-        }
-        text = json.dumps({**resolved, "run": run_facts, "versions": versions()}, indent=2)
-        try:
-            job.out.mkdir(parents=True, exist_ok=True)
-            if job.resume == "never":
-                _clear(job)
-            write_atomically(path, text + "\n")
-        except OSError as error:
-            raise ConfigError(f"--out {job.out} cannot be written: {error.strerror}") from error
-    dist.barrier()
-
-
-def _has_work(out: Path) -> bool:
-    """Whether a run in `out` has come far enough to be worth keeping."""
-    patterns = ("**/checkpoints/step-*", f"**/{RESULT}", f"**/{PRODUCED}")
-    return any(True for pattern in patterns for _ in out.glob(pattern))
-
-
-def _clear(job: Job) -> None:
-    """Remove what a run would continue from."""
-    for folder in {job.out, *(stage_folder(job, stage.name) for stage in job.stages)}:
-        (folder / RESULT).unlink(missing_ok=True)
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-
-
-def _say_finished(job: Job) -> dict[str, Any]:
-    """Show the result of a run that is done; returns it."""
-    result, last = read_json(job.out / RESULT), stage_folder(job, job.stages[-1].name)
-    with Recorder(last, main=dist.is_main(), resume_step=result.get("steps", 0)) as recorder:
-        recorder.announce(f"finished: {job.recipe}, seed {job.seed}", {"directory": job.out})
-        recorder.finish(result, next_commands(job))
-    return result
-
-
 def _input(ref: Ref, artefacts: Mapping[str, Artefact]) -> Artefact:
     if ref.stage is not None:
         return artefacts[ref.stage]
@@ -355,22 +244,31 @@ def _input(ref: Ref, artefacts: Mapping[str, Artefact]) -> Artefact:
     return Artefact(path, sha256_of(path))
 
 
-def _checkpoints(folder: Path, keep: int = 2) -> Checkpoints:
-    return Checkpoints(folder / "checkpoints", keep)
+def _made(stage: Stage, folder: Path) -> Artefact:
+    """What `stage` left for later ones. Raises CheckpointError where it is damaged."""
+    if stage.do == "produce":
+        return Artefact(folder / PRODUCED, sha256_of(folder / PRODUCED))
+    checkpoints = Checkpoints(folder / CHECKPOINTS)
+    checkpoints.load(checkpoints.steps()[-1])
+    made = checkpoints.newest() / STATE
+    return Artefact(made, sha256_of(made))
 
 
-def _load_weights(module: torch.nn.Module, source: Path, warn: Callable[[str], None]) -> None:
-    """Weights alone, from a run directory, a checkpoint or its state file; every key must fit."""
-    if _checkpoints(source).steps():
-        state = _checkpoints(source).load_newest(warn)
+def _load_weights(nets: Nets, source: Path, warn: Callable[[str], None]) -> None:
+    """Weights alone, from a run directory, a checkpoint or its state file, into `online`, every key of which must fit.
+    A target is an average of `online`, so it starts from the other run's, or where that had none stays as it is."""
+    if Checkpoints(source / CHECKPOINTS).steps():
+        state = Checkpoints(source / CHECKPOINTS).load_newest(warn)
     else:
         state = read_state(source / STATE if source.is_dir() else source)
     assert state is not None
-    theirs, own = state["nets"]["online"], module.state_dict()
+    theirs, own = state["nets"]["online"], nets.online.state_dict()
     wrong = [k for k in sorted(theirs.keys() | own.keys()) if k not in theirs or k not in own]
     wrong += [k for k in sorted(theirs.keys() & own.keys()) if theirs[k].shape != own[k].shape]
     if wrong:
         raise ConfigError(
             f"--init-from {source}: {len(wrong)} tensors do not fit, the first {wrong[0]}; nothing loaded"
         )
-    module.load_state_dict(theirs)
+    nets.online.load_state_dict(theirs)
+    if nets.target is not None and "target" in state["nets"]:
+        nets.target.load_state_dict(state["nets"]["target"])

@@ -42,6 +42,7 @@ class Trainer:
         self.horizon = Horizon(plan.steps_per_epoch, stage.length.steps(plan.steps_per_epoch))
         self.images_per_step = plan.plan.stream(plan.plan.epoch_of).batch_global
         self.nets = method.nets()
+        method.load_inputs(self.nets)
         for name, module in self.nets.modules().items():
             module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
             module.train(name != "frozen")

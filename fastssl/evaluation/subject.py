@@ -52,9 +52,11 @@ class Subject:
         device: torch.device | str = "cpu",
         threads: int | None = None,
         batch: int = 512,
+        renderer: str = "auto",
     ):
         self.method, self.nets, self.data = method, nets, data
         self.device, self.threads, self.batch = torch.device(device), threads, batch
+        self.renderer = renderer
         self._bound: dict[str, Bound] = {}
         self._features: dict[tuple[str, str], Features] = {}
 
@@ -131,7 +133,14 @@ class Subject:
         bound, view = self._bind(role), self.method.config.eval_view.name
         count, done = bound.subsets[role].count, 0
         values_ND, marks_N2 = torch.empty(count, 0), torch.empty(count, 2, dtype=torch.int64)
-        loader = Loader(bound, rank=dist.rank(), world=dist.world_size(), device=self.device, threads=self.threads)
+        loader = Loader(
+            bound,
+            rank=dist.rank(),
+            world=dist.world_size(),
+            device=self.device,
+            threads=self.threads,
+            renderer=self.renderer,
+        )
         with loader, eval_mode(self.nets), torch.no_grad():
             for batch in loader.batches(0, bound.plan.steps_per_epoch):
                 part = batch.parts[role]

@@ -164,7 +164,11 @@ class Method(ABC):
 
     @abstractmethod
     def nets(self) -> Nets:
-        """Freshly initialised modules on the CPU."""
+        """Freshly initialised modules on the CPU, whatever the inputs."""
+
+    def load_inputs(self, nets: Nets) -> None:  # noqa: B027
+        """Put what `inputs` hold (weights to start from, a teacher's) into fresh `nets`, before any checkpoint of this
+        stage is loaded over them. `nets` itself must work without inputs: runs are opened again without."""
 
     @abstractmethod
     def optimizer(self, nets: Nets) -> Optimizer:
@@ -232,3 +236,8 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     """The autocast context of a precision; a no-op for fp32."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
+
+
+def in_full(x: Tensor) -> Tensor:
+    """Half-precision values in float32, for losses and similarities; float64, as tests of exactness use it, stays."""
+    return x if x.dtype == torch.float64 else x.float()

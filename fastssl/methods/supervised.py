@@ -29,6 +29,7 @@ from fastssl.methods.base import (
     Stages,
     Steps,
     autocast,
+    in_full,
 )
 from fastssl.nn.encoders import Encoder, ResNet
 from fastssl.optim.schedule import warmup_cosine
@@ -109,14 +110,14 @@ class Supervised(Method):
     def loss(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:
         part, c = batch.parts["labelled"], self.config
         with autocast(batch.step.device, c.precision):
-            logits = nets.online(part.x[c.view.name]).float()
+            logits = in_full(nets.online(part.x[c.view.name]))
         return {"total": F.cross_entropy(logits, part.labels, label_smoothing=c.label_smoothing)}
 
     def embed(self, nets: Nets, x: Tensor, tap: str) -> Tensor:
         net = nets.online
         assert isinstance(net, Classifier)
         with autocast(x.device, self.config.precision):
-            return (net.trunk(x) if tap == "backbone" else net(x)).float()
+            return in_full(net.trunk(x) if tap == "backbone" else net(x))
 
 
 # ---------------------------------------------------------------------------------------------------------- recipes

@@ -8,7 +8,7 @@ import torch
 from click.testing import CliRunner
 
 from fastssl.cli import main
-from fastssl.engine.stages import Job
+from fastssl.engine.job import Job
 from fastssl.launch import start
 from tests import fakes
 from tests.end_to_end import command

@@ -1,0 +1,67 @@
+"""What a run is: the job that every rank is given, and the machine it computes on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from fastssl.evaluation import load_protocol
+from fastssl.methods.base import Stage, Stages
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that decides what a run computes, the same on every rank."""
+
+    recipe: str
+    stages: Stages
+    changes: tuple[str, ...]  # what the user set, from which the recipe resolves to `stages`
+    data: tuple[str, ...]
+    out: Path
+    seed: int
+    device: Literal["cpu", "cuda"]
+    world: int
+    loader: str = "auto"
+    resume: Literal["auto", "never"] = "auto"
+    init_from: Path | None = None
+    stage_to: Path | None = None  # where this host keeps copies of the data; None: read in place
+    command: str = ""
+
+    def folder(self, stage: Stage) -> Path:
+        """Where `stage` keeps its files."""
+        return self.out if len(self.stages) == 1 else self.out / stage.name
+
+    def next_commands(self) -> list[str]:
+        """What one would type next."""
+        data = "".join(f" --data {spec}" for spec in self.data if spec != "digits")
+        return [f"fastssl evaluate {self.out} --protocol knn{data}", f"fastssl embed {self.out}{data}"]
+
+    def __post_init__(self) -> None:
+        for name in {name for stage in self.stages for name in stage.evaluate}:
+            load_protocol(name)  # a name that is unknown must not wait for the end of training
+
+
+def threads_per_rank() -> int:
+    """CPU threads of this rank: an equal share of what the processes of this host may use."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def versions() -> dict[str, str]:
+    """What this process computes with."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "machine": platform.machine(),
+        "commit": commit.stdout.strip() or "unknown",
+    }
