@@ -6,7 +6,8 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -19,10 +20,12 @@ TINY = (
 CHANGES = [part for change in TINY for part in ("--set", change)]
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen:
-    """`fastssl ARGUMENTS` in `folder`, its output in `folder/log`, in a process group of its own."""
+@contextmanager
+def running(folder: Path, *arguments: str) -> Iterator[subprocess.Popen]:
+    """`fastssl ARGUMENTS` in `folder`, its output in `folder/log`, in a process group of its own; no process of it
+    outlives the context."""
     with (folder / "log").open("w") as log:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", "fastssl", *arguments],
             cwd=folder,
             env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -30,16 +33,18 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen:
             stderr=subprocess.STDOUT,
             process_group=0,
         )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            kill(*children(process.pid), process.pid)
+            process.wait()
 
 
 def run(folder: Path, *arguments: str) -> tuple[int, str]:
     """Exit code and output of `fastssl ARGUMENTS` in `folder`."""
-    process = start(folder, *arguments)
-    try:
-        code = process.wait(timeout=250)
-    finally:
-        kill(process.pid, *children(process.pid))
-    return code, (folder / "log").read_text()
+    with running(folder, *arguments) as process:
+        return process.wait(timeout=250), (folder / "log").read_text()
 
 
 def children(pid: int) -> list[int]:
@@ -61,6 +66,11 @@ def kill(*pids: int) -> None:
     for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+
+
+def interrupt(pid: int) -> None:
+    """What a terminal does at Ctrl-C: SIGINT to every process of the group."""
+    os.killpg(pid, signal.SIGINT)
 
 
 def wait_until(condition, timeout_s: float = 250.0) -> None:

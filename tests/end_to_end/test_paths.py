@@ -1,0 +1,146 @@
+"""The ways that data takes into a run and results out of it, each walked once through the real command line."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from fastssl.cli import main
+from loaders.store.beton import BetonWriter
+from loaders.store.cifar import CLASS_NAMES, open_cifar10
+from tests.end_to_end import command
+
+CIFAR = [
+    part
+    for change in (
+        "encoder.base_width=4", "out_features=8", "batch_global=16", "images_per_class=2", "length=2steps",
+        "precision=fp32", "log_every=1steps",
+    )
+    for part in ("--set", change)
+]  # fmt: skip
+DIGITS = (*command.CHANGES, "--set", "length=3steps", "--set", "precision=fp32")
+
+
+def invoke(*arguments):
+    """The output of a command that must succeed."""
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def images(cifar10_dir):
+    """1,000 training images of CIFAR-10 as (JPEG bytes, label)."""
+    source, _ = open_cifar10(cifar10_dir)
+
+    def jpeg(pixels):
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "JPEG", quality=95)
+        return file.getvalue()
+
+    return [(jpeg(source.images[i]), int(source.labels[i])) for i in range(1000)]
+
+
+def losses(run_dir):
+    return [record["loss"] for record in command.metrics(Path(run_dir)) if "loss" in record]
+
+
+def test_beton_of_jpegs_trains_through_pil(images):
+    with BetonWriter("train.beton", len(images), CLASS_NAMES) as writer:
+        for i, (jpeg, label) in enumerate(images):
+            writer.add(jpeg, label, f"{i}.jpg")
+    options = ("--data", "train.beton", "--labels", "per-class=20", "--loader", "pil", "--out", "run", *CIFAR)
+    output = invoke("train", "paws.cifar10_small", *options)
+    assert "train.beton: all, 1,000 images; 16 a step" in output
+    assert "train.beton: 20-per-class-split-0, 200 images; 20 a step" in output
+    assert "warning: no validation images, so nothing is evaluated: give --data validation=PATH" in output
+    assert len(losses("run")) == 2 and np.isfinite(losses("run")).all()
+
+
+def test_unlabelled_folder_beside_a_small_labelled_one_trains_paws(images):
+    """Many images without classes and few with: the field's real case."""
+    for i, (jpeg, label) in enumerate(images[:200]):
+        path = Path("labelled", CLASS_NAMES[label]) if i < 100 else Path("many")
+        path.mkdir(parents=True, exist_ok=True)
+        (path / f"{i}.jpg").write_bytes(jpeg)
+    data = ("--data", "unlabelled=many", "--data", "labelled=labelled")
+    output = invoke("train", "paws.cifar10_small", *data, "--labels", "all", "--out", "run", *CIFAR)
+    assert "many: all, 100 images; 16 a step" in output and "labelled: all, 100 images; 20 a step" in output
+    assert "warning: no validation images" in output
+    assert len(losses("run")) == 2 and np.isfinite(losses("run")).all()
+
+    refused = CliRunner().invoke(main, ["evaluate", "run", "--protocol", "soft-nn"])
+    assert refused.exit_code == 1 and "no validation split: give --data validation=PATH" in refused.output
+    scores = json.loads(invoke("evaluate", "run", "--protocol", "soft-nn", *data, "--data", "validation=labelled"))
+    assert scores["step"] == 2 and scores["soft_nn_top1"] * 100 == pytest.approx(round(scores["soft_nn_top1"] * 100))
+    assert scores["provenance"]["validation"]["count"] == 100
+
+    written = invoke("embed", "run").split()
+    assert written == ["run/embeddings/labelled.json", "run/embeddings/unlabelled.json"]
+    features = np.load("run/embeddings/unlabelled.features.npy")
+    assert features.shape == (100, 32) and features.dtype == np.float32 and np.isfinite(features).all()
+    assert (np.load("run/embeddings/unlabelled.labels.npy") == -1).all()
+    shown = np.array([label for _, label in images[:100]])  # all ten classes, whose names are in order
+    assert (np.bincount(np.load("run/embeddings/labelled.labels.npy")) == np.bincount(shown)).all()
+
+
+def test_seeds_their_spread_and_what_a_finished_run_says():
+    command_line = ("train", "--seeds", "0,1", *DIGITS)
+    output = invoke(*command_line)
+    results = [json.loads(Path(f"runs/paws.digits-seed{seed}/result.json").read_text()) for seed in (0, 1)]
+    scores = [result["soft_nn_top1"] for result in results]
+    assert [result["seed"] for result in results] == [0, 1]
+    assert losses("runs/paws.digits-seed0") != losses("runs/paws.digits-seed1")
+    assert f"soft_nn_top1: {100 * np.mean(scores):.1f} ± {100 * np.std(scores, ddof=1):.1f} (2 seeds)" in output
+
+    run = "runs/paws.digits-seed0"
+    again = json.loads(invoke("evaluate", run, "--protocol", "soft-nn"))
+    assert again["soft_nn_top1"] == scores[0] and again["provenance"] == results[0]["provenance"]
+
+    before = {path: path.stat().st_mtime_ns for path in Path(run).rglob("*") if path.name != "resolved.json"}
+    output = invoke("train", *DIGITS)
+    assert output.startswith("finished: paws.digits, seed 0\n")
+    assert f"soft_nn_top1{' ' * 19}{scores[0]:.4f}" in output and f"fastssl evaluate {run}" in output
+    assert before == {path: path.stat().st_mtime_ns for path in Path(run).rglob("*") if path.name != "resolved.json"}
+
+
+def test_resume_never_starts_over(tmp_path):
+    """Catches old checkpoints that outlive a fresh start and are continued from at the next stop."""
+    invoke("train", "--out", "run", *DIGITS)
+    first = losses("run")
+    Path("run/checkpoints/step-00000003").rename("run/checkpoints/step-00000009")  # of a longer run, say
+    invoke("train", "--out", "run", "--resume", "never", *DIGITS)
+    assert [path.name for path in Path("run/checkpoints").glob("step-*")] == ["step-00000003"]
+    assert losses("run") == first
+
+
+def test_init_from_takes_the_weights_alone():
+    invoke("train", "--out", "first", *DIGITS)
+    invoke("train", "--out", "second", "--init-from", "first", *DIGITS)
+    invoke("train", "--out", "third", "--init-from", "first/checkpoints/step-00000003", *DIGITS)
+    assert losses("second") == losses("third") != losses("first")
+    assert len(losses("second")) == 3
+
+
+def test_dry_run_of_the_headline_job_says_what_64_gpus_would_do():
+    output = invoke("train", "paws.rn50_100ep", "--gpus", "64", "--dry-run")
+    lines = [line for line in output.splitlines() if not line.startswith(("  launch", "warning: this host"))]
+    assert lines == [
+        "paws.rn50_100ep, seed 0, 64 GPU rank(s)",
+        "  stage        pretrain: Paws, 100 epochs",
+        "  unlabelled   4,096 images a step, 64 a rank; 2 x global 224, 6 x small 96",
+        "  support      6,720 images a step, 105 a rank; 1 x support 224",
+        "  steps        31,200, 312 an epoch",
+        "  network      38,210,112 parameters; 0.43 GiB a rank with gradients and momentum",
+        "  directory    runs/paws.rn50_100ep-seed0",
+        "warning: no --data: steps assume imagenet's 1,281,167 images",
+    ]

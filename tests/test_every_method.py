@@ -1,0 +1,285 @@
+"""Every method through the same checks, once for each path of its code; every other recipe through a dry run.
+
+Recipes are found by themselves; a method's paths are listed in `paths`, on the embedded digits with networks that take
+no time. The four fakes come along: through them the checks also see averages, queues, chains and teachers.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch.nn.parallel import DistributedDataParallel
+
+from fastssl import dist
+from fastssl.cli import main
+from fastssl.clock import Clock
+from fastssl.datasets import KNOWN_SETS
+from fastssl.engine import stages
+from fastssl.engine.checkpoint import Checkpoints, sha256_of
+from fastssl.engine.job import Job
+from fastssl.engine.stages import facts_of
+from fastssl.engine.train import Trainer
+from fastssl.methods.base import Artefact, Facts, Horizon, Steps
+from fastssl.nn.encoders import ResNet, WideResNet
+from fastssl.recipes import recipes, resolve
+from fastssl.record import Recorder
+from loaders.loader import Loader, bind
+from loaders.plan.views import UNIT, Rrc, View
+from loaders.store.data import DataSets, open_data
+from loaders.store.source import ArraySource
+from tests import fakes
+from tests.end_to_end.command import metrics
+from tests.interrupted import assert_same_stages, run_in_pieces
+from tests.ranks.pool import run_ranks
+
+CPU = torch.device("cpu")
+
+
+def paws(**changes):
+    (stage,) = resolve("paws.digits")
+    tiny = {"encoder": ResNet(10, stem="cifar", base_width=4), "out_features": 8, "batch_global": 32}
+    tiny |= {"images_per_class": 4, "precision": "fp32", "lr_peak": 0.8}
+    return (replace(stage, method=replace(stage.method, **tiny | changes)),)
+
+
+def supervised(**changes):
+    (stage,) = resolve("supervised.digits")
+    tiny = {"encoder": ResNet(10, stem="cifar", base_width=4), "batch_global": 32, "precision": "fp32"}
+    return (replace(stage, method=replace(stage.method, **tiny | changes)),)
+
+
+SMALL_CROPS = View("small", 6, Rrc((0.3, 0.6)), pixels=UNIT, copies=3)
+
+
+def paths():
+    """Name -> stages; a name begins with its method's module."""
+    return {
+        "paws": paws(),
+        "paws with every part": paws(
+            small_view=SMALL_CROPS, prediction=True, out_features=16, support_views=2, classes_global=4,
+            encoder=WideResNet(10, 1), lars_rule="paper",
+        ),
+        "supervised": supervised(),
+        **{f"fake {family}": fakes.stages(family) for family in ("paws", "semppl", "simclrv2", "s4l")},
+    }  # fmt: skip
+
+
+REAL = [name for name in paths() if not name.startswith("fake")]
+# On two classes of eight images; labels are smoothed by 0.1, so what can be reached is
+# PAWS's cross-entropy of 0.05 with a mean entropy of ln 2, -0.64, and the smoothed labels' own entropy, 0.20.
+FITTED = {"paws": -0.6, "paws with every part": -0.6, "supervised": 0.22}
+
+
+def short(path, **changes):
+    """A path's stages, cut to four steps without evaluation."""
+    settings = {"log_every": Steps(1), "checkpoint_every": Steps(2), "evaluate": ()} | changes
+    return tuple(replace(stage, length=Steps(4), **settings) for stage in paths()[path])
+
+
+def job(path, out, **changes):
+    return Job(path, short(path, **changes), (), ("digits",), out, 0, "cpu", 1)
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """Run directories by path, each run once."""
+    folder = tmp_path_factory.mktemp("ran")
+
+    def run_dir(path):
+        if not (folder / path).exists():
+            stages.run(job(path, folder / path))
+        return folder / path
+
+    return run_dir
+
+
+@pytest.fixture(params=paths())
+def path(request):
+    return request.param
+
+
+# ------------------------------------------------------------------------------------------------ through the engine
+
+
+def test_every_method_has_a_path():
+    modules = {name.partition(".")[0] for name in recipes()}
+    assert modules == {path.partition(" ")[0] for path in REAL} == {path.partition(" ")[0] for path in FITTED}
+
+
+def test_it_builds_and_its_steps_are_finite(path, ran):
+    for stage in short(path):
+        if stage.do == "train":
+            lines = metrics(ran(path) / (stage.name if len(short(path)) > 1 else ""))
+            assert [line["step"] for line in lines] == [1, 2, 3, 4]
+            assert all(isinstance(value, int | float) for line in lines for value in line.values())  # "nan" is a string
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_a_step_under_bf16_is_finite(name, tmp_path):
+    """Catches an operation that autocast refuses, and a loss computed in half precision until it overflows."""
+    changed = tuple(replace(stage, method=replace(stage.method, precision="bf16")) for stage in short(name))
+    stages.run(replace(job(name, tmp_path), stages=changed))
+    assert all(isinstance(line["loss"], float) for line in metrics(tmp_path))
+
+
+def test_it_continues_bitwise(path, ran, tmp_path):
+    """Catches state that a checkpoint lacks."""
+    assert run_in_pieces(job(path, tmp_path), every=3) >= 1
+    assert_same_stages(ran(path), tmp_path, short(path))
+
+
+# --------------------------------------------------------------------------------------------------- stage by stage
+
+
+def trained_stages(path, run_dir):
+    """(stage, method) of every stage that trains, with what it needs of the earlier ones in `run_dir`."""
+    facts = facts_of(open_data(("digits",)), 0)
+    for stage in short(path):
+        if stage.do == "train":
+            inputs = {name: _made(run_dir / ref.stage) for name, ref in stage.needs.items()}
+            torch.manual_seed(0)
+            yield stage, stage.method.build(facts, inputs)
+
+
+def _made(folder):
+    path = folder / "produced.pt"
+    if not path.exists():
+        path = Checkpoints(folder / "checkpoints").newest() / "state.pt"
+    return Artefact(path, sha256_of(path))
+
+
+def load(method, num_steps):
+    """The first batches of this rank."""
+    bound = bind(method.plan(), open_data(("digits",)))
+    with Loader(bound, rank=dist.rank(), world=dist.world_size(), threads=1) as loader:
+        yield from loader.batches(0, num_steps)
+
+
+def test_gradients_reach_every_weight_and_nothing_else(path, ran):
+    """Catches a detached branch, a teacher or average that is trained, and a parameter that no optimiser holds."""
+    for _, method in trained_stages(path, ran(path)):
+        nets = method.nets()
+        optimizer = method.optimizer(nets)
+        wanted = {name: p for name, p in nets.online.named_parameters() if p.requires_grad}
+        assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {id(p) for p in wanted.values()}
+        if nets.frozen is not None:
+            nets.frozen.eval()
+        for step, batch in enumerate(load(method, 3)):
+            optimizer.zero_grad()
+            method.loss(nets, batch)["total"].backward()
+            if step < 2:  # a layer that begins at zero lets nothing through in the first step
+                for group, rate in zip(optimizer.param_groups, method.rates(step, Horizon(3, 3)), strict=True):
+                    group["lr"] = rate
+                optimizer.step()
+        unreached = [name for name, p in wanted.items() if p.grad is None or not p.grad.any()]
+        assert unreached == []
+        assert all(p.grad.isfinite().all() for p in wanted.values())
+        for name, module in nets.modules().items():
+            if name != "online":
+                assert all(p.grad is None and not p.requires_grad for p in module.parameters())
+
+
+def test_two_ranks_equal_one_process(tmp_path, ran):
+    """Loss, gradients and every buffer of the global batch, weights in float64. Catches a loss that sees its rank's
+    rows only, a gradient scaled by the number of ranks, statistics or queues that differ between ranks."""
+    run_dirs = {path: ran(path) for path in paths()}
+    ranks = run_ranks(2, _all_first_steps, run_dirs, timeout_s=250.0)
+    for path, run_dir in run_dirs.items():
+        for stage, alone in enumerate(first_steps(path, run_dir)):
+            together = [rank[path][stage] for rank in ranks]
+            _assert_equal(path, together, alone)
+
+
+def _assert_equal(path, together, alone):
+    for name, value in alone["parts"].items():
+        mean = sum(rank["parts"][name] for rank in together) / len(together)
+        assert mean == pytest.approx(value, rel=1e-5, abs=1e-6), f"{path}: {name}"
+    whole = torch.cat([g.flatten() for g in alone["gradients"].values()]).norm()
+    for rank in together:
+        assert rank["gradients"].keys() == alone["gradients"].keys()
+        for name, g in alone["gradients"].items():
+            # Biases before a batch norm have no gradient but rounding: nothing is asked below a millionth of the whole.
+            assert (rank["gradients"][name] - g).norm() < 1e-4 * torch.maximum(g.norm(), whole * 1e-2), (
+                f"{path}: {name}"
+            )
+        for name, buffer in alone["buffers"].items():
+            assert torch.allclose(rank["buffers"][name].double(), buffer.double(), rtol=1e-5, atol=1e-7), (
+                f"{path}: {name}"
+            )
+
+
+def _all_first_steps(run_dirs):
+    return {path: first_steps(path, run_dir) for path, run_dir in run_dirs.items()}
+
+
+def first_steps(path, run_dir):
+    """Of every stage that trains: loss parts, gradients averaged over ranks, and buffers after the first backward."""
+    torch.set_num_threads(1)
+    found = []
+    for _, method in trained_stages(path, run_dir):
+        nets = method.nets()
+        for name, module in nets.modules().items():
+            module.double().train(name != "frozen")
+        trained = nets
+        if dist.world_size() > 1:
+            trained = replace(nets, online=DistributedDataParallel(nets.online, broadcast_buffers=False))
+        for batch in load(method, 1):
+            for part in batch.parts.values():
+                part.x = {view: x.double() for view, x in part.x.items()}
+            parts = method.loss(trained, batch)
+            parts["total"].backward()
+        found.append({
+            "parts": {name: value.item() for name, value in parts.items()},
+            "gradients": {name: p.grad for name, p in nets.online.named_parameters() if p.grad is not None},
+            "buffers": {f"{n}.{b}": v for n, module in nets.saved().items() for b, v in module.named_buffers()},
+        })  # fmt: skip
+    return found
+
+
+@pytest.mark.parametrize("path", REAL)
+def test_it_overfits_sixteen_images(path, tmp_path):
+    """Catches a sign, a target or a rate that keeps a network from learning what it could learn by heart."""
+    digits = open_data(("digits",)).get("train")
+    assert isinstance(digits, ArraySource)
+    ids = torch.cat([torch.from_numpy(digits.labels == c).nonzero()[:8, 0] for c in (0, 1)]).numpy()
+    sixteen = DataSets({"train": ArraySource("sixteen", digits.images[ids], digits.labels[ids], ("0", "1"))})
+    (stage,) = short(path)
+    settings = {"labels": "all", "batch_global": 16, "warmup": Steps(5)}
+    view = "view"
+    if path.startswith("paws"):
+        view = "global_view"
+        settings |= {"classes_global": 2, "images_per_class": 8, "lr_peak": 1.6}
+    settings[view] = replace(getattr(stage.method, view), ops=())
+    stage = replace(stage, method=replace(stage.method, **settings), length=Steps(100), checkpoint_every=Steps(100))
+    torch.manual_seed(0)
+    method = stage.method.build(facts_of(sixteen, 0), {})
+    with Loader(bind(method.plan(), sixteen)) as loader, Recorder(tmp_path, main=True) as recorder:
+        Trainer(stage, method, loader, Checkpoints(tmp_path / "checkpoints"), CPU).run(recorder, None, Clock())
+    losses = [line["loss"] for line in metrics(tmp_path)]
+    assert losses[0] > FITTED[path] > sum(losses[-10:]) / 10
+
+
+# ------------------------------------------------------------------------------------------------------- recipes
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_recipe_resolves_and_dry_runs_without_data_or_devices(name, tmp_path, monkeypatch):
+    """Catches a recipe whose batches 64 ranks cannot share, and one that reads its data to say what it would do."""
+    monkeypatch.chdir(tmp_path)
+    assert recipes()[name].__doc__
+    known = KNOWN_SETS[resolve(name)[0].method.dataset]
+    ranks = 2 if known.embedded else 64
+    result = CliRunner().invoke(main, ["train", name, "--dry-run", "--gpus", str(ranks)])
+    assert result.exit_code == 0, result.output
+    for stage in resolve(name):
+        assert f"stage        {stage.name}: " in result.output
+        assumed = Facts(known.num_classes, known.channels, seed=0)
+        for stream in stage.method.build(assumed, {}).plan().streams:
+            assert f"{stream.batch_global:,} images a step, {stream.batch_global // ranks:,} a rank" in result.output
+    assert f"runs/{name}-seed0" in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_embedded_set_is_as_large_as_recipes_assume():
+    assert len(open_data(("digits",)).get("train")) == KNOWN_SETS["digits"].num_images
