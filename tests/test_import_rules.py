@@ -24,7 +24,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "loaders.errors": (set(), set()),
     "loaders.plan": ({"loaders.errors"}, {"numpy"}),
     "loaders.store": ({"loaders.plan", "loaders.errors"}, {"numpy", "PIL", "sklearn"}),
-    "loaders.renderers": (PIXELS, {"numpy", "PIL", "numba"}),
+    "loaders.renderers": (PIXELS, {"numpy", "PIL", "numba", "llvmlite"}),
     "loaders.renderers.ffcv": (PIXELS | {"loaders.renderers"}, {"numpy", "numba", "llvmlite"}),
     "loaders.renderers.dali": (PIXELS | {"loaders.renderers"}, {"numpy", "nvidia"}),
     "loaders.finish": ({"loaders.plan"}, {"numpy", "numba", "llvmlite"}),

@@ -6,13 +6,18 @@ weights are normalised and kept as multiples of 2^-22; one axis first, rounded a
 The cubic without antialias is the same with a window that is never widened.
 
 How it is fast: both passes are weighted sums of long contiguous rows of bytes, a form that compilers turn into vector
-code. For the pass along x the source is turned (columns become contiguous), eight bytes at a time in one 64-bit word.
+code. For the pass along x the source is turned (columns become contiguous), in blocks of 16 x 16 bytes that are
+exchanged within vector registers.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
 
 from loaders.plan.views import Filter
 
@@ -23,6 +28,7 @@ _PRECISION = 22  # bits of a weight; Pillow's: 32 less 8 of a pixel and 2 for a 
 _HALF = 1 << (_PRECISION - 1)
 _GROUP = 4  # taps summed in one sweep
 _BAND = 128  # source rows turned at a time: they stay in the second-level cache
+_BLOCK = 16  # bytes of a vector register that every CPU has
 
 
 @njit(nogil=True, cache=True)
@@ -108,6 +114,8 @@ def _taps(start, end, low, high, size, filter):
     support = stretch * (1.0 if filter == _BILINEAR else 2.0)
     first = np.empty(size, np.int64)
     weights = np.zeros((size, int(np.ceil(2.0 * support)) + 1 + _GROUP), np.int32)
+    values = np.empty(weights.shape[1])
+    shrink = 1.0 / stretch
     widest = 0
     for o in range(size):
         centre = start + (o + 0.5) * scale
@@ -115,10 +123,11 @@ def _taps(start, end, low, high, size, filter):
         stop = min(high, int(np.floor(centre + support + 0.5)))
         total = 0.0
         for x in range(begin, stop):
-            total += _kernel((x + 0.5 - centre) / stretch, filter)
-        for x in range(begin, stop):
-            weight = _kernel((x + 0.5 - centre) / stretch, filter) / total
-            weights[o, x - begin] = int(np.floor(abs(weight) * (1 << _PRECISION) + 0.5)) * (1 if weight > 0 else -1)
+            values[x - begin] = _kernel((x + 0.5 - centre) * shrink, filter)
+            total += values[x - begin]
+        for k in range(stop - begin):
+            weight = values[k] / total
+            weights[o, k] = int(np.floor(abs(weight) * (1 << _PRECISION) + 0.5)) * (1 if weight > 0 else -1)
         first[o] = begin
         widest = max(widest, stop - begin)
     return first, weights[:, : -(-widest // _GROUP) * _GROUP]
@@ -136,17 +145,16 @@ def _along_y(rows, first, weights, out):
 def _along_x(rows, first, weights, channels, out):
     """rows uint8 [n, W * C] -> out uint8 [n, size * C]."""
     num_bands = -(-len(rows) // _BAND)
-    num_words = -(-len(rows) // (8 * num_bands))
-    band = 8 * num_words
-    words = np.empty((rows.shape[1], num_words), np.uint64)
-    words_out = np.empty((out.shape[1], num_words), np.uint64)
+    band = -(-len(rows) // num_bands)
+    columns = np.empty((rows.shape[1], band), np.uint8)
+    columns_out = np.empty((out.shape[1], band), np.uint8)
     # One row a pixel: its channels, and in each the rows of the band.
-    pixels = words.view(np.uint8).reshape(-1, channels * band)
-    pixels_out = words_out.view(np.uint8).reshape(-1, channels * band)
+    pixels, pixels_out = columns.reshape(-1, channels * band), columns_out.reshape(-1, channels * band)
     for y in range(0, len(rows), band):
-        _turn(rows[y : y + band], words)
+        height = min(band, len(rows) - y)
+        _turn(rows[y : y + height], columns)
         _along_y(pixels, first, weights, pixels_out)
-        _turn_back(words_out, out[y : y + band])
+        _turn(columns_out[:, :height], out[y : y + height])
 
 
 @njit(nogil=True, cache=True)
@@ -178,50 +186,46 @@ def _byte(total):
 
 
 @njit(nogil=True, cache=True)
-def _turn(rows, words):
-    """rows uint8 [n, L], n <= 8 * W -> words uint64 [L, W]: byte r of column i is rows[r, i] (little-endian). Rows
-    beyond the last repeat it up to a whole word."""
-    for g in range(-(-len(rows) // 8)):
-        a, b, c, d, e, f, h, j = _eight(rows, g)
-        for i in range(rows.shape[1]):
-            low, high = _word(a[i], b[i], c[i], d[i]), _word(e[i], f[i], h[i], j[i])
-            words[i, g] = np.uint64(low) | np.uint64(high) << np.uint64(32)
+def _turn(rows, columns):
+    """rows uint8 [n, m] -> columns[:m, :n], its transpose; the bytes of a row are adjacent in both. The last blocks
+    overlap those before them."""
+    n, m = rows.shape
+    if n < _BLOCK or m < _BLOCK:
+        for y in range(n):
+            for x in range(m):
+                columns[x, y] = rows[y, x]
+        return
+    source, pitch = rows.ctypes.data, rows.strides[0]
+    out, pitch_out = columns.ctypes.data, columns.strides[0]
+    for k in range(0, n, _BLOCK):
+        y = min(k, n - _BLOCK)
+        for j in range(0, m, _BLOCK):
+            x = min(j, m - _BLOCK)
+            _turn_block(source + y * pitch + x, pitch, out + x * pitch_out + y, pitch_out)  # type: ignore[call-arg]
 
 
-@njit(nogil=True, cache=True)
-def _turn_back(words, rows):
-    """The inverse of `_turn`: words uint64 [L, W] -> rows uint8 [n, L]."""
-    for g in range(-(-len(rows) // 8)):
-        a, b, c, d, e, f, h, j = _eight(rows, g)
-        for i in range(rows.shape[1]):
-            word = words[i, g]
-            a[i] = np.uint8(word)
-            b[i] = np.uint8(word >> np.uint64(8))
-            c[i] = np.uint8(word >> np.uint64(16))
-            d[i] = np.uint8(word >> np.uint64(24))
-            e[i] = np.uint8(word >> np.uint64(32))
-            f[i] = np.uint8(word >> np.uint64(40))
-            h[i] = np.uint8(word >> np.uint64(48))
-            j[i] = np.uint8(word >> np.uint64(56))
+@intrinsic
+def _turn_block(typing_context: Any, source: Any, pitch: Any, out: Any, pitch_out: Any) -> Any:
+    """Transpose 16 x 16 bytes at address `source`, rows `pitch` bytes apart, to `out`: four rounds, each of which
+    shuffles row k and row k + 8 together into rows 2 k and 2 k + 1."""
+    row = ir.VectorType(ir.IntType(8), _BLOCK)
+    half = _BLOCK // 2
 
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        def at(start: Any, step: Any, k: int) -> Any:
+            address = builder.add(start, builder.mul(step, ir.Constant(step.type, k)))
+            return builder.inttoptr(address, row.as_pointer())
 
-@njit(nogil=True, cache=True)
-def _eight(rows, g):
-    """Rows 8 g .. 8 g + 7; in place of those beyond the last, the last."""
-    r, last = 8 * g, len(rows) - 1
-    return (
-        rows[r],
-        rows[min(r + 1, last)],
-        rows[min(r + 2, last)],
-        rows[min(r + 3, last)],
-        rows[min(r + 4, last)],
-        rows[min(r + 5, last)],
-        rows[min(r + 6, last)],
-        rows[min(r + 7, last)],
-    )
+        def shuffled(a: Any, b: Any, begin: int) -> Any:
+            places = [place for i in range(begin, begin + half) for place in (i, _BLOCK + i)]
+            return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), _BLOCK), places))
 
+        source, pitch, out, pitch_out = arguments
+        rows = [builder.load(at(source, pitch, k), align=1) for k in range(_BLOCK)]
+        for _ in range(4):
+            rows = [shuffled(rows[k], rows[k + half], begin) for k in range(half) for begin in (0, half)]
+        for k in range(_BLOCK):
+            builder.store(rows[k], at(out, pitch_out, k), align=1)
+        return context.get_dummy_value()
 
-@njit(nogil=True, cache=True)
-def _word(a, b, c, d):
-    """Four bytes, the first one lowest."""
-    return np.uint32(a) | np.uint32(b) << np.uint32(8) | np.uint32(c) << np.uint32(16) | np.uint32(d) << np.uint32(24)
+    return types.void(source, pitch, out, pitch_out), generate
