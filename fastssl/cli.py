@@ -55,7 +55,7 @@ def main() -> None:
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory [runs/RECIPE-seedK].")
 @click.option("--gpus", type=click.IntRange(1), help="Ranks, one a GPU, on all hosts together.")
 @click.option("--cpu-ranks", type=click.IntRange(1), help="Ranks on the CPU of this host [1].")
-@click.option("--loader", default="auto", show_default=True, help="How images are decoded: auto, memory or pil.")
+@click.option("--loader", default="auto", show_default=True, help="auto, ffcv, dali, pil or memory.")
 @click.option("--resume", type=click.Choice(["auto", "never"]), default="auto", show_default=True)
 @click.option("--init-from", type=click.Path(path_type=Path), help="Start from the weights of this run or checkpoint.")
 @click.option("--stage-to", type=click.Path(path_type=Path), help="Copy .beton data to this local folder first.")
@@ -99,6 +99,8 @@ def train(
         raise ConfigError(f"{recipe} needs images: --data {known.how}")
     if out and len(chosen) > 1:
         raise ConfigError("--out names one run; with several --seeds leave it out")
+    if len(chosen) > 1 and "RANK" in os.environ:
+        raise ConfigError("--seeds: one seed a command where a launcher starts the ranks")
     job = Job(
         recipe=recipe,
         stages=stages,

@@ -72,16 +72,6 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def rank_slice(total: int) -> slice:
-    """This rank's contiguous share of `total` rows; the first `total % world_size()` ranks take one row more.
-
-    `gather_ragged(x[rank_slice(len(x))])` is x again.
-    """
-    share, extra = divmod(total, world_size())
-    start = rank() * share + min(rank(), extra)
-    return slice(start, start + share + (rank() < extra))
-
-
 def statistics_group() -> td.ProcessGroup:
     """The group of batch-norm messages. Raises RuntimeError alone, or where the ranks were not joined by `init`."""
     if _statistics_group is None:
@@ -178,11 +168,6 @@ def all_true(flag: bool) -> bool:
         return flag
     votes = torch.tensor(float(flag), device=_message_device())
     return bool(sum_over_group(votes, _world_name()).item() == world_size())
-
-
-def any_true(flag: bool) -> bool:
-    """Whether some rank passed True. Waits for all ranks and for the device."""
-    return not all_true(not flag)
 
 
 def broadcast_object(value: T, source: int = 0) -> T:

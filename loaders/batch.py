@@ -54,4 +54,4 @@ class Batch:
             )
             for name, part in self.parts.items()
         }
-        return Batch(parts, self.step.to(device), self.release)
+        return Batch(parts, self.step.to(device, non_blocking=True), self.release)

@@ -51,7 +51,7 @@ class Bound:
     def truth(self, batch: Batch) -> dict[str, Tensor]:
         """Each stream's labels before any were hidden, on the batch's device."""
         return {
-            name: torch.from_numpy(self.plan.facts[name].truth)[part.ids.cpu()].to(part.ids.device)
+            name: torch.from_numpy(self.sources[name].labels)[part.ids.cpu()].to(part.ids.device)
             for name, part in batch.parts.items()
         }
 
@@ -67,7 +67,7 @@ def bind(plan: Plan, data: DataSets) -> Bound:
         if shown is not None:
             labels = np.full_like(source.labels, -1)
             labels[shown] = source.labels[shown]
-        facts[name] = StreamFacts(subsets[name].ids, labels, source.labels, source.sizes, source.num_classes)
+        facts[name] = StreamFacts(subsets[name].ids, labels, source.sizes, source.num_classes)
     return Bound(plan.bind(facts), sources, subsets, visible)
 
 

@@ -81,7 +81,8 @@ class Trainer:
                 with clock.waiting():
                     batch = next(batches)
                 parts = self._train_step(trained, batch)
-                unsettled = torch.where(parts["total"].isfinite(), unsettled, unsettled.clamp(max=self.step))
+                if not self.scaler.is_enabled():  # fp16's skips the steps whose gradients overflow
+                    unsettled = torch.where(parts["total"].isfinite(), unsettled, unsettled.clamp(max=self.step))
                 self.step += 1
                 clock.step(self.images_per_step)
                 if self._due(self.stage.log_every) or self.step == 1:
@@ -175,10 +176,12 @@ class Trainer:
         return torch.stack([p.isfinite().all() for p in self.nets.online.parameters()]).all()
 
     def _stop_if_diverged(self, unsettled: Tensor) -> None:
-        """Raise TrainingDiverged, on every rank, where any rank has met what is not finite. Under fp16 the scaler
-        skips steps that overflow, so only a scale driven below one counts."""
+        """Raise TrainingDiverged, on every rank, where any rank has met what is not finite, or where under fp16 ever
+        smaller scales have not kept gradients finite."""
         step = int(dist.least_over_ranks(unsettled))
-        if step >= self.horizon.total_steps or (self.scaler.is_enabled() and self.scaler.get_scale() >= 1):
+        if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
+            step = min(step, self.step - 1)
+        if step >= self.horizon.total_steps:
             return
         rows = [self.loader.bound.plan.rows(s.name, step) for s in self.loader.bound.plan.plan.streams]
         ids = "; ".join(f"{r.stream} {', '.join(map(str, r.ids[:8].tolist()))}, ..." for r in rows)

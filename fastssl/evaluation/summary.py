@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -45,8 +45,3 @@ def accuracy_cell(spread: Mapping[str, Any], ci95: Sequence[float] | None = None
         return f"{100 * mean:.1f} ± {100 * std:.1f} ({num_seeds} seeds)"
     interval = f" [{100 * ci95[0]:.1f}, {100 * ci95[1]:.1f}]" if ci95 else ""
     return f"{100 * mean:.1f}{interval} (single seed)"
-
-
-def markdown_row(cells: Iterable[str]) -> str:
-    """One line of a Markdown table; a bar inside a cell is escaped."""
-    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"

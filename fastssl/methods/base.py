@@ -184,7 +184,7 @@ class Method(ABC):
         softmax and losses in fp32. On several ranks: the mean over ranks of `total` is the objective."""
 
     def after_step(self, nets: Nets, step: int, horizon: Horizon) -> None:  # noqa: B027
-        """Averages and queue pointers, after a step that changed the weights."""
+        """Averages and queue pointers, after each step, those included that fp16's scaler left out."""
 
     def metrics(self, nets: Nets, batch: Batch, truth: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """0-dim tensors worth a look, on logging steps, without gradient; `truth` has each stream's true labels."""

@@ -230,8 +230,8 @@ class PawsNet(nn.Module):
         self.prediction = prediction_head(config.out_features) if config.prediction else nn.Identity()
 
     def forward(self, resolutions: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Images of each resolution -> h and z of each, [N, out_features] in full precision. One pass a resolution, in order:
-        batch statistics are those of a pass, and the last pass weighs most in the running ones."""
+        """Images of each resolution -> h and z of each, [N, out_features] in full precision. One pass a resolution, in
+        order: batch statistics are those of a pass, and the last pass weighs most in the running ones."""
         h = [self.projection(self.trunk(x)) for x in resolutions]
         z = [self.prediction(each) for each in h]
         return [in_full(each) for each in h], [in_full(each) for each in z]

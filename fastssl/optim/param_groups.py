@@ -1,6 +1,5 @@
 """Which parameters LARS adapts and decays, and which take the raw gradient."""
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 from torch import nn
@@ -30,14 +29,3 @@ def lars_groups(module: nn.Module, rule: Rule = "paper") -> list[dict[str, Any]]
         {"params": [(name, p) for name, p in named if name not in excluded], "lars_exclude": False},
         {"params": [(name, p) for name, p in named if name in excluded], "lars_exclude": True},
     ]
-
-
-def describe(groups: Sequence[dict[str, Any]]) -> str:
-    """The groups of `lars_groups` for people: a heading with counts, then one line a tensor."""
-    lines = []
-    for group in groups:
-        heading = "excluded" if group["lars_exclude"] else "adapted and decayed"
-        num_elements = sum(p.numel() for _, p in group["params"])
-        lines.append(f"{heading}: {len(group['params'])} tensors, {num_elements:,} elements")
-        lines += [f"  {name} {tuple(p.shape)}" for name, p in group["params"]]
-    return "\n".join(lines)

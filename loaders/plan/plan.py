@@ -25,14 +25,12 @@ class StreamFacts:
 
     ids        int64 [n], the images allowed, ascending; None for all of the source
     labels     int64 [N], by source index, -1 where hidden from the method
-    truth      int64 [N], the labels before hiding (metrics only)
     sizes      int32 [N, 2], height and width
     num_classes  labels are below it
     """
 
     ids: np.ndarray | None
     labels: np.ndarray
-    truth: np.ndarray
     sizes: np.ndarray
     num_classes: int
 
@@ -59,7 +57,6 @@ class Rows:
     positions: np.ndarray
     ids: np.ndarray
     labels: np.ndarray
-    truth: np.ndarray
     columns: np.ndarray | None
     keys: np.ndarray  # uint64 [B]
     views: tuple[ViewRows, ...]
@@ -131,7 +128,6 @@ class BoundPlan:
             positions=positions,
             ids=ids,
             labels=facts.labels[ids],
-            truth=facts.truth[ids],
             columns=columns,
             keys=image_keys,
             views=tuple(_view_rows(view, facts.sizes[ids], image_keys) for view in stream.views),

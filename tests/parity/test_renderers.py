@@ -47,7 +47,7 @@ def rows_of(source, views=VIEWS, batch=None, step=0):
     batch = batch or len(source)
     labels = np.zeros(len(source), np.int64)
     plan = Plan((Stream("s", "train", views, Sequential(), batch),), "s", seed=5)
-    return plan.bind({"s": StreamFacts(None, labels, labels, np.array(source.sizes), 1)}).rows("s", step)
+    return plan.bind({"s": StreamFacts(None, labels, np.array(source.sizes), 1)}).rows("s", step)
 
 
 def render(renderer, rows):

@@ -115,7 +115,6 @@ def test_spread_over_seeds_is_the_samples_and_one_seed_has_none():
     single = summary.mean_and_spread([0.955])
     assert single["std"] is None
     assert summary.accuracy_cell(single, [0.9411, 0.9658]) == "95.5 [94.1, 96.6] (single seed)"
-    assert summary.markdown_row(["a|b", "95.5"]) == r"| a\|b | 95.5 |"
 
 
 def test_only_accuracies_are_summed_up_over_seeds():

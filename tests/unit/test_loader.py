@@ -99,7 +99,9 @@ def rss_mib():
 
 
 def shared_memory():
-    return sorted(os.listdir("/dev/shm"))
+    """Named shared memory of this process, by name or by mapping; others on the machine come and go."""
+    mapped = Path("/proc/self/maps").read_text()
+    return {name for name in os.listdir("/dev/shm") if str(os.getpid()) in name or f"/dev/shm/{name}" in mapped}
 
 
 @RENDERERS

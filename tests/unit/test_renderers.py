@@ -42,7 +42,7 @@ def rows_for(source, views=VIEWS, batch=BATCH):
     sizes = np.array(source.sizes)
     labels = np.zeros(len(source), np.int64)
     plan = Plan((Stream("s", "train", views, Shuffled(), batch),), "s", seed=5)
-    return plan.bind({"s": StreamFacts(None, labels, labels, sizes, 1)}).rows("s", 0)
+    return plan.bind({"s": StreamFacts(None, labels, sizes, 1)}).rows("s", 0)
 
 
 def render(renderer, rows, channels=3):
