@@ -56,6 +56,7 @@ def main() -> None:
 @click.option("--gpus", type=click.IntRange(1), help="Ranks, one a GPU, on all hosts together.")
 @click.option("--cpu-ranks", type=click.IntRange(1), help="Ranks on the CPU of this host [1].")
 @click.option("--loader", default="auto", show_default=True, help="auto, ffcv, dali, pil or memory.")
+@click.option("--damaged", type=click.Choice(["stop", "replace"]), default="stop", help="At unreadable images [stop].")
 @click.option("--resume", type=click.Choice(["auto", "never"]), default="auto", show_default=True)
 @click.option("--init-from", type=click.Path(path_type=Path), help="Start from the weights of this run or checkpoint.")
 @click.option("--stage-to", type=click.Path(path_type=Path), help="Copy .beton data to this local folder first.")
@@ -71,6 +72,7 @@ def train(
     gpus: int | None,
     cpu_ranks: int | None,
     loader: str,
+    damaged: str,
     resume: str,
     init_from: Path | None,
     stage_to: Path | None,
@@ -111,6 +113,7 @@ def train(
         device="cuda" if gpus else "cpu",
         world=gpus or cpu_ranks or 1,
         loader=loader,
+        damaged=damaged,  # type: ignore[arg-type]
         resume=resume,  # type: ignore[arg-type]
         init_from=init_from,
         stage_to=stage_to,

@@ -14,4 +14,8 @@ class PlanError(LoaderError):
 
 
 class RenderError(LoaderError):
-    """An image that cannot be read or decoded; names its id and file."""
+    """An image that cannot be read or decoded; names its id and file. `image_id` is None where none is to blame."""
+
+    def __init__(self, message: str, image_id: int | None = None):
+        super().__init__(message)
+        self.image_id = image_id

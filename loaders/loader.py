@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from loaders.batch import Batch, Part
-from loaders.errors import StoreError
+from loaders.errors import RenderError, StoreError
 from loaders.finish import numba_cpu
 from loaders.plan.plan import BoundPlan, Plan, Rows, StreamFacts, ViewRows
 from loaders.renderers import Renderer
@@ -76,6 +76,9 @@ class Loader:
     CPUs this process may use); one more plans ahead, `prefetch` batches deep. Close it, or use it in a `with`
     statement, to join its threads.
 
+    An image that cannot be decoded ends the iteration with a RenderError; with `replace_damaged` the next image of its
+    label takes its place, and `replaced` notes it: {stream: {damaged id: id in its place}}.
+
     With a CUDA device, uint8 crops leave pinned slots and are finished on a stream of their own. NOT YET RUN on a GPU.
     """
 
@@ -89,11 +92,13 @@ class Loader:
         threads: int | None = None,
         renderer: str = "auto",
         prefetch: int = 2,
+        replace_damaged: bool = False,
     ):
         bound.plan.check_world(world)
         self.bound, self.rank, self.world = bound, rank, world
         self.device = torch.device(device)
-        self.prefetch = prefetch
+        self.prefetch, self.replace_damaged = prefetch, replace_damaged
+        self.replaced: dict[str, dict[int, int]] = {stream.name: {} for stream in bound.plan.plan.streams}
         num_cpus = len(os.sched_getaffinity(0))
         self.threads = min(threads or num_cpus, num_cpus)
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="fastssl-render")
@@ -177,9 +182,8 @@ class Loader:
 
     def _batch(self, step: int) -> tuple[Batch, torch.cuda.Event | None]:
         slot = self._slot()
-        rows = {s.name: self.bound.plan.rows(s.name, step, self.rank, self.world) for s in self.bound.plan.plan.streams}
         with torch.cuda.stream(self._ahead):
-            parts = {name: self._part(r, slot) for name, r in rows.items()}
+            parts = {stream.name: self._part(stream.name, step, slot) for stream in self.bound.plan.plan.streams}
             batch = Batch(parts, torch.tensor(step)).to(self.device)
         if self._ahead is None:
             batch.release = self._taking_back(slot)
@@ -208,7 +212,22 @@ class Loader:
 
         return release
 
-    def _part(self, rows: Rows, slot: _Slot) -> Part:
+    def _rendered(self, stream: str, step: int, slot: _Slot) -> tuple[Rows, dict[str, Any]]:
+        """The stream's rows of this step and their uint8 crops by view."""
+        instead = self.replaced[stream]
+        while True:
+            rows = self.bound.plan.rows(stream, step, self.rank, self.world, instead)
+            try:
+                return rows, self._crops(rows, slot)
+            except RenderError as error:
+                if not self.replace_damaged or error.image_id is None:
+                    raise
+                substitute = self.bound.plan.substitute(stream, error.image_id, instead)
+                if substitute is None:
+                    raise
+                instead[error.image_id] = substitute
+
+    def _crops(self, rows: Rows, slot: _Slot) -> dict[str, Any]:
         renderer = self._renderers[rows.stream]
         buffers = self._scratch if self._ahead is None else slot
         crops: dict[str, Any] = {}
@@ -219,6 +238,10 @@ class Loader:
             else:
                 crops[v.view.name] = torch.empty(shape, dtype=torch.uint8, device=self.device)
         renderer.render(rows, crops)
+        return crops
+
+    def _part(self, stream: str, step: int, slot: _Slot) -> Part:
+        rows, crops = self._rendered(stream, step, slot)
         x = {}
         for v in rows.views:
             crop, shape = crops[v.view.name], (len(v.view.turns), *crops[v.view.name].shape)

@@ -29,6 +29,7 @@ class Job:
     device: Literal["cpu", "cuda"]
     world: int
     loader: str = "auto"
+    damaged: Literal["stop", "replace"] = "stop"  # what an image that cannot be decoded does
     resume: Literal["auto", "never"] = "auto"
     init_from: Path | None = None
     stage_to: Path | None = None  # where this host keeps copies of the data; None: read in place

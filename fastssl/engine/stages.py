@@ -134,6 +134,7 @@ class _StageRun:
             device=self.device,
             threads=self.threads,
             renderer=self.job.loader,
+            replace_damaged=self.job.damaged == "replace",
         )
 
     def _train(self, loader: Loader) -> dict[str, Any]:
@@ -167,10 +168,19 @@ class _StageRun:
                 "steps": trainer.step,
                 "command": self.job.command,
                 "provenance": self._subject(trainer).provenance() if self.protocols else {},
+                "replaced_images": self._replaced(loader),
                 "versions": versions(),
             }
             recorder.finish(scores, self.job.next_commands())
         return result
+
+    def _replaced(self, loader: Loader) -> dict[str, dict[str, int]]:
+        """{stream: {damaged id: id in its place}} over all ranks."""
+        found = {}
+        for stream, instead in loader.replaced.items():
+            pairs = torch.tensor(list(instead.items()), dtype=torch.int64, device=self.device).reshape(-1, 2)
+            found[stream] = {str(lost): substitute for lost, substitute in sorted(dist.gather_ragged(pairs).tolist())}
+        return {stream: instead for stream, instead in found.items() if instead}
 
     def _subject(self, trainer: Trainer) -> Subject:
         return Subject(

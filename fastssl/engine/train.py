@@ -49,6 +49,7 @@ class Trainer:
         self.optimizer = method.optimizer(self.nets)
         self.scaler = torch.amp.GradScaler(device.type, enabled=method.config.precision == "fp16")
         self.step = 0  # optimiser steps done
+        self._num_replaced = 0  # damaged images already named
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain types: all that a later process needs to continue bitwise."""
@@ -88,6 +89,7 @@ class Trainer:
                 if self._due(self.stage.log_every) or self.step == 1:
                     self._stop_if_diverged(unsettled)
                     recorder.log(self._record(batch, parts, clock))
+                    self._warn_of_replaced(recorder)
                 batch.release()
                 if self._due(self.stage.evaluate_every, self.stage.checkpoint_every):
                     with clock.paused():
@@ -170,6 +172,14 @@ class Trainer:
             rates = {"lr": rates["lr"]}
         time = clock.window() | {"eta_s": clock.eta_s(self.horizon.total_steps - self.step)}
         return {"step": self.step, "epoch": self.epoch, "loss": values.pop("total"), **values, **rates, "time": time}
+
+    def _warn_of_replaced(self, recorder: Recorder) -> None:
+        """Name each damaged image once, and how many there are."""
+        replaced = [(stream, lost) for stream, instead in self.loader.replaced.items() for lost in instead]
+        for number, (stream, lost) in enumerate(replaced[self._num_replaced :], start=self._num_replaced + 1):
+            name = self.loader.bound.sources[stream].name_of(lost)
+            recorder.warn(f"{stream}: image {lost} ({name}) cannot be decoded and is replaced; {number} so far")
+        self._num_replaced = len(replaced)
 
     def _weights_finite(self) -> Tensor:
         """Whether all weights are finite numbers; 0-dim, on the device."""

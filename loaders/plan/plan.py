@@ -103,8 +103,11 @@ class BoundPlan:
         counts = [s.batch_global for s in self.plan.streams if not isinstance(s.order, Sequential)]
         check_world(world, counts)
 
-    def rows(self, stream_name: str, step: int, rank: int = 0, world: int = 1) -> Rows:
-        """This rank's contiguous share of the stream's global batch at `step`."""
+    def rows(
+        self, stream_name: str, step: int, rank: int = 0, world: int = 1, instead: Mapping[int, int] | None = None
+    ) -> Rows:
+        """This rank's contiguous share of the stream's global batch at `step`; `instead` maps ids of images that cannot
+        be had to those that stand in for them."""
         stream, facts, key = self.plan.stream(stream_name), self.facts[stream_name], self._keys[stream_name]
         batch = stream.batch_global
         if isinstance(stream.order, Sequential):
@@ -121,6 +124,8 @@ class BoundPlan:
             case _:
                 places = shuffled(positions, facts.num_images, stream.batch_global, key)
                 ids = places if facts.ids is None else facts.ids[places]
+        for lost, substitute in (instead or {}).items():
+            ids = np.where(ids == lost, substitute, ids)
         image_keys = mix(key, positions)
         return Rows(
             stream=stream_name,
@@ -132,6 +137,15 @@ class BoundPlan:
             keys=image_keys,
             views=tuple(_view_rows(view, facts.sizes[ids], image_keys) for view in stream.views),
         )
+
+    def substitute(self, stream_name: str, lost: int, instead: Mapping[int, int]) -> int | None:
+        """The next image after `lost` that the stream may draw, of the same label and not itself in `instead`; cyclic.
+        None where there is no other."""
+        facts = self.facts[stream_name]
+        ids = np.arange(len(facts.sizes)) if facts.ids is None else facts.ids
+        fitting = ids[(facts.labels[ids] == facts.labels[lost]) & ~np.isin(ids, [lost, *instead])]
+        after = fitting[fitting > lost]
+        return int(after[0]) if len(after) else int(fitting[0]) if len(fitting) else None
 
     def _check(self, stream: Stream, facts: StreamFacts) -> None:
         name, batch = stream.name, stream.batch_global

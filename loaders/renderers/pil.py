@@ -60,7 +60,7 @@ class PilRenderer:
                     raise ImageError(f"it is {image.width} x {image.height}, its source says {width} x {height}")
                 return image.convert("RGB")
         except (StoreError, ImageError, OSError, SyntaxError, ValueError) as e:
-            raise RenderError(f"image {i} ({self._name_of(i)}) of {self.source.name}: {e}") from e
+            raise RenderError(f"image {i} ({self._name_of(i)}) of {self.source.name}: {e}", image_id=i) from e
 
     def _name_of(self, i: int) -> str:
         try:

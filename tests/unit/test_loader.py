@@ -306,3 +306,31 @@ def test_a_consumer_that_is_slow_waits_for_nothing(bound):
             next(batches).release()
             waits.append(time.perf_counter() - start)
     assert sorted(waits)[len(waits) // 2] < 0.01
+
+
+@pytest.mark.parametrize("kind", ["pil", "ffcv", "dali"])
+def test_a_damaged_image_is_replaced_by_the_next_of_its_label(kind, tmp_path):
+    """Catches a substitute of another class, one cropped with the damaged image's boxes, and a loop that never ends."""
+    require(kind)
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        (tmp_path / str(i % 2)).mkdir(exist_ok=True)
+        size = (40 + i, 60 - i)
+        Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)).save(tmp_path / str(i % 2) / f"{i:02}.jpg")
+    source = FolderSource(tmp_path)
+    view = View("view", 16, Rrc((0.3, 1.0)), pixels=UNIT)
+    plan = Plan((Stream("s", "train", (view,), Balanced(2, 6), 12),), "s", seed=0)
+    victim, following = 1, 2  # both of class 0: ids are ordered by class
+    data = DataSets({"train": source})
+    path = next(p for p in (tmp_path / "0").iterdir() if p.name == source.name_of(victim))
+    path.write_bytes(path.read_bytes()[:200] + b"\xff\xd9")
+
+    with pytest.raises(RenderError, match=source.name_of(victim)), Loader(bind(plan, data), renderer=kind) as loader:
+        next(loader.batches(0, 1))
+    with Loader(bind(plan, data), renderer=kind, replace_damaged=True) as loader:
+        (batch,) = loader.batches(0, 1)
+        assert loader.replaced == {"s": {victim: following}}
+        part = batch.parts["s"]
+        assert victim not in part.ids and (part.ids == following).sum() == 2
+        assert (part.labels == torch.tensor(source.labels)[part.ids]).all()
+        assert torch.isfinite(part.x["view"]).all()
