@@ -7,6 +7,7 @@ import torch
 
 from fastssl.engine import stages
 from fastssl.engine.job import Job
+from fastssl.methods.base import Stages
 from fastssl.record import Recorder
 from tests.end_to_end.command import metrics
 
@@ -47,7 +48,7 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert metrics(one) == metrics(other)
 
 
-def assert_same_stages(one: Path, other: Path, job_stages: stages.Stages) -> None:
+def assert_same_stages(one: Path, other: Path, job_stages: Stages) -> None:
     """`assert_same_run` of every stage, and the same made by those that produce."""
     for stage in job_stages:
         name = stage.name if len(job_stages) > 1 else ""

@@ -106,11 +106,11 @@ def test_seeds_their_spread_and_what_a_finished_run_says():
     again = json.loads(invoke("evaluate", run, "--protocol", "soft-nn"))
     assert again["soft_nn_top1"] == scores[0] and again["provenance"] == results[0]["provenance"]
 
-    before = {path: path.stat().st_mtime_ns for path in Path(run).rglob("*") if path.name != "resolved.json"}
+    before = {path: path.stat().st_mtime_ns for path in Path(run).rglob("*")}
     output = invoke("train", *DIGITS)
-    assert output.startswith("finished: paws.digits, seed 0\n")
+    assert output.startswith(f"finished: paws.digits, seed 0, in {run}\n")
     assert f"soft_nn_top1{' ' * 19}{scores[0]:.4f}" in output and f"fastssl evaluate {run}" in output
-    assert before == {path: path.stat().st_mtime_ns for path in Path(run).rglob("*") if path.name != "resolved.json"}
+    assert before == {path: path.stat().st_mtime_ns for path in Path(run).rglob("*")}
 
 
 def test_resume_never_starts_over(tmp_path):

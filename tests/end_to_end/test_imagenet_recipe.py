@@ -1,0 +1,64 @@
+"""The ImageNet recipe on real ImageNet images: converted, then trained at reduced size through each renderer, killed and
+continued, alone and on two ranks."""
+
+import importlib.util
+import shutil
+
+import pytest
+
+from tests.end_to_end import command
+from tests.interrupted import assert_same_run
+
+MODULES = {"pil": "PIL", "ffcv": "ffcv", "dali": "nvidia.dali"}
+CHANGES = [
+    part
+    for change in (
+        "encoder.depth=10", "encoder.base_width=8", "out_features=16", "global_view.size=48", "small_view.size=24",
+        "small_view.copies=2", "batch_global=16", "classes_global=8", "images_per_class=1", "precision=fp32",
+        "length=6steps", "log_every=1steps", "checkpoint_every=2steps",
+    )
+    for part in ("--set", change)
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def converted(test_data, tmp_path_factory):
+    """40 of the real images, one a class, as an image folder and converted by the command."""
+    folder = tmp_path_factory.mktemp("imagenet")
+    classes = sorted((test_data / "imagenet-sample").iterdir())[:40]
+    for wnid in classes:
+        shutil.copytree(wnid, folder / "images" / "train" / wnid.name)
+    code, output = command.run(folder, "convert-imagenet", "images", "betons")
+    assert code == 0, output
+    return folder / "betons"
+
+
+def train(folder, data, loader, *more):
+    return ("train", "paws.rn50_100ep", "--data", str(data), "--loader", loader, "--labels", "all", *CHANGES, *more)
+
+
+@pytest.mark.parametrize("loader", ["pil", "ffcv", "dali"])
+def test_a_killed_run_continues_to_the_same_pixels(loader, converted, tmp_path):
+    if importlib.util.find_spec(MODULES[loader].split(".")[0]) is None:
+        pytest.skip(f"{MODULES[loader]} is not installed: the extra {loader}")
+    code, output = command.run(tmp_path, *train(tmp_path, converted, loader, "--out", "whole"))
+    assert code == 0, output
+
+    with command.running(tmp_path, *train(tmp_path, converted, loader, "--out", "killed")) as process:
+        command.wait_until(lambda: command.steps_logged(tmp_path / "killed") >= 3 or process.poll() is not None)
+        command.kill(process.pid)
+        process.wait()
+    code, output = command.run(tmp_path, *train(tmp_path, converted, loader, "--out", "killed"))
+    assert code == 0, output
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_two_ranks_see_the_global_batches_of_one(converted, tmp_path):
+    """Their losses agree to rounding, which other images or crops would not."""
+    losses = []
+    for ranks in ("1", "2"):
+        out = ("--out", f"ranks{ranks}", "--cpu-ranks", ranks, "--set", "length=2steps")
+        code, output = command.run(tmp_path, *train(tmp_path, converted, "pil", *out))
+        assert code == 0, output
+        losses.append([record["cross_entropy"] for record in command.metrics(tmp_path / f"ranks{ranks}")])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
