@@ -1,5 +1,5 @@
-"""The ImageNet recipe on real ImageNet images: converted, then trained at reduced size through each renderer, killed and
-continued, alone and on two ranks."""
+"""The ImageNet recipe on real ImageNet images: converted, then trained at reduced size through each renderer, killed
+and continued, alone and on two ranks."""
 
 import importlib.util
 import shutil
