@@ -3,9 +3,11 @@
     python -m benchmarks.loader --data DIR [--quick] [--json FILE]      (default: $FASTSSL_TEST_DATA/imagenet-sample)
 
 Every contender turns JPEG files into the eight views of PAWS on ImageNet (two of 224 pixels, six of 96: crop, flip,
-colour, grey, blur, normalise, float32), on all CPUs, in one process, in turns: each round gives each of them one
-window. Between windows everybody comes to rest; a window begins once what was made ahead is used up. Reported are
-medians over windows of images per second of wall time and per second of CPU time (worker processes included).
+colour, grey, blur, normalise, float32), on all CPUs, in turns: each round gives each of them one window, alone; it is
+started before and ended after it. Reported are medians over windows of images per second of wall time and per second
+of CPU time (worker processes included).
+
+The files lie in the page cache; ours reads them from a `.beton` written for the run, the others from their folder.
 
 pil_dataloader  torch's DataLoader, a worker a CPU; PIL and NumPy transforms as torchvision's, written out below
 eight_decodes   a stream for each view: every view decodes its images for itself; ours in everything else
@@ -18,6 +20,7 @@ decode_and_crops  ... and cuts and resizes its eight crops, uint8
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import math
@@ -28,6 +31,7 @@ import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -47,11 +51,13 @@ from loaders.plan.ops import ColourJitter, GaussianBlur, Grayscale
 from loaders.plan.plan import Plan, ViewRows
 from loaders.plan.views import IMAGENET, Rrc, Shuffled, Stream, View
 from loaders.renderers.ffcv import FfcvRenderer
+from loaders.store.beton import BetonSource, BetonWriter
 from loaders.store.data import DataSets
 from loaders.store.folder import FolderSource
 
 VIEWS = (GLOBAL_VIEW, SMALL_VIEW)
-BATCH = 32
+BATCH, PIL_BATCH = 32, 16
+WARM_UP = 6  # batches: more than any of them makes ahead, and every buffer has been touched
 TARGETS = {  # ours : the peer -> (must, moonshot)
     ("fastssl_ffcv", "pil_dataloader"): (4.5, 6.0),
     ("fastssl_ffcv", "eight_decodes"): (3.0, None),
@@ -140,9 +146,10 @@ class PilImages(torch.utils.data.Dataset):
 
 def pil_dataloader(paths: list[Path], threads: int) -> Batches:
     order = (i for k in itertools.count() for i in np.random.default_rng(k).permutation(len(paths)).tolist())
-    loader = torch.utils.data.DataLoader(PilImages(paths), BATCH, sampler=order, num_workers=threads)
-    for batch in loader:
-        yield len(batch[0])
+    loader = torch.utils.data.DataLoader(PilImages(paths), PIL_BATCH, sampler=order, num_workers=threads)
+    batches = iter(loader)
+    while True:  # a batch of every worker: they work in step, so a window ends with no worker's work uncounted
+        yield sum(len(next(batches)[0]) for _ in range(threads))
 
 
 # ------------------------------------------------------------------------------------------------------------- DALI
@@ -196,12 +203,21 @@ def dali_own_ops(paths: list[Path], threads: int) -> Batches:
 # ------------------------------------------------------------------------------------------------------------- ours
 
 
-def fastssl(source: FolderSource, threads: int, renderer: str, streams: tuple[Stream, ...]) -> Batches:
+def fastssl(source: BetonSource, threads: int, renderer: str, streams: tuple[Stream, ...]) -> Batches:
     bound = bind(Plan(streams, streams[0].name, seed=0), DataSets({"train": source}))
     with Loader(bound, renderer=renderer, threads=threads) as loader, closing(loader.batches(0, 1 << 40)) as batches:
         for batch in batches:
             yield BATCH
             batch.release()
+
+
+def beton_of(folder: Path, path: Path) -> BetonSource:
+    """The folder's files in one `.beton`."""
+    files = FolderSource(folder)
+    with BetonWriter(path, len(files), files.class_names) as writer:
+        for i, label in enumerate(files.labels.tolist()):
+            writer.add(files.jpeg(i), label, files.name_of(i))
+    return BetonSource(path)
 
 
 def together() -> tuple[Stream, ...]:
@@ -218,7 +234,7 @@ def apart() -> tuple[Stream, ...]:
     )
 
 
-def rendered(source: FolderSource, threads: int, cut: bool) -> Batches:
+def rendered(source: BetonSource, threads: int, cut: bool) -> Batches:
     """The ffcv renderer alone: decode, and the crops or (not `cut`) a single pixel of each image."""
     plan = bind(Plan(together(), "unlabelled", seed=0), DataSets({"train": source})).plan
     pixel = View("pixel", 1, Rrc((0.1, 1.0)))
@@ -245,38 +261,28 @@ def cpu_s() -> float:
     return total
 
 
-def rest() -> None:
-    """Wait until nobody works ahead any more."""
-    quiet = 0
-    while quiet < 3:
-        before = cpu_s()
-        time.sleep(0.05)
-        quiet = quiet + 1 if cpu_s() - before < 0.01 else 0
-
-
-def window(batches: Batches, seconds: float, ahead: int) -> tuple[float, float]:
-    """Images per wall second and per CPU second over about `seconds`, after `ahead` batches that were ready."""
-    for _ in range(ahead):
-        next(batches)
-    wall, cpu, images = time.perf_counter(), cpu_s(), 0
-    while time.perf_counter() - wall < seconds:
-        images += next(batches)
-    wall, cpu = time.perf_counter() - wall, cpu_s() - cpu
+def window(start: Callable[[], Batches], seconds: float) -> tuple[float, float]:
+    """Images per wall second and per CPU second over about `seconds` of a contender in full flight."""
+    with closing(start()) as batches:  # type: ignore[type-var]
+        for _ in range(WARM_UP):
+            next(batches)
+        wall, cpu, images = time.perf_counter(), cpu_s(), 0
+        while time.perf_counter() - wall < seconds:
+            images += next(batches)
+        wall, cpu = time.perf_counter() - wall, cpu_s() - cpu
     return images / wall, images / cpu
 
 
-def measure(contenders: dict[str, Batches], rounds: int, seconds: float, ahead: int) -> dict[str, np.ndarray]:
-    """Rates [rounds, 2], wall and CPU, of each. Every round starts with another one."""
-    for batches in contenders.values():
-        for _ in range(ahead + 2):  # compile, start workers, touch every buffer
-            next(batches)
-        rest()
+def measure(contenders: dict[str, Callable[[], Batches]], rounds: int, seconds: float) -> dict[str, np.ndarray]:
+    """Rates [rounds, 2], wall and CPU, of each. Every round starts with another one; an uncounted one compiles."""
+    for start in contenders.values():
+        window(start, 0.0)
     names = list(contenders)
     rates: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for k in range(rounds):
         for name in names[k % len(names) :] + names[: k % len(names)]:
-            rates[name].append(window(contenders[name], seconds, ahead))
-            rest()
+            rates[name].append(window(contenders[name], seconds))
+            gc.collect()
     return {name: np.array(values) for name, values in rates.items()}
 
 
@@ -350,23 +356,22 @@ def main() -> None:
 
     threads = len(os.sched_getaffinity(0))
     torch.set_num_threads(1)
-    source = FolderSource(folder)
     paths = sorted(folder.glob("*/*.JPEG"))
-    contenders: dict[str, Batches] = {
-        "pil_dataloader": pil_dataloader(paths, threads),
-        "eight_decodes": fastssl(source, threads, "ffcv", apart()),
-        "dali_own_ops": dali_own_ops(paths, threads),
-        "fastssl_ffcv": fastssl(source, threads, "ffcv", together()),
-        "fastssl_dali": fastssl(source, threads, "dali", together()),
-        "fastssl_pil": fastssl(source, threads, "pil", together()),
-        "decode_only": rendered(source, threads, cut=False),
-        "decode_and_crops": rendered(source, threads, cut=True),
+    stack = ExitStack()
+    source = beton_of(folder, Path(stack.enter_context(tempfile.TemporaryDirectory())) / "train.beton")
+    contenders: dict[str, Callable[[], Batches]] = {
+        "pil_dataloader": lambda: pil_dataloader(paths, threads),
+        "eight_decodes": lambda: fastssl(source, threads, "ffcv", apart()),
+        "dali_own_ops": lambda: dali_own_ops(paths, threads),
+        "fastssl_ffcv": lambda: fastssl(source, threads, "ffcv", together()),
+        "fastssl_dali": lambda: fastssl(source, threads, "dali", together()),
+        "fastssl_pil": lambda: fastssl(source, threads, "pil", together()),
+        "decode_only": lambda: rendered(source, threads, cut=False),
+        "decode_and_crops": lambda: rendered(source, threads, cut=True),
     }
     start = time.perf_counter()
-    with ExitStack() as stack:
-        for batches in contenders.values():
-            stack.callback(batches.close)  # type: ignore[attr-defined]
-        rates = measure(contenders, rounds, seconds, ahead=2 * threads)  # what a DataLoader keeps ready
+    with stack:
+        rates = measure(contenders, rounds, seconds)
     libraries = ("torch", "numpy", "numba", "pillow", "ffcv", "nvidia-dali-cuda130")
     settings = {
         "images": len(paths),
