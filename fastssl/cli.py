@@ -83,6 +83,7 @@ def train(
 ) -> None:
     """Train RECIPE (default: paws.digits). The same command continues a run that was stopped."""
     from fastssl.dry_run import describe
+    from fastssl.engine.checkpoint import write_atomically
     from fastssl.engine.job import Job
     from fastssl.evaluation.summary import accuracy_cell, spread_over_seeds
     from fastssl.launch import start
@@ -125,8 +126,13 @@ def train(
     jobs = [replace(job, seed=seed, out=out or Path("runs") / f"{recipe}-seed{seed}") for seed in chosen]
     results = [start(j) for j in jobs]
     if len(jobs) > 1:
-        for name, spread in spread_over_seeds(results).items():
+        scores = spread_over_seeds(results)
+        for name, spread in scores.items():
             click.echo(f"{name}: {accuracy_cell(spread)}")
+        together = Path("runs") / f"{recipe}-seeds-{'-'.join(map(str, chosen))}.json"
+        kept = {"command": job.command, "seeds": chosen, "scores": scores}
+        write_atomically(together, json.dumps(kept, indent=2) + "\n")
+        click.echo(f"kept in {together}")
 
 
 def _seeds(text: str) -> list[int]:

@@ -101,6 +101,8 @@ def test_seeds_their_spread_and_what_a_finished_run_says():
     assert [result["seed"] for result in results] == [0, 1]
     assert losses("runs/paws.digits-seed0") != losses("runs/paws.digits-seed1")
     assert f"soft_nn_top1: {100 * np.mean(scores):.1f} ± {100 * np.std(scores, ddof=1):.1f} (2 seeds)" in output
+    kept = json.loads(Path("runs/paws.digits-seeds-0-1.json").read_text())
+    assert kept["scores"]["soft_nn_top1"]["values"] == scores
 
     run = "runs/paws.digits-seed0"
     again = json.loads(invoke("evaluate", run, "--protocol", "soft-nn"))
