@@ -56,6 +56,7 @@ def main() -> None:
 @click.option("--gpus", type=click.IntRange(1), help="Ranks, one a GPU, on all hosts together.")
 @click.option("--cpu-ranks", type=click.IntRange(1), help="Ranks on the CPU of this host [1].")
 @click.option("--loader", default="auto", show_default=True, help="auto, ffcv, dali, pil or memory.")
+@click.option("--cache-gib", type=click.FloatRange(0), default=0.0, help="Memory for decoded support images [0].")
 @click.option("--damaged", type=click.Choice(["stop", "replace"]), default="stop", help="At unreadable images [stop].")
 @click.option("--resume", type=click.Choice(["auto", "never"]), default="auto", show_default=True)
 @click.option("--init-from", type=click.Path(path_type=Path), help="Start from the weights of this run or checkpoint.")
@@ -72,6 +73,7 @@ def train(
     gpus: int | None,
     cpu_ranks: int | None,
     loader: str,
+    cache_gib: float,
     damaged: str,
     resume: str,
     init_from: Path | None,
@@ -114,6 +116,7 @@ def train(
         device="cuda" if gpus else "cpu",
         world=gpus or cpu_ranks or 1,
         loader=loader,
+        cache_gib=cache_gib,
         damaged=damaged,  # type: ignore[arg-type]
         resume=resume,  # type: ignore[arg-type]
         init_from=init_from,

@@ -29,6 +29,8 @@ from loaders.errors import RenderError, StoreError
 from loaders.finish import numba_cpu
 from loaders.plan.plan import BoundPlan, Plan, Rows, StreamFacts, ViewRows
 from loaders.renderers import Renderer
+from loaders.plan.views import Balanced
+from loaders.renderers.cache import CachedRenderer
 from loaders.renderers.memory import MemoryRenderer
 from loaders.renderers.pil import PilRenderer
 from loaders.store.data import DataSets
@@ -76,6 +78,8 @@ class Loader:
     CPUs this process may use); one more plans ahead, `prefetch` batches deep. Close it, or use it in a `with`
     statement, to join its threads.
 
+    Up to `cache_bytes` of decoded images are kept for class-balanced streams, whose pixels stay the same.
+
     An image that cannot be decoded ends the iteration with a RenderError; with `replace_damaged` the next image of its
     label takes its place, and `replaced` notes it: {stream: {damaged id: id in its place}}.
 
@@ -93,6 +97,7 @@ class Loader:
         renderer: str = "auto",
         prefetch: int = 2,
         replace_damaged: bool = False,
+        cache_bytes: int = 0,
     ):
         bound.plan.check_world(world)
         self.bound, self.rank, self.world = bound, rank, world
@@ -106,11 +111,22 @@ class Loader:
             name: make_renderer(renderer, source, self._pool, self.threads, self.device)
             for name, source in bound.sources.items()
         }
+        self._cache_recurring(renderer, cache_bytes)
         self._ahead = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # copies and finishes
         self._free: deque[_Slot] = deque()
         self._scratch = _Slot(pinned=False)  # crops that are finished on the CPU: rewritten every step
         self._stopping = threading.Event()
         self._planner: threading.Thread | None = None
+
+    def _cache_recurring(self, renderer: str, cache_bytes: int) -> None:
+        """Class-balanced streams come back to the same images many times an epoch: keep these decoded."""
+        recurring = [s.name for s in self.bound.plan.plan.streams if isinstance(s.order, Balanced)]
+        for name in recurring if cache_bytes else ():
+            source = self.bound.sources[name]
+            if is_encoded(source):
+                if renderer == "dali":
+                    raise StoreError("decoded images are kept for --loader ffcv and pil; DALI's pixels are its own")
+                self._renderers[name] = CachedRenderer(source, self._pool, cache_bytes // len(recurring))
 
     def batches(self, start: int, stop: int) -> Generator[Batch]:
         """Batches of steps start .. stop - 1, prepared in the background while the consumer works.

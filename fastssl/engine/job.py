@@ -29,6 +29,7 @@ class Job:
     device: Literal["cpu", "cuda"]
     world: int
     loader: str = "auto"
+    cache_gib: float = 0.0  # decoded support images kept in memory, a rank
     damaged: Literal["stop", "replace"] = "stop"  # what an image that cannot be decoded does
     resume: Literal["auto", "never"] = "auto"
     init_from: Path | None = None

@@ -135,6 +135,7 @@ class _StageRun:
             threads=self.threads,
             renderer=self.job.loader,
             replace_damaged=self.job.damaged == "replace",
+            cache_bytes=int(self.job.cache_gib * 2**30),
         )
 
     def _train(self, loader: Loader) -> dict[str, Any]:

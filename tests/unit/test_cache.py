@@ -6,8 +6,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
+from loaders.loader import Loader, bind
+from loaders.plan.plan import Plan
+from loaders.plan.views import UNIT, Balanced, Rrc, Stream, View
 from loaders.renderers.cache import DecodedCache
+from loaders.store.data import DataSets
+from loaders.store.folder import FolderSource
 
 IMAGE_BYTES = 6 * 5 * 3
 
@@ -77,3 +84,23 @@ def test_threads_count_and_store_correctly():
             assert np.array_equal(image, decode(i))
     assert cache.hits + cache.misses == len(ids) and cache.num_bytes == 8 * IMAGE_BYTES
     assert cache.num_bytes == sum(image.nbytes for image in cache._images.values())
+
+
+@pytest.mark.parametrize("budget", [1, 5_000, 10**9])
+def test_a_stream_gets_the_same_batches_with_and_without_the_cache(budget, tmp_path):
+    """Whatever part of the images fits: catches another resampler, crops mixed up between images, and a stale image."""
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        (tmp_path / str(i % 2)).mkdir(exist_ok=True)
+        pixels = rng.integers(0, 255, (30 + i, 44 - i, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / str(i % 2) / f"{i}.jpg", quality=95)
+    view = View("view", 16, Rrc((0.3, 1.0)), pixels=UNIT, copies=2)
+    plan = Plan((Stream("s", "train", (view,), Balanced(2, 3), 6),), "s", seed=0)
+    bound = bind(plan, DataSets({"train": FolderSource(tmp_path)}))
+
+    def batches(**settings):
+        with Loader(bound, renderer="pil", **settings) as loader:
+            return [batch.parts["s"].x["view"].clone() for batch in loader.batches(0, 6)]
+
+    plain, cached = batches(), batches(cache_bytes=budget)
+    assert all(torch.equal(one, other) for one, other in zip(plain, cached, strict=True))
