@@ -4,13 +4,14 @@
 
 import io
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from loaders.errors import RenderError
-from loaders.plan.plan import Plan, Rows, StreamFacts, ViewRows
+from loaders.plan.plan import Plan, StreamFacts, ViewRows
 from loaders.plan.views import Centre, Filter, Rrc, Sequential, Stream, View, Whole
 from loaders.renderers.pil import PilRenderer
 from loaders.store.beton import BetonSource, BetonWriter
@@ -48,6 +49,11 @@ def rows_of(source, views=VIEWS, batch=None, step=0):
     labels = np.zeros(len(source), np.int64)
     plan = Plan((Stream("s", "train", views, Sequential(), batch),), "s", seed=5)
     return plan.bind({"s": StreamFacts(None, labels, np.array(source.sizes), 1)}).rows("s", step)
+
+
+def rows_at(source, i, *views):
+    """Rows of image `i` alone, with boxes chosen by the test."""
+    return replace(rows_of(source, VIEWS[:1], batch=1, step=i), views=views)
 
 
 def render(renderer, rows):
@@ -101,8 +107,7 @@ def test_decoded_photographs_are_pillows_to_the_bit(kind, sample, pool):
         side = min(height, width)
         view = View("square", side, Rrc((0.1, 1.0)), copies=2)
         boxes = np.array([[0, 0, side, side], [width - side, height - side, width, height]], float)
-        one = np.full(1, i)
-        rows = Rows("s", 0, one, one, one, one, None, one.astype(np.uint64), (ViewRows(view, boxes, ()),))
+        rows = rows_at(sample, i, ViewRows(view, boxes, ()))
         out = render(make(kind, sample, pool), rows)["square"]
         whole = np.asarray(Image.open(io.BytesIO(sample.jpeg(i))).convert("RGB"))
         assert (out[0] == whole[:side, :side]).all() and (out[1] == whole[-side:, -side:]).all(), sample.name_of(i)
@@ -137,10 +142,9 @@ def test_nothing_beyond_the_box_shows(tmp_path, pool):
     image[32:80, 40:88] = 0
     Image.fromarray(image).save(tmp_path / "square.jpg", quality=100, subsampling=0)
     source = FolderSource(tmp_path)
-    zero = np.zeros(1, np.int64)
     view = View("square", 16, Rrc((0.1, 1.0)))
     boxes = np.array([[40.0, 32.0, 88.0, 80.0]])
-    rows = Rows("s", 0, zero, zero, zero, zero, None, zero.astype(np.uint64), (ViewRows(view, boxes, ()),))
+    rows = rows_at(source, 0, ViewRows(view, boxes, ()))
     for kind in ("pil", "ffcv", "dali"):
         assert render(make(kind, source, pool), rows)["square"].max() <= 8, kind
 
