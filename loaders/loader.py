@@ -28,8 +28,8 @@ from loaders.batch import Batch, Part
 from loaders.errors import RenderError, StoreError
 from loaders.finish import numba_cpu
 from loaders.plan.plan import BoundPlan, Plan, Rows, StreamFacts, ViewRows
-from loaders.renderers import Renderer
 from loaders.plan.views import Balanced
+from loaders.renderers import Renderer
 from loaders.renderers.cache import CachedRenderer
 from loaders.renderers.memory import MemoryRenderer
 from loaders.renderers.pil import PilRenderer
