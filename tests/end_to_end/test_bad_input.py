@@ -125,9 +125,10 @@ def test_directory_of_another_run_is_left_alone(finished, arguments, differs):
     assert (finished / "resolved.json").read_bytes() == before
 
 
-def test_loss_that_is_no_number_stops_with_step_ids_and_last_good_checkpoint(tmp_path):
+@pytest.mark.parametrize("lr", ["1e30", "1e45"], ids=["in the next loss", "in the weights"])
+def test_what_is_not_finite_stops_with_step_ids_and_last_good_checkpoint(lr, tmp_path):
     """Catches a checkpoint of broken weights, saved because the loss before it was still finite."""
-    arguments = ("train", "--out", "run", *SHORT, "--set", "checkpoint_every=1steps", "--set", "lr_peak=1e30")
+    arguments = ("train", "--out", "run", *SHORT, "--set", "checkpoint_every=1steps", "--set", f"lr_peak={lr}")
     line = refused(*arguments)
     step = int(line.partition("step ")[2].split()[0])
     saved = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
