@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from fastssl.cli import main
 from fastssl.engine.job import Job
 from fastssl.launch import start
+from fastssl.methods.paws import Paws
 from tests import fakes
 from tests.end_to_end import command
 
@@ -125,10 +126,20 @@ def test_directory_of_another_run_is_left_alone(finished, arguments, differs):
     assert (finished / "resolved.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("lr", ["1e30", "1e45"], ids=["in the next loss", "in the weights"])
-def test_what_is_not_finite_stops_with_step_ids_and_last_good_checkpoint(lr, tmp_path):
+def overflow_at_step_2(method, nets, step, horizon):
+    """In the place of `after_step`: the step's loss was finite, its weights are not."""
+    if step == 2:
+        next(nets.online.parameters()).data.flatten()[0] = float("inf")
+
+
+@pytest.mark.parametrize("broken", ["loss", "weights"])
+def test_what_is_not_finite_stops_with_step_ids_and_last_good_checkpoint(broken, tmp_path, monkeypatch):
     """Catches a checkpoint of broken weights, saved because the loss before it was still finite."""
-    arguments = ("train", "--out", "run", *SHORT, "--set", "checkpoint_every=1steps", "--set", f"lr_peak={lr}")
+    arguments = ("train", "--out", "run", *SHORT, "--set", "checkpoint_every=1steps")
+    if broken == "weights":
+        monkeypatch.setattr(Paws, "after_step", overflow_at_step_2)
+    else:
+        arguments += ("--set", "lr_peak=1e30")
     line = refused(*arguments)
     step = int(line.partition("step ")[2].split()[0])
     saved = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
