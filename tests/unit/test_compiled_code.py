@@ -1,4 +1,4 @@
-"""Compiled kernels give the same bits in the process that compiled them as in those that load them from numba's cache."""
+"""Compiled kernels give the same bits in the process that compiled them as in those that load them from the cache."""
 
 import os
 import subprocess
