@@ -94,14 +94,20 @@ class Checkpoints:
 
     def load(self, step: int) -> dict[str, Any]:
         """The checkpoint of `step`. Raises CheckpointError where its bytes are not those that were written."""
-        path = self.path(step)
-        try:
-            expected = json.loads((path / DIGEST).read_text())
-            if sha256_of(path / STATE) != expected["sha256"]:
-                raise CheckpointError(f"checkpoint {path} is damaged (its digest differs)")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"checkpoint {path} is damaged ({error})") from error
-        return read_state(path / STATE)
+        verified_sha256(self.path(step))
+        return read_state(self.path(step) / STATE)
+
+
+def verified_sha256(path: Path) -> str:
+    """The digest of the checkpoint in the folder `path`. Raises CheckpointError where its bytes are not those that were
+    written."""
+    try:
+        expected, found = json.loads((path / DIGEST).read_text())["sha256"], sha256_of(path / STATE)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"checkpoint {path} is damaged ({error})") from error
+    if found != expected:
+        raise CheckpointError(f"checkpoint {path} is damaged (its digest differs)")
+    return found
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -125,10 +131,13 @@ def read_json(path: Path) -> Any:
         raise FastsslError(f"{path} cannot be read ({error}): remove it or choose another --out") from error
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by `text` in one step that survives a crash."""
+def write_atomically(path: Path, content: str | dict[str, Any]) -> None:
+    """Replace `path` by text, or by tensors and plain values for `torch.load`, in one step that survives a crash."""
     temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text)
+    if isinstance(content, str):
+        temporary.write_text(content)
+    else:
+        torch.save(content, temporary)
     _sync(temporary)
     temporary.replace(path)
     _sync(path.parent)

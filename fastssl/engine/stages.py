@@ -18,7 +18,15 @@ import torch
 from fastssl import dist
 from fastssl.clock import Clock
 from fastssl.config import ConfigError
-from fastssl.engine.checkpoint import STATE, Checkpoints, read_json, read_state, sha256_of, write_atomically
+from fastssl.engine.checkpoint import (
+    STATE,
+    Checkpoints,
+    read_json,
+    read_state,
+    sha256_of,
+    verified_sha256,
+    write_atomically,
+)
 from fastssl.engine.job import Job, threads_per_rank, versions
 from fastssl.engine.run_dir import CHECKPOINTS, PRODUCED, RESULT, claim
 from fastssl.engine.train import Trainer
@@ -217,9 +225,7 @@ class _StageRun:
         tensors = {name: torch.cat(values) for name, values in found.items()}
         if dist.is_main():
             self.folder.mkdir(parents=True, exist_ok=True)
-            partial = self.folder / f".{PRODUCED}.partial"
-            torch.save(tensors, partial)
-            partial.replace(self.folder / PRODUCED)
+            write_atomically(self.folder / PRODUCED, tensors)
         dist.barrier()
         return {"stage": self.stage.name, "images": len(tensors["ids"]), "produced": sorted(tensors)}
 
@@ -259,10 +265,8 @@ def _made(stage: Stage, folder: Path) -> Artefact:
     """What `stage` left for later ones. Raises CheckpointError where it is damaged."""
     if stage.do == "produce":
         return Artefact(folder / PRODUCED, sha256_of(folder / PRODUCED))
-    checkpoints = Checkpoints(folder / CHECKPOINTS)
-    checkpoints.load(checkpoints.steps()[-1])
-    made = checkpoints.newest() / STATE
-    return Artefact(made, sha256_of(made))
+    newest = Checkpoints(folder / CHECKPOINTS).newest()
+    return Artefact(newest / STATE, verified_sha256(newest))
 
 
 def _load_weights(nets: Nets, source: Path, warn: Callable[[str], None]) -> None:
