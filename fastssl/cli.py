@@ -55,6 +55,12 @@ def main() -> None:
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory [runs/RECIPE-seedK].")
 @click.option("--gpus", type=click.IntRange(1), help="Ranks, one a GPU, on all hosts together.")
 @click.option("--cpu-ranks", type=click.IntRange(1), help="Ranks on the CPU of this host [1].")
+@click.option(
+    "--step",
+    "how",
+    type=click.Choice(["eager", "compiled", "graphed"]),
+    help="How a step is done [compiled on a GPU, eager on a CPU].",
+)
 @click.option("--loader", default="auto", show_default=True, help="auto, ffcv, dali, pil or memory.")
 @click.option("--cache-gib", type=click.FloatRange(0), default=0.0, help="Memory for decoded support images [0].")
 @click.option("--damaged", type=click.Choice(["stop", "replace"]), default="stop", help="At unreadable images [stop].")
@@ -72,6 +78,7 @@ def train(
     out: Path | None,
     gpus: int | None,
     cpu_ranks: int | None,
+    how: str | None,
     loader: str,
     cache_gib: float,
     damaged: str,
@@ -115,6 +122,7 @@ def train(
         seed=chosen[0],
         device="cuda" if gpus else "cpu",
         world=gpus or cpu_ranks or 1,
+        how=how,  # type: ignore[arg-type]
         loader=loader,
         cache_gib=cache_gib,
         damaged=damaged,  # type: ignore[arg-type]

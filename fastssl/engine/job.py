@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from fastssl.engine.step import How
 from fastssl.evaluation import load_protocol
 from fastssl.methods.base import Stage, Stages
 
@@ -28,6 +29,7 @@ class Job:
     seed: int
     device: Literal["cpu", "cuda"]
     world: int
+    how: How | None = None  # a step is done; None: the fastest that the device is known to do well
     loader: str = "auto"
     cache_gib: float = 0.0  # decoded support images kept in memory, a rank
     damaged: Literal["stop", "replace"] = "stop"  # what an image that cannot be decoded does

@@ -29,6 +29,7 @@ from fastssl.engine.checkpoint import (
 )
 from fastssl.engine.job import Job, threads_per_rank, versions
 from fastssl.engine.run_dir import CHECKPOINTS, PRODUCED, RESULT, claim
+from fastssl.engine.step import default_how
 from fastssl.engine.train import Trainer
 from fastssl.evaluation import load_protocol
 from fastssl.evaluation.subject import Subject
@@ -148,7 +149,8 @@ class _StageRun:
 
     def _train(self, loader: Loader) -> dict[str, Any]:
         checkpoints = Checkpoints(self.folder / CHECKPOINTS, self.stage.keep_checkpoints)
-        trainer = Trainer(self.stage, self.method, loader, checkpoints, self.device)
+        how = self.job.how or default_how(self.device)
+        trainer = Trainer(self.stage, self.method, loader, checkpoints, self.device, how)
         damaged: list[str] = []
         if (state := checkpoints.load_newest(damaged.append)) is not None:
             trainer.load_state(state)
@@ -241,6 +243,7 @@ class _StageRun:
         num_parameters = sum(p.numel() for p in trainer.nets.online.parameters())
         table["network"] = f"{num_parameters:,} parameters, {self.method.config.precision}"
         table["ranks"] = f"{self.job.world} x {self.threads} threads, {self.device.type}"
+        table["step"] = trainer.training_step.how
         table["length"] = f"{trainer.horizon.total_steps:,} steps, {trainer.horizon.steps_per_epoch:,} an epoch"
         if trainer.step:
             table["continues"] = f"from step {trainer.step:,}"

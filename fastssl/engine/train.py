@@ -6,21 +6,19 @@ else is a function of the step.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from fastssl import dist
 from fastssl.clock import Clock
 from fastssl.config import FastsslError
 from fastssl.engine.checkpoint import CheckpointError, Checkpoints
-from fastssl.methods.base import Horizon, Method, Nets, Span, Stage
+from fastssl.engine.step import How, TrainingStep
+from fastssl.methods.base import Horizon, Method, Span, Stage
 from fastssl.record import Recorder
 from loaders.batch import Batch
 from loaders.loader import Loader
@@ -35,7 +33,15 @@ class TrainingDiverged(FastsslError):
 class Trainer:
     """One training stage on one rank."""
 
-    def __init__(self, stage: Stage, method: Method, loader: Loader, checkpoints: Checkpoints, device: torch.device):
+    def __init__(
+        self,
+        stage: Stage,
+        method: Method,
+        loader: Loader,
+        checkpoints: Checkpoints,
+        device: torch.device,
+        how: How = "eager",
+    ):
         self.stage, self.method, self.loader, self.checkpoints = stage, method, loader, checkpoints
         self.device = device
         plan = loader.bound.plan
@@ -47,7 +53,8 @@ class Trainer:
             module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
             module.train(name != "frozen")
         self.optimizer = method.optimizer(self.nets)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=method.config.precision == "fp16")
+        self.training_step = TrainingStep(stage, how, method, self.nets, self.optimizer, device)
+        self.scaler = self.training_step.scaler
         self.step = 0  # optimiser steps done
         self._num_replaced = 0  # damaged images already named
 
@@ -58,6 +65,7 @@ class Trainer:
             "nets": {name: module.state_dict() for name, module in self.nets.saved().items()},
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "num_skipped": int(self.training_step.num_skipped),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -67,6 +75,7 @@ class Trainer:
             module.load_state_dict(state["nets"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+        self.training_step.num_skipped.fill_(state["num_skipped"])
 
     def run(self, recorder: Recorder, evaluate: Evaluate | None, clock: Clock) -> None:
         """Train from `self.step` to the end of the stage, evaluating now and then where `evaluate` is given."""
@@ -74,14 +83,15 @@ class Trainer:
         self._check_ranks_agree()
         if self.step >= total:
             return
-        trained = self._averaged_over_ranks()
+        with clock.paused():
+            self._prepare(recorder)
         unsettled = torch.full((), total, device=self.device)  # the first step whose loss or weights were not finite
 
         with closing(self.loader.batches(self.step, total)) as batches:
             while self.step < total:
                 with clock.waiting():
                     batch = next(batches)
-                parts = self._train_step(trained, batch)
+                parts = self.training_step(self.step, self.horizon, batch)
                 if not self.scaler.is_enabled():  # fp16's skips the steps whose gradients overflow
                     unsettled = torch.where(parts["total"].isfinite(), unsettled, unsettled.clamp(max=self.step))
                 self.step += 1
@@ -115,51 +125,18 @@ class Trainer:
                 "every host sees"
             )
 
-    def _train_step(self, trained: Nets, batch: Batch) -> dict[str, Tensor]:
-        for group, rate in zip(self.optimizer.param_groups, self.method.rates(self.step, self.horizon), strict=True):
-            group["lr"] = rate
-        parts = self.method.loss(trained, batch)
-        self.scaler.scale(parts["total"]).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.method.after_step(self.nets, self.step, self.horizon)
-        return {name: value.detach() for name, value in parts.items()}
-
     def _due(self, *every: Span) -> bool:
         """Whether something done so often, and at the end, is due now that `self.step` steps are done."""
         periods = [max(1, span.steps(self.horizon.steps_per_epoch)) for span in every]
         return self.step == self.horizon.total_steps or any(self.step % period == 0 for period in periods)
 
-    def _averaged_over_ranks(self) -> Nets:
-        """The nets with `online` averaging its gradients over the ranks.
-
-        DDP orders its buckets anew after its first backward pass, which would make the first step of every process
-        sum in another order than the later ones: a throw-away pass on the coming batch takes that place, and all it
-        changed is put back.
-        """
-        if dist.world_size() == 1:
-            return self.nets
-        device_ids = [self.device.index] if self.device.type == "cuda" else None
-        with warnings.catch_warnings():
-            # What is to replace broadcast_buffers is not in every torch that we support.
-            warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
-            averaged = DistributedDataParallel(
-                self.nets.online, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
-        trained = replace(self.nets, online=averaged)
-        before = {
-            name: {key: value.clone() for key, value in module.state_dict().items()}
-            for name, module in self.nets.saved().items()
-        }
+    def _prepare(self, recorder: Recorder) -> None:
+        if not self.training_step.must_prepare:
+            return
         with closing(self.loader.batches(self.step, self.step + 1)) as batches:
             batch = next(batches)
-            self.method.loss(trained, batch)["total"].backward()
+            self.training_step.prepare(batch, recorder.warn)
             batch.release()
-        for name, module in self.nets.saved().items():
-            module.load_state_dict(before[name])
-        self.optimizer.zero_grad(set_to_none=True)
-        return trained
 
     def _record(self, batch: Batch, parts: dict[str, Tensor], clock: Clock) -> dict[str, Any]:
         with torch.no_grad():
@@ -167,9 +144,11 @@ class Trainer:
         names = sorted(values)
         stacked = dist.mean_over_ranks(torch.stack([values[name].detach().double() for name in names]))
         values = dict(zip(names, stacked.tolist(), strict=True))
-        rates = {f"lr_{i}" if i else "lr": g["lr"] for i, g in enumerate(self.optimizer.param_groups)}
+        rates = {f"lr_{i}" if i else "lr": lr for i, lr in enumerate(self.method.rates(self.step - 1, self.horizon))}
         if len(set(rates.values())) == 1:
             rates = {"lr": rates["lr"]}
+        if self.scaler.is_enabled():
+            values["skipped_steps"] = int(self.training_step.num_skipped)
         time = clock.window() | {"eta_s": clock.eta_s(self.horizon.total_steps - self.step)}
         return {"step": self.step, "epoch": self.epoch, "loss": values.pop("total"), **values, **rates, "time": time}
 
