@@ -19,8 +19,22 @@ T = TypeVar("T")
 Parsers = Mapping[Any, Callable[[str], Any]]  # for types with a notation of their own
 
 
+EXIT_STOPPED = 85  # exit code of a run that saved and left on request: the same command continues it
+
+
 class FastsslError(Exception):
     """Something a user can put right; shown as one line, without a traceback."""
+
+
+class Stopped(FastsslError):
+    """A run that was asked to stop by signal `signum` has saved; ends its process with EXIT_STOPPED."""
+
+    def __init__(self, message: str, signum: int):
+        super().__init__(message, signum)
+        self.signum = signum
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class ConfigError(FastsslError, ValueError):
