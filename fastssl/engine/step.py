@@ -42,9 +42,9 @@ def default_how(device: torch.device) -> How:
 def set_float32_precision(config: Config) -> None:
     """TF32 products for what a half-precision recipe computes in float32 (similarities, of embeddings that came out of
     half precision); full float32 for recipes in fp32."""
-    precision = "ieee" if config.precision == "fp32" else "tf32"
-    torch.backends.cuda.matmul.fp32_precision = precision
-    torch.backends.cudnn.conv.fp32_precision = precision
+    half = config.precision != "fp32"
+    torch.set_float32_matmul_precision("high" if half else "highest")
+    torch.backends.cudnn.allow_tf32 = half
 
 
 class TrainingStep:
@@ -105,7 +105,7 @@ class TrainingStep:
         if self.how == "eager":
             return self.nets.online
         torch._functorch.config.activation_memory_budget = ACTIVATION_MEMORY_BUDGET  # type: ignore[attr-defined]
-        return torch.compile(self.nets.online, fullgraph=True, dynamic=False)  # type: ignore[return-value]
+        return torch.compile(self.nets.online, fullgraph=True, dynamic=False)
 
     def _compiler_works(self, warn: Callable[[str], None]) -> bool:
         """Whether every rank can compile at all. A rank that could not would leave the others waiting in the first

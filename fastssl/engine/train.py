@@ -148,7 +148,7 @@ class Trainer:
         if len(set(rates.values())) == 1:
             rates = {"lr": rates["lr"]}
         if self.scaler.is_enabled():
-            values["skipped_steps"] = int(self.training_step.num_skipped)
+            rates["skipped_steps"] = int(self.training_step.num_skipped)
         time = clock.window() | {"eta_s": clock.eta_s(self.horizon.total_steps - self.step)}
         return {"step": self.step, "epoch": self.epoch, "loss": values.pop("total"), **values, **rates, "time": time}
 
