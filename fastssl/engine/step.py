@@ -104,8 +104,8 @@ class TrainingStep:
         """The online network as the loss calls it; `nets.online` itself stays as it is, for evaluations."""
         if self.how == "eager":
             return self.nets.online
-        torch._functorch.config.activation_memory_budget = ACTIVATION_MEMORY_BUDGET  # type: ignore[attr-defined]
-        return torch.compile(self.nets.online, fullgraph=True, dynamic=False)
+        torch._functorch.config.activation_memory_budget = ACTIVATION_MEMORY_BUDGET
+        return torch.compile(self.nets.online, fullgraph=True, dynamic=False)  # type: ignore[return-value]
 
     def _compiler_works(self, warn: Callable[[str], None]) -> bool:
         """Whether every rank can compile at all. A rank that could not would leave the others waiting in the first
