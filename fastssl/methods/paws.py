@@ -38,6 +38,7 @@ from fastssl.methods.base import (
     in_full,
 )
 from fastssl.nn.encoders import Encoder, ResNet, WideResNet
+from fastssl.nn.global_batch_norm import LockstepSequential
 from fastssl.nn.heads import prediction_head, projection_head
 from fastssl.optim.lars import Lars
 from fastssl.optim.param_groups import Rule, lars_groups
@@ -227,13 +228,13 @@ class PawsNet(nn.Module):
         super().__init__()
         self.trunk = config.encoder.build(channels)
         self.projection = projection_head(self.trunk.num_features, config.out_features)
-        self.prediction = prediction_head(config.out_features) if config.prediction else nn.Identity()
+        self.prediction = prediction_head(config.out_features) if config.prediction else LockstepSequential()
 
     def forward(self, resolutions: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Images of each resolution -> h and z of each, [N, out_features] in full precision. One pass a resolution, in
-        order: batch statistics are those of a pass, and the last pass weighs most in the running ones."""
-        h = [self.projection(self.trunk(x)) for x in resolutions]
-        z = [self.prediction(each) for each in h]
+        """Images of each resolution -> h and z of each, [N, out_features] in full precision. Resolutions go through in
+        lockstep, each with batch statistics of its own; the last one weighs most in the running statistics."""
+        h = self.projection.lockstep(self.trunk.lockstep(resolutions))
+        z = self.prediction.lockstep(h)
         return [in_full(each) for each in h], [in_full(each) for each in z]
 
 

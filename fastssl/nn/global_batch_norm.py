@@ -1,19 +1,23 @@
-"""Batch norm over the batch of all ranks.
+"""Batch norm over the batch of all ranks, of several resolutions at once, with shortcut and ReLU.
 
-`torch.nn.SyncBatchNorm` refuses CPU tensors and stops the host once a layer. This one sends sums: a layer's forward
-pass costs one all-reduce of 2C+1 float64 numbers, its backward pass one of 2C, and the host waits for neither.
+`torch.nn.SyncBatchNorm` refuses CPU tensors and stops the host once a layer. This one sends sums: for R resolutions in
+lockstep, a layer's forward pass costs one all-reduce of R (2C+1) float64 numbers, its backward pass one of R 2C, and
+the host waits for neither. Each resolution keeps statistics of its own.
 
-Notation: x has N rows (N*H*W with images) of C channels; n is the number of rows over all ranks;
+Notation: x has N rows (N*H*W with images) of C channels; n is the number of rows over all ranks; g is the gradient with
+respect to the norm's own output: zero where ReLU cut.
 x_hat = (x - mean) * invstd, invstd = 1 / sqrt(var + eps). The derivative of x_hat with respect to x is symmetric,
 
     J g = invstd * (g - mean(g) - x_hat * mean(g * x_hat)),
 
 so that reverse mode, J (weight * g), and forward mode, weight * (J dx), share their one message [sum g, sum g * x_hat].
+
+Whatever touches a whole x does so in the four functions at the end of this file.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +36,10 @@ class GlobalBatchNorm(_BatchNorm):
     batch. Running variance is the unbiased one (SimCLRv2's TensorFlow code keeps the biased one). Weight and bias get
     their gradient from this rank's rows only, as any other parameter does: DDP averages it.
 
-    Input float32, float64, bfloat16 or float16; statistics float32 (float64 for float64); output like the input.
-    In training mode all ranks must call the same layers in the same order, and each must hold a row: ValueError.
-    Alone, it is torch's own kernel.
+    Input float32, float64, bfloat16 or float16; statistics float32 (float64 for float64); output like the input,
+    memory format included. In training mode all ranks must call the same layers in the same order.
+
+    Alone, and not compiled, it is torch's own kernel.
     """
 
     running_mean: Tensor
@@ -46,40 +51,93 @@ class GlobalBatchNorm(_BatchNorm):
         super().__init__(num_features, eps, momentum, affine)
         self.update_running_stats = True  # `frozen_running_stats` turns it off for a while
 
+    def forward(self, input: Tensor) -> Tensor:
+        return self.lockstep([input])[0]
+
+    def lockstep(
+        self, xs: Sequence[Tensor], residuals: Sequence[Tensor] | None = None, *, relu: bool = False
+    ) -> list[Tensor]:
+        """Norm of each x with its own statistics, plus its residual, then ReLU: what as many passes would return.
+
+        Running statistics change as in passes in the order of `xs`, so the last weighs most. A residual has its x's
+        shape and dtype. Raises ValueError for another shape, and in training where a rank's x has no row, or x one row
+        in all.
+        """
+        for x in xs:
+            self._check_input_dim(x)
+        for x, residual in zip(xs, residuals or (), strict=residuals is not None):
+            if (residual.shape, residual.dtype) != (x.shape, x.dtype):
+                raise ValueError(f"{residual.dtype} {residual.shape} added to the norm of {x.dtype} {x.shape}")
+        if self.training and (dist.world_size() > 1 or torch.compiler.is_compiling()):
+            return self._fused(xs, residuals or (), relu)
+        ys = [self._by_torch(x) for x in xs]
+        return [_finish(y, residual, relu) for y, residual in zip(ys, residuals or len(ys) * [None], strict=True)]
+
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() not in (2, 4) or input.shape[1] != self.num_features:
             raise ValueError(f"expected [N, {self.num_features}] or [N, {self.num_features}, H, W], got {input.shape}")
         if self.training and input.numel() == 0:
             raise ValueError("empty batch on this rank: batch norm needs at least one row on every rank")
+        if self.training and input.numel() == self.num_features and dist.world_size() == 1:
+            raise ValueError("batch norm needs more than one row to have a variance")
 
-    def forward(self, input: Tensor) -> Tensor:
-        self._check_input_dim(input)
-        if not self.training:
-            return self._torch_batch_norm(input, self.running_mean, self.running_var)
-        if self.update_running_stats:
+    def _by_torch(self, x: Tensor) -> Tensor:
+        if self.training and self.update_running_stats:
             self.num_batches_tracked.add_(1)
-        if dist.world_size() > 1:
-            return self._across_ranks(input)
-        if self.update_running_stats:
-            return self._torch_batch_norm(input, self.running_mean, self.running_var)
-        return self._torch_batch_norm(input, None, None)
-
-    def _torch_batch_norm(self, x: Tensor, running_mean: Tensor | None, running_var: Tensor | None) -> Tensor:
+        unread = self.training and not self.update_running_stats
+        running_mean_C, running_var_C = (None, None) if unread else (self.running_mean, self.running_var)
         return F.batch_norm(
-            x, running_mean, running_var, self.weight, self.bias, self.training, self.momentum, self.eps
+            x, running_mean_C, running_var_C, self.weight, self.bias, self.training, self.momentum, self.eps
         )
 
-    def _across_ranks(self, x: Tensor) -> Tensor:
+    def _fused(self, xs: Sequence[Tensor], residuals: Sequence[Tensor], relu: bool) -> list[Tensor]:
         weight_C = self.weight if self.affine else torch.ones_like(self.running_mean)
         bias_C = self.bias if self.affine else torch.zeros_like(self.running_mean)
+        group_name = dist.statistics_group().group_name if dist.world_size() > 1 else None
         # Dynamo takes no Function that has a jvp, and needs none.
-        function = _Normalise if torch.compiler.is_compiling() else _NormaliseForwardMode
-        y, mean_C, var_C, n = function.apply(x, weight_C, bias_C, self.eps, dist.statistics_group().group_name)
+        function = _Fused if torch.compiler.is_compiling() else _FusedForwardMode
+        *ys, statistics = function.apply(self.eps, relu, group_name, len(xs), weight_C, bias_C, *xs, *residuals)
         if self.update_running_stats:
-            unbiased_var_C = var_C * (n / (n - 1))
-            self.running_mean.lerp_(mean_C.to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_(unbiased_var_C.to(self.running_var.dtype), self.momentum)
-        return y
+            mean_RC, var_RC, n_R1 = _Statistics.split(statistics)
+            unbiased_var_RC = var_RC * (n_R1 / (n_R1 - 1))
+            for mean_C, var_C in zip(mean_RC, unbiased_var_RC, strict=True):
+                self.running_mean.lerp_(mean_C.to(self.running_mean.dtype), self.momentum)
+                self.running_var.lerp_(var_C.to(self.running_var.dtype), self.momentum)
+            self.num_batches_tracked.add_(len(xs))
+        return ys
+
+
+class Lockstep(nn.Module):
+    """A module that takes several resolutions layer by layer together, so that batch norm can send one message for all.
+
+    Subclasses write `lockstep`; `forward` is a list of one.
+    """
+
+    def lockstep(self, xs: Sequence[Tensor]) -> list[Tensor]:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lockstep([x])[0]
+
+
+class LockstepSequential(Lockstep, nn.Sequential):
+    """Layers in sequence; a batch norm takes the ReLU that follows it along. Without layers, the identity.
+
+    Layers that have no `lockstep` get one resolution after the other.
+    """
+
+    def lockstep(self, xs: Sequence[Tensor]) -> list[Tensor]:
+        outs, layers = list(xs), list(self)
+        while layers:
+            layer = layers.pop(0)
+            if isinstance(layer, GlobalBatchNorm) and layers and isinstance(layers[0], nn.ReLU):
+                layers.pop(0)
+                outs = layer.lockstep(outs, relu=True)
+            elif isinstance(layer, GlobalBatchNorm | Lockstep):
+                outs = layer.lockstep(outs)
+            else:
+                outs = [layer(x) for x in outs]
+        return outs
 
 
 @contextmanager
@@ -104,81 +162,143 @@ def frozen_running_stats(module: nn.Module) -> Iterator[None]:
 
 
 class _Statistics(NamedTuple):
-    """Of all ranks' rows, float64: mean [C], biased variance [C], number of rows [1]."""
+    """Of all ranks' rows, float64, per resolution: mean [R, C], biased variance [R, C], number of rows [R, 1]."""
 
-    mean_C: Tensor
-    var_C: Tensor
-    n: Tensor
+    mean_RC: Tensor
+    var_RC: Tensor
+    n_R1: Tensor
+
+    @classmethod
+    def split(cls, packed: Tensor) -> "_Statistics":
+        num_channels = packed.shape[1] // 2
+        return cls(*packed.split([num_channels, num_channels, 1], dim=1))
+
+    def invstd_RC(self, eps: float) -> Tensor:
+        return (self.var_RC + eps).rsqrt()
 
 
-class _Normalise(torch.autograd.Function):
-    """(x, weight, bias) -> y and the three of `_Statistics`, which have no gradient.
+class _Fused(torch.autograd.Function):
+    """(x of each resolution, their residuals) -> their y and the statistics, packed, which have no gradient.
 
     It takes no running statistics: where a compiled graph also updates them, backward would recompute from the updated
-    ones and return wrong gradients without a word.
+    ones and return wrong gradients without a word. Backward keeps x and, for ReLU's mask, y, which the layer that
+    reads y keeps anyway; a residual is not needed.
     """
 
     @staticmethod
     def forward(
-        x: Tensor, weight_C: Tensor, bias_C: Tensor, eps: float, group_name: str
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        num_rows = x.numel() // x.shape[1]
-        mean_C, var_C = _local_statistics(x)
-        # Float32 sums of squares would cancel where |mean| >> std; means and variances merge in float64 instead.
-        mean_C, var_C = mean_C.double(), var_C.double()
-        message = torch.cat([mean_C, var_C + mean_C.square(), mean_C.new_ones(1)]) * num_rows
-        sum_C, sum_of_squares_C, n = dist.sum_over_group(message, group_name).split([x.shape[1], x.shape[1], 1])
-        mean_C = sum_C / n
-        statistics = _Statistics(mean_C, (sum_of_squares_C / n - mean_C.square()).clamp(min=0), n.clone())
-        return _affine(x, statistics, weight_C, bias_C, eps), *statistics
+        eps: float, relu: bool, group_name: str | None, num: int, weight_C: Tensor, bias_C: Tensor, *operands: Tensor
+    ) -> tuple[Tensor, ...]:
+        xs, residuals = operands[:num], operands[num:] or (None,) * num
+        message = torch.stack([_sums(x) for x in xs])
+        total = _Statistics.split(_over_ranks(message, group_name))
+        sum_RC, sum_of_squares_RC, n_R1 = total
+        mean_RC = sum_RC / n_R1
+        var_RC = (sum_of_squares_RC / n_R1 - mean_RC.square()).clamp(min=0)
+        statistics = _Statistics(mean_RC, var_RC, n_R1)
+        scale_RC = weight_C * statistics.invstd_RC(eps)
+        shift_RC = bias_C - mean_RC * scale_RC
+        ys = [
+            _affine(x, scale_C, shift_C, residual, relu)
+            for x, scale_C, shift_C, residual in zip(xs, scale_RC, shift_RC, residuals, strict=True)
+        ]
+        return *ys, torch.cat(statistics, dim=1)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, weight_C, _, ctx.eps, ctx.group_name = inputs
-        _, *statistics = output
-        ctx.mark_non_differentiable(*statistics)
+        ctx.eps, relu, ctx.group_name, num, weight_C, _, *operands = inputs
+        *ys, statistics = output
+        ctx.num, ctx.has_residuals = num, len(operands) > num
+        ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight_C, *statistics)
+        ctx.save_for_backward(weight_C, statistics, *operands[:num], *(ys if relu else ()))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-        x, weight_C, *statistics = ctx.saved_tensors
-        local_sums_2C, x_gradient = _weighted_J(g, x, _Statistics(*statistics), weight_C, ctx.eps, ctx.group_name)
-        bias_gradient_C, weight_gradient_C = local_sums_2C.to(weight_C.dtype)
-        return x_gradient, weight_gradient_C, bias_gradient_C, None, None
+    def backward(ctx: Any, *gs: Tensor | None) -> tuple[Tensor | None, ...]:
+        weight_C, xs, ys, statistics = _unpack(ctx)
+        dys = [
+            _masked(torch.zeros_like(x) if g is None else g, y) for g, x, y in zip(gs[: ctx.num], xs, ys, strict=True)
+        ]
+        local_sums_R2C, dxs = _weighted_J(dys, xs, statistics, weight_C, ctx.eps, ctx.group_name)
+        bias_gradient_C, weight_gradient_C = local_sums_R2C.sum(0).to(weight_C.dtype)
+        return None, None, None, None, weight_gradient_C, bias_gradient_C, *dxs, *(dys if ctx.has_residuals else ())
 
 
-class _NormaliseForwardMode(_Normalise):
-    """`_Normalise` with forward-mode derivative, at one message too."""
+class _FusedForwardMode(_Fused):
+    """`_Fused` with forward-mode derivative, at one message too."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _Normalise.setup_context(ctx, inputs, output)
-        x, weight_C, *_ = inputs
-        _, *statistics = output
-        ctx.save_for_forward(x, weight_C, *statistics)
+        _Fused.setup_context(ctx, inputs, output)
+        _, relu, _, num, weight_C, _, *operands = inputs
+        *ys, statistics = output
+        ctx.save_for_forward(weight_C, statistics, *operands[:num], *(ys if relu else ()))
 
     @staticmethod
     def jvp(
-        ctx: Any, dx: Tensor | None, dweight_C: Tensor | None, dbias_C: Tensor | None, *_: None
-    ) -> tuple[Tensor | None, ...]:
-        x, weight_C, *saved = ctx.saved_tensors
-        statistics = _Statistics(*saved)
+        ctx: Any, _0: None, _1: None, _2: None, _3: None, dweight_C: Tensor | None, dbias_C: Tensor | None,
+        *doperands: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        weight_C, xs, ys, statistics = _unpack(ctx)
         # Zeros for an absent tangent: whether a rank has one must not decide whether it takes part in the message.
-        dx = torch.zeros_like(x) if dx is None else dx
+        dxs = [torch.zeros_like(x) if dx is None else dx for x, dx in zip(xs, doperands[: ctx.num], strict=True)]
         dweight_C = torch.zeros_like(weight_C) if dweight_C is None else dweight_C
         dbias_C = torch.zeros_like(weight_C) if dbias_C is None else dbias_C
-        _local_sums, dy = _weighted_J(dx, x, statistics, weight_C, ctx.eps, ctx.group_name)
-        return dy + _affine(x, statistics, dweight_C, dbias_C, ctx.eps), None, None, None
+        _local_sums, dys = _weighted_J(dxs, xs, statistics, weight_C, ctx.eps, ctx.group_name)
+        dscale_RC = dweight_C * statistics.invstd_RC(ctx.eps)
+        dshift_RC = dbias_C - statistics.mean_RC * dscale_RC
+        dresiduals = doperands[ctx.num :] or (None,) * ctx.num
+        of_affine = map(_affine, xs, dscale_RC, dshift_RC, dresiduals, (False,) * ctx.num)
+        return *(_masked(dy + more, y) for dy, more, y in zip(dys, of_affine, ys, strict=True)), None
 
 
-def _statistics_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def _unpack(ctx: Any) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor | None], _Statistics]:
+    """weight [C]; x and, after a ReLU, y of each resolution; statistics."""
+    weight_C, statistics, *rest = ctx.saved_tensors
+    return weight_C, rest[: ctx.num], rest[ctx.num :] or [None] * ctx.num, _Statistics.split(statistics)
+
+
+def _over_ranks(message: Tensor, group_name: str | None) -> Tensor:
+    """The sum over ranks; alone, the message itself."""
+    return message if group_name is None else dist.sum_over_group(message, group_name)
+
+
+def _sums(x: Tensor) -> Tensor:
+    """This rank's [sum of x, sum of x squared, number of rows], float64 [2C+1].
+
+    Means and variances merge in float64: float32 sums of squares would cancel where |mean| >> std.
+    """
+    mean_C, var_C = (t.double() for t in _local_statistics(x))
+    return torch.cat([mean_C, var_C + mean_C.square(), mean_C.new_ones(1)]) * (x.numel() // x.shape[1])
+
+
+def _weighted_J(
+    gs: Sequence[Tensor],
+    xs: Sequence[Tensor],
+    statistics: _Statistics,
+    weight_C: Tensor,
+    eps: float,
+    group_name: str | None,
+) -> tuple[Tensor, list[Tensor]]:
+    """This rank's (sum g, sum g * x_hat), [R, 2, C]; and weight * J g of each resolution, after the one message."""
+    mean_RC, _, n_R1 = statistics
+    invstd_RC = statistics.invstd_RC(eps)
+    local_sums_R2C = torch.stack([_gradient_sums(*each) for each in zip(gs, xs, mean_RC, invstd_RC, strict=True)])
+    mean_g_RC, mean_g_xhat_RC = (_over_ranks(local_sums_R2C.double(), group_name) / n_R1[:, None]).unbind(1)
+    # Per channel, weight * J g is a linear function of g and x.
+    of_g_RC = weight_C * invstd_RC
+    of_x_RC = -of_g_RC * invstd_RC * mean_g_xhat_RC
+    constant_RC = -of_g_RC * mean_g_RC - of_x_RC * mean_RC
+    coefficients = zip(of_g_RC, of_x_RC, constant_RC, strict=True)
+    return local_sums_R2C, [_combine(g, x, *each) for g, x, each in zip(gs, xs, coefficients, strict=True)]
+
+
+# The four functions that touch whole tensors; per-channel arguments are float64 [C].
 
 
 def _local_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance [C] of this rank's rows."""
+    """Mean and biased variance [C] of this rank's rows, float32 (float64 for float64)."""
     dtype = _statistics_dtype(x)
     if torch.compiler.is_compiling():  # the native kernel cannot be traced
         var_C, mean_C = torch.var_mean(x.to(dtype), [d for d in range(x.dim()) if d != 1], correction=0)
@@ -192,29 +312,50 @@ def _local_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean_C, var_C
 
 
-def _affine(x: Tensor, statistics: _Statistics, weight_C: Tensor, bias_C: Tensor, eps: float) -> Tensor:
-    """weight * x_hat + bias, in one pass over x."""
+def _affine(x: Tensor, scale_C: Tensor, shift_C: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    """x * scale + shift + residual, cut at zero where `relu`."""
     dtype = _statistics_dtype(x)
-    mean_C, var_C, weight_C, bias_C = (t.to(dtype) for t in (statistics.mean_C, statistics.var_C, weight_C, bias_C))
-    return F.batch_norm(x, mean_C, var_C, weight_C, bias_C, training=False, eps=eps)
+    scale_C, shift_C = scale_C.to(dtype), shift_C.to(dtype)
+    if torch.compiler.is_compiling():
+        y = x.to(dtype) * _per_channel(scale_C, x) + _per_channel(shift_C, x)
+        y = y if residual is None else y + residual
+        return (y.relu() if relu else y).to(x.dtype)
+    # torch's kernel at mean 0 and variance 1: one pass over x, also where it is in half precision.
+    y = F.batch_norm(x, torch.zeros_like(scale_C), torch.ones_like(scale_C), scale_C, shift_C, eps=0.0)
+    return _finish(y, residual, relu)
 
 
-def _weighted_J(
-    g: Tensor, x: Tensor, statistics: _Statistics, weight_C: Tensor, eps: float, group_name: str
-) -> tuple[Tensor, Tensor]:
-    """This rank's (sum g, sum g * x_hat), [2, C]; and weight * J g, shaped like x, after the one message."""
+def _gradient_sums(g: Tensor, x: Tensor, mean_C: Tensor, invstd_C: Tensor) -> Tensor:
+    """(sum g, sum g * x_hat) over this rank's rows, [2, C], float32 (float64 for float64)."""
     dtype = _statistics_dtype(x)
-    mean_C, var_C, n = statistics
-    invstd_C = (var_C + eps).rsqrt()
     _, sum_g_xhat_C, sum_g_C = torch.ops.aten.native_batch_norm_backward(
-        g, x, torch.ones_like(mean_C, dtype=dtype), None, None, mean_C.to(dtype), invstd_C.to(dtype), True, eps,
+        g, x, torch.ones_like(mean_C, dtype=dtype), None, None, mean_C.to(dtype), invstd_C.to(dtype), True, 0.0,
         output_mask=[False, True, True],
     )  # fmt: skip
-    local_sums_2C = torch.stack([sum_g_C, sum_g_xhat_C])
-    mean_g_C, mean_g_xhat_C = dist.sum_over_group(local_sums_2C.double(), group_name) / n
-    # Per channel, weight * J g is a linear function of g and x.
-    of_g = weight_C * invstd_C
-    of_x = -of_g * invstd_C * mean_g_xhat_C
-    constant = -of_g * mean_g_C - of_x * mean_C
-    of_g, of_x, constant = (c.to(dtype).view(-1, *(1,) * (x.dim() - 2)) for c in (of_g, of_x, constant))
-    return local_sums_2C, torch.addcmul(constant, x, of_x).addcmul_(g, of_g).to(g.dtype)
+    return torch.stack([sum_g_C, sum_g_xhat_C])
+
+
+def _combine(g: Tensor, x: Tensor, of_g_C: Tensor, of_x_C: Tensor, constant_C: Tensor) -> Tensor:
+    """of_g * g + of_x * x + constant, dtype of g."""
+    of_g, of_x, constant = (_per_channel(c.to(_statistics_dtype(x)), x) for c in (of_g_C, of_x_C, constant_C))
+    return torch.addcmul(constant, x, of_x).addcmul_(g, of_g).to(g.dtype)
+
+
+def _finish(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    """y + residual, cut at zero where `relu`; in the memory of y."""
+    y = y if residual is None else y.add_(residual)
+    return y.relu_() if relu else y
+
+
+def _masked(g: Tensor, y: Tensor | None) -> Tensor:
+    """g, zero where ReLU cut; y is ReLU's output, or None where there was no ReLU."""
+    return g if y is None else cast(Tensor, torch.ops.aten.threshold_backward(g, y, 0))
+
+
+def _statistics_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _per_channel(t_C: Tensor, x: Tensor) -> Tensor:
+    """t_C as a factor of x, [N, C] or [N, C, H, W]."""
+    return t_C.view(-1, *(1,) * (x.dim() - 2))

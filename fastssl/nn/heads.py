@@ -5,17 +5,17 @@ from collections.abc import Callable
 
 from torch import nn
 
-from fastssl.nn.global_batch_norm import GlobalBatchNorm
+from fastssl.nn.global_batch_norm import GlobalBatchNorm, LockstepSequential
+
+Norm = Callable[[int], GlobalBatchNorm]
 
 
-def projection_head(
-    in_features: int, out_features: int, norm: Callable[[int], nn.Module] = GlobalBatchNorm
-) -> nn.Sequential:
+def projection_head(in_features: int, out_features: int, norm: Norm = GlobalBatchNorm) -> LockstepSequential:
     """Three linear layers with bias, batch norm and ReLU between: [N, in_features] -> [N, out_features].
 
     Hidden layers are as wide as the input. PAWS: 2048-2048-2048 for ResNet-50, 128-128-128 for WRN-28-2.
     """
-    return nn.Sequential(
+    return LockstepSequential(
         OrderedDict(
             fc1=nn.Linear(in_features, in_features),
             bn1=norm(in_features),
@@ -28,9 +28,9 @@ def projection_head(
     )
 
 
-def prediction_head(num_features: int, norm: Callable[[int], nn.Module] = GlobalBatchNorm) -> nn.Sequential:
+def prediction_head(num_features: int, norm: Norm = GlobalBatchNorm) -> LockstepSequential:
     """Batch norm, then a bottleneck of a quarter of the width: [N, num_features] -> [N, num_features]."""
-    return nn.Sequential(
+    return LockstepSequential(
         OrderedDict(
             bn1=norm(num_features),
             fc1=nn.Linear(num_features, num_features // 4),

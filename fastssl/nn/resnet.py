@@ -5,15 +5,14 @@ count including the stem's, which is not what torchvision's wide ResNets do. Eve
 that end a block too (PAWS's code; many others start these at 0).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from fastssl.nn.global_batch_norm import GlobalBatchNorm
+from fastssl.nn.global_batch_norm import GlobalBatchNorm, Lockstep, LockstepSequential
 
-Norm = Callable[[int], nn.Module]
+Norm = Callable[[int], GlobalBatchNorm]
 Depth = Literal[10, 18, 34, 50, 101, 152, 200]
 Stem = Literal["imagenet", "cifar"]
 
@@ -38,7 +37,7 @@ def resnet(
     return ResNetTrunk(block, blocks, base_width * width, stem, in_channels, norm)
 
 
-class BasicBlock(nn.Module):
+class BasicBlock(Lockstep):
     """Two 3x3 convolutions around a shortcut."""
 
     expansion = 1
@@ -51,13 +50,12 @@ class BasicBlock(nn.Module):
         self.bn2 = norm(channels)
         self.downsample = _projection(in_channels, channels, stride, norm)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        out = self.bn2(self.conv2(out))
-        return F.relu(out + self.downsample(x), inplace=True)
+    def lockstep(self, xs: Sequence[Tensor]) -> list[Tensor]:
+        outs = self.bn1.lockstep([self.conv1(x) for x in xs], relu=True)
+        return self.bn2.lockstep([self.conv2(out) for out in outs], self.downsample.lockstep(xs), relu=True)
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(Lockstep):
     """1x1 down, 3x3 (which strides), 1x1 up to four times the channels, around a shortcut."""
 
     expansion = 4
@@ -73,11 +71,10 @@ class Bottleneck(nn.Module):
         self.bn3 = norm(out_channels)
         self.downsample = _projection(in_channels, out_channels, stride, norm)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        out = F.relu(self.bn2(self.conv2(out)), inplace=True)
-        out = self.bn3(self.conv3(out))
-        return F.relu(out + self.downsample(x), inplace=True)
+    def lockstep(self, xs: Sequence[Tensor]) -> list[Tensor]:
+        outs = self.bn1.lockstep([self.conv1(x) for x in xs], relu=True)
+        outs = self.bn2.lockstep([self.conv2(out) for out in outs], relu=True)
+        return self.bn3.lockstep([self.conv3(out) for out in outs], self.downsample.lockstep(xs), relu=True)
 
 
 _LAYOUTS: dict[int, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {
@@ -91,8 +88,11 @@ _LAYOUTS: dict[int, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, i
 }
 
 
-class ResNetTrunk(nn.Module):
-    """Stem, four groups of blocks, global average pool. The features have the dtype of the last block's output."""
+class ResNetTrunk(Lockstep):
+    """Stem, four groups of blocks, global average pool. The features have the dtype of the last block's output.
+
+    `lockstep` takes images of several resolutions, in the order in which running statistics shall see them.
+    """
 
     def __init__(
         self,
@@ -121,21 +121,23 @@ class ResNetTrunk(nn.Module):
                 stride = 2 if group > 0 and index == 0 else 1
                 layers.append(block(channels, stem_channels * 2**group, stride, norm))
                 channels = stem_channels * 2**group * block.expansion
-            groups.append(nn.Sequential(*layers))
+            groups.append(LockstepSequential(*layers))
         self.layer1, self.layer2, self.layer3, self.layer4 = groups
         self.num_features = channels
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return x.mean((2, 3))
+    def lockstep(self, xs: Sequence[Tensor]) -> list[Tensor]:
+        xs = self.bn1.lockstep([self.conv1(x) for x in xs], relu=True)
+        xs = [self.maxpool(x) for x in xs]
+        for group in (self.layer1, self.layer2, self.layer3, self.layer4):
+            xs = group.lockstep(xs)
+        return [x.mean((2, 3)) for x in xs]
 
 
-def _projection(in_channels: int, out_channels: int, stride: int, norm: Norm) -> nn.Module:
+def _projection(in_channels: int, out_channels: int, stride: int, norm: Norm) -> LockstepSequential:
     """The shortcut: a 1x1 convolution and norm where the shape changes, else x itself."""
     if stride == 1 and in_channels == out_channels:
-        return nn.Identity()
-    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), norm(out_channels))
+        return LockstepSequential()
+    return LockstepSequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), norm(out_channels))

@@ -1,18 +1,19 @@
 """Wide ResNet (Zagoruyko and Komodakis 2016) as PAWS trains it on CIFAR-10: pre-activation, convolutions with bias."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from fastssl.nn.global_batch_norm import GlobalBatchNorm
+from fastssl.nn.global_batch_norm import GlobalBatchNorm, Lockstep, LockstepSequential
+
+Norm = Callable[..., GlobalBatchNorm]
 
 
 def wide_resnet(
     depth: int = 28,
     widen: int = 2,
     in_channels: int = 3,
-    norm: Callable[..., nn.Module] = GlobalBatchNorm,
+    norm: Norm = GlobalBatchNorm,
     *,
     final_momentum: float = 0.99,
 ) -> "WideResNetTrunk":
@@ -27,10 +28,10 @@ def wide_resnet(
     return WideResNetTrunk((depth - 4) // 6, widen, in_channels, norm, final_momentum)
 
 
-class PreactivationBlock(nn.Module):
+class PreactivationBlock(Lockstep):
     """BN, ReLU, conv, BN, ReLU, conv (which strides); shortcut of the raw x, by a 1x1 where the shape changes."""
 
-    def __init__(self, in_channels: int, channels: int, stride: int, norm: Callable[..., nn.Module]) -> None:
+    def __init__(self, in_channels: int, channels: int, stride: int, norm: Norm) -> None:
         super().__init__()
         self.bn1 = norm(in_channels)
         self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1)
@@ -39,18 +40,19 @@ class PreactivationBlock(nn.Module):
         same_shape = stride == 1 and in_channels == channels
         self.shortcut = nn.Identity() if same_shape else nn.Conv2d(in_channels, channels, 1, stride)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.conv1(F.relu(self.bn1(x), inplace=True))
-        out = self.conv2(F.relu(self.bn2(out), inplace=True))
-        return out + self.shortcut(x)
+    def lockstep(self, xs: Sequence[Tensor]) -> list[Tensor]:
+        outs = [self.conv1(x) for x in self.bn1.lockstep(xs, relu=True)]
+        outs = [self.conv2(out) for out in self.bn2.lockstep(outs, relu=True)]
+        return [out + self.shortcut(x) for out, x in zip(outs, xs, strict=True)]
 
 
-class WideResNetTrunk(nn.Module):
-    """3x3 stem of 16 channels, three groups of blocks, BN, ReLU, average pool; torch's default initialisation."""
+class WideResNetTrunk(Lockstep):
+    """3x3 stem of 16 channels, three groups of blocks, BN, ReLU, average pool; torch's default initialisation.
 
-    def __init__(
-        self, blocks: int, widen: int, in_channels: int, norm: Callable[..., nn.Module], final_momentum: float
-    ) -> None:
+    `lockstep` takes images of several resolutions, in the order in which running statistics shall see them.
+    """
+
+    def __init__(self, blocks: int, widen: int, in_channels: int, norm: Norm, final_momentum: float) -> None:
         super().__init__()
         channels = 16
         self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1)
@@ -61,11 +63,13 @@ class WideResNetTrunk(nn.Module):
                 stride = 2 if group > 0 and index == 0 else 1
                 layers.append(PreactivationBlock(channels, 16 * widen * 2**group, stride, norm))
                 channels = 16 * widen * 2**group
-            groups.append(nn.Sequential(*layers))
+            groups.append(LockstepSequential(*layers))
         self.layer1, self.layer2, self.layer3 = groups
         self.bn1 = norm(channels, momentum=final_momentum)
         self.num_features = channels
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.layer3(self.layer2(self.layer1(self.conv1(x))))
-        return F.relu(self.bn1(x), inplace=True).mean((2, 3))
+    def lockstep(self, xs: Sequence[Tensor]) -> list[Tensor]:
+        xs = [self.conv1(x) for x in xs]
+        for group in (self.layer1, self.layer2, self.layer3):
+            xs = group.lockstep(xs)
+        return [x.mean((2, 3)) for x in self.bn1.lockstep(xs, relu=True)]

@@ -196,7 +196,7 @@ def _compiled_error():
 
 
 class Encoder(nn.Module):
-    """(x of one resolution, x of another) -> z of all rows: two passes, as PAWS has it."""
+    """(x of one resolution, x of another) -> z of all rows, as PAWS has it."""
 
     def __init__(self, trunk_norm, head_norm):
         super().__init__()
@@ -205,7 +205,22 @@ class Encoder(nn.Module):
         self.prediction = prediction_head(32, head_norm)
 
     def forward(self, x_large, x_small):
-        return torch.cat([self.prediction(self.projection(self.trunk(x))) for x in (x_large, x_small)])
+        h = self.projection.lockstep(self.trunk.lockstep([x_large, x_small]))
+        return torch.cat(self.prediction.lockstep(h))
+
+
+class TorchNorm2d(nn.BatchNorm2d):
+    """torch's batch norm, one resolution after the other."""
+
+    def lockstep(self, xs, residuals=None, *, relu=False):
+        ys = [self(x) for x in xs]
+        if residuals is not None:
+            ys = [y + residual for y, residual in zip(ys, residuals, strict=True)]
+        return [y.clamp(min=0) if relu else y for y in ys]
+
+
+class TorchNorm1d(nn.BatchNorm1d):
+    lockstep = TorchNorm2d.lockstep
 
 
 SUPPORTS, LARGE, SMALL = 6, 6, 12  # rows per rank
@@ -259,7 +274,7 @@ def _train_steps():
 
 def _one_process(dtype, scale=1.0):
     torch.manual_seed(0)
-    net = Encoder(nn.BatchNorm2d, nn.BatchNorm1d).to(dtype)
+    net = Encoder(TorchNorm2d, TorchNorm1d).to(dtype)
     large, small, targets, labels = _rows(dtype)
     # supports of both ranks, then anchors of both: the order that one process knows
     x_large = torch.cat([large[:, :SUPPORTS].flatten(0, 1), large[:, SUPPORTS:].flatten(0, 1)])
@@ -296,14 +311,29 @@ def _snapshot(net, losses):
     }
 
 
-def test_one_message_a_layer_and_pass_each_way(two_ranks):
-    """Catches a second collective in a layer, one without gradient purpose, and messages that grow with the batch."""
+def test_one_message_a_layer_each_way_for_both_resolutions(two_ranks):
+    """Catches a message per resolution, a second collective in a layer, and messages that grow with the batch."""
+    channels = _channels(Encoder(GlobalBatchNorm, GlobalBatchNorm))
     for forward, backward in two_ranks[_messages]:
-        channels = [m.num_features for m in Encoder(GlobalBatchNorm, GlobalBatchNorm).modules()
-                    if isinstance(m, GlobalBatchNorm)]  # fmt: skip
-        assert len(channels) == 57
-        assert sorted(forward) == sorted(2 * [8 * (2 * c + 1) for c in channels])
-        assert sorted(backward) == sorted(2 * [8 * 2 * c for c in channels])
+        assert forward == [8 * 2 * (2 * c + 1) for c in channels]
+        assert sorted(backward) == sorted(8 * 2 * 2 * c for c in channels)
+        assert len(forward) + len(backward) == 114
+        assert sum(forward) + sum(backward) == _statistics_bytes(channels)
+    with torch.device("meta"):
+        full = [resnet(50), projection_head(2048, 2048), prediction_head(2048)]
+    channels = [c for module in full for c in _channels(module)]
+    assert sum(channels) == 33_216
+    assert _statistics_bytes(channels) == 2_126_736
+
+
+def _statistics_bytes(channels):
+    """Of a step with two resolutions: float64 sums and sums of squares of each channel and a count each forward, two
+    sums each backward."""
+    return 8 * 2 * (4 * sum(channels) + len(channels))
+
+
+def _channels(net):
+    return [module.num_features for module in net.modules() if isinstance(module, GlobalBatchNorm)]
 
 
 def _messages():
