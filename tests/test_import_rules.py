@@ -40,6 +40,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "fastssl.dist": (set(), {"torch"}),
     "fastssl.launch": ({"fastssl.config", "fastssl.dist", "fastssl.engine", "loaders"}, {"torch"}),
     "fastssl.nn": ({"fastssl.dist"}, {"torch"}),
+    "fastssl.nn.batch_norm_triton": (set(), {"torch", "triton"}),
     "fastssl.optim": (set(), {"torch"}),
     "fastssl.methods": (
         {"fastssl.nn", "fastssl.optim", "fastssl.dist", "fastssl.config", "loaders.plan", "loaders.batch"},

@@ -1,9 +1,10 @@
-"""Every kernel of the CUDA finish compiles, from Triton to machine code, for GPUs that are not there."""
+"""Every Triton kernel compiles to machine code for GPUs that are not there."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,14 +22,32 @@ def test_every_kernel_compiles(tmp_path):
     ran = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root, timeout=240)
     assert ran.returncode == 0, ran.stderr[-3000:]
     report = json.loads(ran.stdout)
-    assert set(report["compiled"]) == set(report["kernels"]) and len(report["kernels"]) == 5
+    assert set(report["compiled"]) == set(report["kernels"]) and len(report["kernels"]) == 5 + 6
     for name, sizes in report["compiled"].items():
         assert set(sizes) == {str(a) for a in ARCHITECTURES} and min(sizes.values()) > 1000, name  # bytes
+    assert report["faults"] == []
+
+
+def faults(kernel: str, ptx: str, ttir: str) -> list[str]:
+    """What would cost batch norm's kernels their speed, their determinism or their largest tensors."""
+    found = []
+    if re.search(r"\b(ld|st)\.global\S*\.b16\b", ptx):
+        found.append(f"{kernel} moves half-precision numbers one by one, not 16 bytes at a time")
+    if re.search(r"\b(atom|red)\.", ptx):
+        found.append(f"{kernel} adds in whichever order programs end")
+    if "num_rows" in ttir and not re.search(r"arith\.muli .*i64", ttir):
+        found.append(f"{kernel} has no offset beyond 2**31")
+    return found
+
+
+def test_faults_would_be_noticed():
+    assert len(faults("k", "ld.global.b16 {%rs1}; red.global.add.f32", "%num_rows: i32")) == 3
+    assert faults("k", "@%p1 ld.global.v4.b32 {%r1};", "%num_rows: i32 arith.muli %1, %2 : i64") == []
 
 
 def main() -> None:
-    """Run the finish on CPU tensors with launches that compile for each architecture instead of running; print the
-    size of the machine code by kernel and architecture."""
+    """Call on CPU tensors what launches kernels, with launches that compile for each architecture instead of running;
+    print the size of the machine code by kernel and architecture, and what `faults` finds."""
     import numpy as np
     import torch
     import triton
@@ -36,6 +55,7 @@ def main() -> None:
     from triton.compiler import ASTSource
     from triton.runtime.jit import JITFunction
 
+    from fastssl.nn import batch_norm_triton
     from loaders.finish import triton_cuda
     from loaders.plan import ops
     from loaders.plan.views import CIFAR10, IMAGENET, SIGNED
@@ -45,16 +65,29 @@ def main() -> None:
         torch.bfloat16: "*bf16",
     }  # fmt: skip
     compiled: dict[str, dict[int, int]] = {}
+    found: list[str] = []
 
-    def compile_only(kernel, *args, grid, warmup, **kwargs):
+    def compile_only(kernel, *args, grid, warmup, num_warps=4, **kwargs):
         given = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
-        tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
-        constants = {name: value for name, value in given.items() if name not in tensors}
-        signature = {n: pointers[given[n].dtype] if n in tensors else "constexpr" for n in kernel.arg_names}
+        signature, constants, attributes = {}, {}, {}
+        for place, parameter in enumerate(kernel.params):
+            name, value = parameter.name, given[parameter.name]
+            if isinstance(value, torch.Tensor):
+                signature[name] = pointers[value.dtype]
+            elif parameter.is_constexpr or not isinstance(value, int):
+                signature[name], constants[name] = "constexpr", value
+            else:
+                signature[name] = "i32"
+            # as at a launch: torch's memory begins at multiples of 16
+            divides = isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
+            if name not in constants and divides and not parameter.do_not_specialize:
+                attributes[(place,)] = [["tt.divisibility", 16]]
         for architecture in ARCHITECTURES:
-            target = GPUTarget("cuda", architecture, 32)
-            code = triton.compile(ASTSource(kernel, signature, constants), target=target).asm["cubin"]
-            compiled.setdefault(kernel.__name__, {})[architecture] = len(code)
+            source, target = ASTSource(kernel, signature, constants, attributes), GPUTarget("cuda", architecture, 32)
+            code = triton.compile(source, target=target, options={"num_warps": num_warps})
+            compiled.setdefault(kernel.__name__, {})[architecture] = len(code.asm["cubin"])
+            if hasattr(batch_norm_triton, kernel.__name__):
+                found.extend(faults(f"{kernel.__name__} on sm_{architecture}", code.asm["ptx"], code.asm["ttir"]))
 
     JITFunction.run = compile_only
     flip, affine = ops.Flip(), ops.Affine()
@@ -68,8 +101,16 @@ def main() -> None:
         crops = torch.zeros((1, size, size, channels), dtype=torch.uint8)
         tables = tuple(op.parameters(np.full((1, op.num_draws), 0.5)) for op in chain)
         triton_cuda.finish(crops, chain, tables, pixels, torch.empty(crops.shape, dtype=dtype))
-    kernels = [name for name, value in vars(triton_cuda).items() if name.endswith("_kernel")]
-    print(json.dumps({"compiled": compiled, "kernels": kernels}))
+    per_channel = torch.zeros(64)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        x = torch.zeros((2, 64, 16, 16), dtype=dtype).contiguous(memory_format=torch.channels_last)
+        batch_norm_triton.statistics(x)
+        batch_norm_triton.normalise(x, per_channel, per_channel, x, relu=True)
+        for mask in (None, x, (per_channel, per_channel)):
+            batch_norm_triton.gradient_sums(x, mask, x, per_channel, per_channel)
+            batch_norm_triton.input_gradient(x, mask, x, per_channel, per_channel, per_channel, residual_gradient=True)
+    kernels = [name for module in (triton_cuda, batch_norm_triton) for name in vars(module) if name.endswith("_kernel")]
+    print(json.dumps({"compiled": compiled, "kernels": kernels, "faults": found}))
 
 
 if __name__ == "__main__":
