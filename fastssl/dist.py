@@ -9,6 +9,7 @@ each other, and on gloo a difference of order between ranks silently adds the wr
 """
 
 import os
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -95,7 +96,17 @@ def gather_rows(x_ND: Tensor) -> Tensor:
     own slice only: a reduce-scatter). After DDP's average over ranks, the parameter gradient is that of the mean of the
     ranks' losses, each a function of all rows.
     """
-    return _GatherRows.apply(x_ND) if td.is_initialized() else x_ND
+    return _GatherRows.apply(None, x_ND)[0] if td.is_initialized() else x_ND
+
+
+def gather_rows_together(*rows: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+    """`gather_rows` of several [N, D_i] tensors of one dtype in one message; backward is one message too, of those that
+    need a gradient.
+
+    Messages travel in `dtype` (default: the tensors' own), and results come back in the tensors' own. Values and
+    gradients are rounded to `dtype` alone as well, so that one rank trains on the same numbers as many.
+    """
+    return _GatherRows.apply(dtype, *rows) if td.is_initialized() or dtype is not None else rows
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
@@ -111,15 +122,42 @@ def mean_over_ranks(x: Tensor) -> Tensor:
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor) -> Tensor:
-        ops = torch.ops._c10d_functional
-        return ops.wait_tensor(ops.all_gather_into_tensor(x_ND.contiguous(), world_size(), _world_name()))
+    def forward(ctx: Any, dtype: torch.dtype | None, *rows: Tensor) -> tuple[Tensor, ...]:
+        ctx.dtype = dtype or rows[0].dtype
+        ctx.set_materialize_grads(False)
+        gathered = _as_one(_all_gather, rows, ctx.dtype)
+        needed = ctx.needs_input_grad[1:]
+        ctx.mark_non_differentiable(*(g for g, need in zip(gathered, needed, strict=True) if not need))
+        return gathered
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, g_WND: Tensor) -> Tensor:
-        ops = torch.ops._c10d_functional
-        return ops.wait_tensor(ops.reduce_scatter_tensor(g_WND.contiguous(), "sum", world_size(), _world_name()))
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        held = [g for g in gradients if g is not None]
+        summed = iter(_as_one(_reduce_scatter, held, ctx.dtype))
+        return None, *(None if g is None else next(summed) for g in gradients)
+
+
+def _as_one(collective: Callable[[Tensor], Tensor], rows: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The collective of several tensors' rows, side by side in one message of `dtype`; results in their own dtype."""
+    if len(rows) == 1:
+        return (collective(rows[0].to(dtype).contiguous()).to(rows[0].dtype),)
+    message = collective(torch.cat([x.to(dtype) for x in rows], dim=1))
+    return tuple(y.to(rows[0].dtype) for y in message.split([x.shape[1] for x in rows], dim=1))
+
+
+def _all_gather(x: Tensor) -> Tensor:
+    if not td.is_initialized():
+        return x
+    ops = torch.ops._c10d_functional
+    return ops.wait_tensor(ops.all_gather_into_tensor(x, world_size(), _world_name()))
+
+
+def _reduce_scatter(x: Tensor) -> Tensor:
+    if not td.is_initialized():
+        return x
+    ops = torch.ops._c10d_functional
+    return ops.wait_tensor(ops.reduce_scatter_tensor(x, "sum", world_size(), _world_name()))
 
 
 class _MeanOverRanks(torch.autograd.Function):

@@ -1,20 +1,38 @@
 """PAWS's loss against a loop-by-loop float64 transcription of its source, value and gradient."""
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastssl.methods.paws import diagnostics, label_matrix, paws_loss
+from fastssl.methods.base import Facts
+from fastssl.methods.paws import MIN_TARGET, Paws, consistency, diagnostics, gather_supports, paws_loss, sharpen
+from fastssl.nn import similarity
+from fastssl.nn.encoders import ResNet
+from fastssl.nn.similarity import BalancedLabels, DenseLabels
+from fastssl.recipes import resolve
+from loaders.batch import Batch, Part
+from loaders.plan.order import ClassIndex, balanced
+from loaders.plan.views import UNIT, Rrc, View
 
 IMAGES, SUPPORTS, CLASSES, WIDTH = 3, 8, 4, 5
+
+
+def label_matrix(columns_S, num_columns, smoothing):
+    """Smoothed one-hot rows, float64 [S, K]."""
+    return F.one_hot(columns_S, num_columns).double() * (1 - smoothing) + smoothing / num_columns
 
 
 def inputs(num_crops, seed=0, labels_SK=None):
     """Anchors, supports, labels and projections of one rank, float64; z and z_support ask for gradients."""
     generator = torch.Generator().manual_seed(seed)
     if labels_SK is None:
-        labels_SK = label_matrix(torch.arange(SUPPORTS) % CLASSES, CLASSES, smoothing=0.1).double()
+        labels_SK = label_matrix(torch.arange(SUPPORTS) % CLASSES, CLASSES, smoothing=0.1)
     z_ND, z_support_SD, h_GD, h_support_SD = (
         torch.randn(rows, WIDTH, generator=generator, dtype=torch.float64)
         for rows in ((2 + num_crops) * IMAGES, len(labels_SK), 2 * IMAGES, len(labels_SK))
@@ -123,7 +141,7 @@ def test_crops_count_in_mean_entropy():
 
 def test_class_without_support_is_finite_and_neutral():
     """A column of zeros (a phantom class) gives p = t = 0: same loss and gradient as without it, no NaN."""
-    unsmoothed = label_matrix(torch.arange(SUPPORTS) % CLASSES, CLASSES, smoothing=0.0).double()
+    unsmoothed = label_matrix(torch.arange(SUPPORTS) % CLASSES, CLASSES, smoothing=0.0)
     padded = torch.cat([unsmoothed, torch.zeros(SUPPORTS, 1, dtype=torch.float64)], dim=1)
     results = []
     for labels_SK in (unsmoothed, padded):
@@ -153,18 +171,209 @@ def test_rows_that_are_not_whole_views_are_refused(anchors, globals_):
         paws_loss(*rows)
 
 
-def test_label_matrix_by_hand():
-    """Smoothing spreads over all columns, so rows sum to 1 (the authors' other variant sums to 1.7)."""
-    labels_SK = label_matrix(torch.tensor([2, 0]), 4, smoothing=0.1)
-    expected = torch.tensor([[0.025, 0.025, 0.925, 0.025], [0.925, 0.025, 0.025, 0.025]])
-    torch.testing.assert_close(labels_SK, expected)
-    assert torch.equal(label_matrix(torch.tensor([1]), 2, smoothing=0.0), torch.tensor([[0.0, 1.0]]))
+def plain_paws_loss(z_ND, z_support_SD, labels_SK, h_GD, h_support_SD, tau=0.1, sharpen_T=0.25):
+    """The loss as a few products of whole matrices, every step left to autograd."""
+
+    def soft_nn(query_ND, support_SD):
+        return torch.softmax(F.normalize(query_ND) @ F.normalize(support_SD).T / tau, dim=1) @ labels_SK
+
+    def times_log(t, p):
+        return t * p.clamp_min(torch.finfo(p.dtype).tiny).log()
+
+    images = len(h_GD) // 2
+    target_GK = sharpen(soft_nn(h_GD.roll(images, dims=0), h_support_SD), sharpen_T)
+    crop_BK = (target_GK[:images] + target_GK[images:]) / 2
+    target_NK = torch.cat([target_GK, crop_BK.repeat(len(z_ND) // images - 2, 1)])
+    p_NK = soft_nn(z_ND, z_support_SD)
+    mean_K = sharpen(p_NK, sharpen_T).mean(dim=0)
+    cross_entropy = -times_log(torch.where(target_NK < MIN_TARGET, 0.0, target_NK), p_NK).sum(dim=1).mean()
+    return cross_entropy, times_log(mean_K, mean_K).sum()
+
+
+@pytest.mark.parametrize("dtype, of_value, of_gradient", [(torch.float64, 1e-13, 1e-12), (torch.float32, 1e-6, 1e-5)])
+@pytest.mark.parametrize("elements", [1, 1000, 2**30], ids=["single rows", "uneven chunks", "one chunk"])
+@pytest.mark.parametrize("dense", [False, True])
+def test_chunks_equal_whole_matrices(dense, elements, dtype, of_value, of_gradient, monkeypatch):
+    """Catches rows lost or doubled where chunks end, a chunk that spans views and takes one view's targets, a gradient
+    that only the last chunk gives, and weights kept of a chunk that is not the only one. (In float32 both gradients
+    are off by some 1e-6, and so the bound is that of the sum.)"""
+    monkeypatch.setattr(similarity, "MAX_ELEMENTS", elements)
+    generator = torch.Generator().manual_seed(0)
+    balanced_labels = BalancedLabels(12, 7, copies=2, smoothing=0.1)
+    labels_SK = label_matrix(balanced_labels.columns("cpu"), 12, 0.1).to(dtype)
+    z_ND, z_support_SD, h_GD, h_support_SD = (
+        torch.randn(rows, 16, generator=generator, dtype=dtype) for rows in (5 * 11, 168, 2 * 11, 168)
+    )
+    leaves = z_ND.requires_grad_(), z_support_SD.requires_grad_()
+    got = paws_loss(*leaves, labels_SK if dense else balanced_labels, h_GD, h_support_SD)
+    expected = plain_paws_loss(*leaves, labels_SK, h_GD, h_support_SD)
+    for part, plain in zip(got, expected, strict=True):
+        assert abs(part.item() / plain.item() - 1) < of_value
+    for weight in (1.0, 3.0):  # twice: backward leaves what it needs as it was
+        gradients, plain = (
+            torch.autograd.grad(cross_entropy + weight * me_max, leaves, retain_graph=True)
+            for cross_entropy, me_max in (got, expected)
+        )
+        assert max(map(relative_error, gradients, plain)) < of_gradient
+
+
+@pytest.mark.parametrize("ranks, copies", [(1, 1), (1, 2), (3, 1), (4, 1), (4, 2), (8, 2)])
+def test_balanced_labels_equal_their_matrix(ranks, copies):
+    """Six columns of four, on 1 to 8 ranks: with 4 and 8 ranks parts break columns. Catches views mistaken for ranks,
+    columns of a rank's own instead of all ranks', and smoothing that leaves the gradient's mean in."""
+    labels = BalancedLabels(6, 4, copies, ranks, smoothing=0.3)
+    index = ClassIndex.of(np.arange(60), np.arange(60) % 6, 6)
+    parts = np.arange(24).reshape(ranks, -1)
+    drawn = [np.tile(balanced(rows, 0, index, 6, 4, np.uint64(7))[1], copies) for rows in parts]
+    columns_S = torch.from_numpy(np.concatenate(drawn))
+    assert torch.equal(labels.columns(torch.device("cpu")), columns_S)
+
+    dense = DenseLabels(label_matrix(columns_S, 6, 0.3))
+    generator = torch.Generator().manual_seed(0)
+    weight_nS = torch.randn(5, 24 * copies, generator=generator, dtype=torch.float64).softmax(dim=1)
+    gradient_nK = torch.randn(5, 6, generator=generator, dtype=torch.float64)
+    p_nK = dense.predictions(weight_nS)
+    torch.testing.assert_close(labels.predictions(weight_nS), p_nK, rtol=1e-13, atol=0)
+    torch.testing.assert_close(
+        labels.logit_gradient(weight_nS, p_nK, gradient_nK),
+        dense.logit_gradient(weight_nS, p_nK, gradient_nK),
+        rtol=1e-12,
+        atol=1e-15,
+    )
+
+
+def test_unit_rows_equal_normalize():
+    """Value and gradient, for a row of zeros too (which a dead network gives): catches NaN from 0 / 0."""
+    x_ND = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x_ND[2] = 0
+    results = []
+    for normalize in (similarity.unit_rows, F.normalize):
+        leaf = x_ND.clone().requires_grad_()
+        unit_ND = normalize(leaf)
+        results.append((unit_ND, *torch.autograd.grad((unit_ND * torch.arange(12.0).view(4, 3)).sum(), leaf)))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-15)
+
+
+# -------------------------------------------------------------------------------------- of the ImageNet job: 960 x 7
+
+ANCHORS, NUM_SUPPORTS = 8 * 4096, 960 * 7
+
+
+@pytest.mark.parametrize("share, limit_mb", [(8, 64), (1, 300)])
+def test_workspace_is_that_of_a_chunk(share, limit_mb):
+    """Allocator events, not resident memory: beyond what it is given, and unit rows and gradients of anchors and
+    supports, the loss with its backward takes 64 MB at an eighth of the batch and 300 MB for all of it. Catches the
+    similarity matrix (881 MB) and targets of all views (126 MB)."""
+    assert _workspace_bytes(ANCHORS // share, width=8) < limit_mb * 1e6
+
+
+def test_workspace_does_not_grow_with_the_features():
+    """Catches temporaries as wide as features (34 MB each at an eighth of the batch): as two narrow widths need the
+    same workspace, so do the job's 2,048."""
+    assert _workspace_bytes(ANCHORS // 8, width=40) <= _workspace_bytes(ANCHORS // 8, width=8)
+
+
+def _workspace_bytes(anchors, width):
+    """Most bytes that the loss and its backward held at once, less unit rows and gradients of anchors and supports."""
+    return _peak_bytes(anchors, width) - 2 * (anchors + NUM_SUPPORTS) * width * 4
+
+
+def _peak_bytes(anchors, width):
+    """Most bytes that the loss and its backward held at once."""
+    z_ND, z_support_SD, h_GD, h_support_SD = (
+        torch.randn(rows, width) for rows in (anchors, NUM_SUPPORTS, anchors // 4, NUM_SUPPORTS)
+    )
+    leaves = z_ND.requires_grad_(), z_support_SD.requires_grad_()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        sum(paws_loss(*leaves, BalancedLabels(960, 7, smoothing=0.1), h_GD, h_support_SD)).backward()
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(np.cumsum(changes))
+
+
+# ---------------------------------------------------------------------------------------------------------- the step
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_step_never_waits_for_the_device(precision):
+    """Catches a value, a shape that depends on values, or a condition that the host would wait for."""
+    method, batch = tiny_paws(precision), tiny_batch()
+    nets = method.nets()
+    with NoWaiting() as mode:
+        method.loss(nets, batch)["total"].backward()
+    assert mode.num_calls > 200  # backward's included
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails at any operator that a GPU's host would have to wait for."""
+
+    num_calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "unique"), name
+        assert not (name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])), "boolean mask"
+        self.num_calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_half_precision_recipes_exchange_half_the_bytes():
+    """The step equals `consistency` of supports in bfloat16, one rank's too, and differs from that of exact ones:
+    catches an exchange in full precision, and one rank that trains on other numbers than many."""
+    method, batch = tiny_paws("bf16"), tiny_batch()
+    seen = {}
+    nets = method.nets()
+    nets.online.register_forward_hook(lambda module, args, out: seen.update(h=out[0], z=out[1]))
+    total = method.loss(nets, batch)["total"].item()
+    h, z = seen["h"], seen["z"]
+    labels = BalancedLabels(4, 2, copies=2, smoothing=0.1)
+    totals = {}
+    for dtype in (None, torch.bfloat16):
+        supports = gather_supports(z[0][:16], h[0][:16], labels, dtype)
+        totals[dtype] = sum(consistency(torch.cat([z[0][16:], z[1]]), h[0][16:], supports, tau=0.1, sharpen_T=0.25))
+    assert total == totals[torch.bfloat16].item()
+    assert 1e-7 < abs(total - totals[None].item()) < 1e-2
+
+
+def tiny_paws(precision):
+    """PAWS on 8-pixel images: four classes of two supports, seen twice; two global views and three small crops."""
+    (stage,) = resolve("paws.digits")
+    config = replace(
+        stage.method,
+        encoder=ResNet(10, stem="cifar", base_width=4),
+        out_features=16,
+        prediction=True,
+        small_view=View("small", 6, Rrc((0.3, 0.6)), pixels=UNIT, copies=3),
+        classes_global=4,
+        images_per_class=2,
+        support_views=2,
+        precision=precision,
+    )
+    torch.manual_seed(0)
+    return Paws(config, Facts(num_classes=10, channels=1, seed=0), {})
+
+
+def tiny_batch():
+    generator = torch.Generator().manual_seed(1)
+
+    def part(images, columns, **views):
+        shapes = {name: (copies * images, 1, size, size) for name, (copies, size) in views.items()}
+        x = {name: torch.rand(shape, generator=generator) for name, shape in shapes.items()}
+        ids = torch.arange(images)
+        return Part(x, ids, ids % 4, columns, ids, ids)
+
+    parts = {
+        "support": part(8, torch.arange(8) // 2, support=(2, 8)),
+        "unlabelled": part(6, None, **{"global": (2, 8), "small": (3, 6)}),
+    }
+    return Batch(parts, torch.tensor(0))
 
 
 def test_diagnostics_equal_their_definitions():
     """Each against loops: catches a support that classifies itself, and one direction of the views left out."""
     _, _, labels_SK, h_GD, h_support_SD = inputs(0, seed=3)
-    got = diagnostics(h_GD, h_support_SD, labels_SK, tau=0.2, sharpen_T=0.25)
+    got = diagnostics(h_GD, F.normalize(h_support_SD), DenseLabels(labels_SK), tau=0.2, sharpen_T=0.25)
 
     unit = [row / row.norm() for row in h_GD]
     views = unit[:IMAGES], unit[IMAGES:]

@@ -24,6 +24,7 @@ def _everything():
         "ragged": [dist.gather_ragged(_ROWS[:n][_share(n)]) for n in (7, 2, 0)],
         "ragged_int": dist.gather_ragged(torch.arange(5)[_share(5)]),
         "gathered": dist.gather_rows(torch.full((2, 1), dist.rank())),
+        "together": _together(),
         "mean": dist.mean_over_ranks(torch.tensor([1.0 * dist.rank()])),
         "votes": [dist.all_true(True), dist.all_true(dist.rank() != 1)],
         "object": dist.broadcast_object({"from": dist.rank()}, source=1),
@@ -58,6 +59,34 @@ def _gradient():
     own = _inputs()[dist.rank()] @ weight.view(2, 2)
     loss = _loss(own, dist.gather_rows(own), dist.mean_over_ranks(own.sigmoid().mean(0)))
     return torch.autograd.grad(loss, weight)[0]
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_rows_together_are_those_apart(ranks, dtype):
+    """Catches columns of one tensor in another, a gradient for what asks for none, and one that is not rounded."""
+    for rank in ranks:
+        got, apart = rank["together"][dtype]
+        assert [tuple(t.shape) for t in got] == [(15, 2), (15, 1), (5, 2)]
+        for value, expected in zip(got, apart, strict=True):
+            assert value.dtype == torch.float64
+            torch.testing.assert_close(value, expected, rtol=2**-6 if dtype else 0, atol=0)
+            assert torch.equal(value, value.to(torch.bfloat16).double()) == (dtype is not None)
+
+
+def _together():
+    """By dtype: rows of two tensors and the gradient of the first, gathered in one message; and in one each."""
+    first, second = _inputs()[dist.rank()].exp(), _inputs()[dist.rank()][:, :1].exp()
+    weight = torch.arange(30.0, dtype=torch.float64).add(1).sqrt().view(15, 2)
+    leaf = first.clone().requires_grad_()
+    (apart,) = torch.autograd.grad((dist.gather_rows(leaf) * weight).sum(), leaf)
+    result = {}
+    for dtype in (None, torch.bfloat16):
+        leaf = first.clone().requires_grad_()
+        one, two = dist.gather_rows_together(leaf, second, dtype=dtype)
+        assert one.requires_grad and not two.requires_grad
+        (gradient,) = torch.autograd.grad((one * weight).sum(), leaf)
+        result[dtype] = (one.detach(), two, gradient), (dist.gather_rows(first), dist.gather_rows(second), apart)
+    return result
 
 
 def _inputs():
@@ -100,6 +129,7 @@ def _barrier_wait_s():
 def test_alone_everything_is_the_identity():
     x = torch.randn(3, 2, requires_grad=True)
     assert dist.gather_rows(x) is x
+    assert dist.gather_rows_together(x, x) == (x, x)
     assert dist.mean_over_ranks(x) is x
     assert torch.equal(dist.gather_ragged(x), x) and not dist.gather_ragged(x).requires_grad
     assert dist.all_true(True) and not dist.all_true(False)
@@ -109,6 +139,15 @@ def test_alone_everything_is_the_identity():
     dist.shutdown()
     with pytest.raises(RuntimeError, match=r"fastssl\.dist\.init"):
         dist.statistics_group()
+
+
+def test_alone_rows_are_rounded_as_among_many():
+    """Catches one process that trains on other numbers than many ranks: value and gradient are those of bfloat16."""
+    x, y = torch.tensor([[1.0, 1 + 2**-9]], requires_grad=True), torch.tensor([[3 - 2**-9]])
+    rounded_x, rounded_y = dist.gather_rows_together(x, y, dtype=torch.bfloat16)
+    assert rounded_x.tolist() == [[1, 1]] and rounded_y.tolist() == [[3]]
+    (gradient,) = torch.autograd.grad((rounded_x * (1 + 2**-9)).sum(), x)
+    assert gradient.tolist() == [[1, 1]] and gradient.dtype == torch.float32
 
 
 def test_init_names_what_the_environment_lacks(monkeypatch):
