@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from fastssl.config import ConfigError, FastsslError
+from fastssl.config import EXIT_STOPPED, ConfigError, FastsslError, Stopped
 from fastssl.datasets import KNOWN_SETS
 from loaders.errors import LoaderError
 
@@ -29,6 +29,9 @@ def _in_users_words(command: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
             return command(*args, **kwargs)
+        except Stopped as stop:
+            click.echo(stop, err=True)
+            sys.exit(EXIT_STOPPED)
         except (FastsslError, LoaderError) as error:
             raise click.ClickException(str(error)) from error
         except KeyboardInterrupt:
@@ -54,7 +57,7 @@ def main() -> None:
 @_data
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory [runs/RECIPE-seedK].")
 @click.option("--gpus", type=click.IntRange(1), help="Ranks, one a GPU, on all hosts together.")
-@click.option("--cpu-ranks", type=click.IntRange(1), help="Ranks on the CPU of this host [1].")
+@click.option("--cpu-ranks", type=click.IntRange(1), help="Ranks on CPUs, here unless a launcher starts them [1].")
 @click.option(
     "--step",
     "how",
@@ -71,6 +74,12 @@ def main() -> None:
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change a field of the recipe.")
 @click.option("--seeds", default="0", show_default=True, help="Seed, or several separated by commas.")
 @click.option("--dry-run", is_flag=True, help="Print what would be done; needs neither data nor devices.")
+@click.option("--submit", type=click.Choice(["slurm"]), help="Submit as a job, which is requeued when it is preempted.")
+@click.option("--nodes", type=click.IntRange(1), help="--submit: hosts [ranks / 8].")
+@click.option("--gpus-per-node", type=click.IntRange(1), help="--submit: GPUs of each host [8].")
+@click.option("--cpus-per-rank", type=click.IntRange(1), help="--submit: [10 beside a GPU, else 1].")
+@click.option("--partition", help="--submit: SLURM's partition [its default].")
+@click.option("--time", "time_limit", metavar="[D-]H:MM:SS", help="--submit: time limit, after which it is requeued.")
 @_in_users_words
 def train(
     recipe: str,
@@ -89,13 +98,19 @@ def train(
     changes: tuple[str, ...],
     seeds: str,
     dry_run: bool,
+    submit: str | None,
+    nodes: int | None,
+    gpus_per_node: int | None,
+    cpus_per_rank: int | None,
+    partition: str | None,
+    time_limit: str | None,
 ) -> None:
     """Train RECIPE (default: paws.digits). The same command continues a run that was stopped."""
     from fastssl.dry_run import describe
     from fastssl.engine.checkpoint import write_atomically
     from fastssl.engine.job import Job
     from fastssl.evaluation.summary import accuracy_cell, spread_over_seeds
-    from fastssl.launch import start
+    from fastssl.launch import launcher, start
     from fastssl.recipes import resolve
 
     if gpus and cpu_ranks:
@@ -111,7 +126,7 @@ def train(
         raise ConfigError(f"{recipe} needs images: --data {known.how}")
     if out and len(chosen) > 1:
         raise ConfigError("--out names one run; with several --seeds leave it out")
-    if len(chosen) > 1 and "RANK" in os.environ:
+    if len(chosen) > 1 and launcher() is not None:
         raise ConfigError("--seeds: one seed a command where a launcher starts the ranks")
     job = Job(
         recipe=recipe,
@@ -135,6 +150,23 @@ def train(
         click.echo(describe(job))
         return
     jobs = [replace(job, seed=seed, out=out or Path("runs") / f"{recipe}-seed{seed}") for seed in chosen]
+    if submit:
+        from fastssl.submit import submit as submit_to_slurm
+
+        for each in jobs:
+            click.echo(
+                submit_to_slurm(
+                    each,
+                    nodes=nodes,
+                    gpus_per_node=gpus_per_node,
+                    cpus_per_rank=cpus_per_rank,
+                    partition=partition,
+                    time_limit=time_limit,
+                )
+            )
+        return
+    if any((nodes, gpus_per_node, cpus_per_rank, partition, time_limit)):
+        raise ConfigError("--nodes, --gpus-per-node, --cpus-per-rank, --partition and --time belong to --submit slurm")
     results = [start(j) for j in jobs]
     if len(jobs) > 1:
         scores = spread_over_seeds(results)

@@ -3,9 +3,10 @@
 Every function works alone too: without a process group there is one rank, and a collective is the identity. gloo (CPU)
 and NCCL (GPU) run the same code. All ranks must call the collectives in the same order.
 
-`init` makes two groups. The default one carries DDP's gradient buckets and everything below; the second carries nothing
-but batch-norm messages, which DDP's buckets overtake during backward: two kinds of message in one queue would wait for
-each other, and on gloo a difference of order between ranks silently adds the wrong tensors.
+`init` makes three groups. The default one carries DDP's gradient buckets and most of what is below; the second carries
+nothing but batch-norm messages, which DDP's buckets overtake during backward: two kinds of message in one queue would
+wait for each other, and on gloo a difference of order between ranks silently adds the wrong tensors. The third is always
+gloo and carries what hosts say to each other while their devices work.
 """
 
 import os
@@ -21,36 +22,45 @@ from torch.nn import functional as F
 T = TypeVar("T")
 
 _statistics_group: td.ProcessGroup | None = None
+_host_group: td.ProcessGroup | None = None
+_store: td.Store | None = None
 
 
-def init(backend: str, *, init_method: str = "env://", timeout_s: float = 600.0) -> None:
+def init(
+    backend: str, *, init_method: str = "env://", timeout_s: float = 600.0, join_timeout_s: float = 600.0
+) -> None:
     """Join the other ranks; `backend` is "gloo" or "nccl" (which also selects this rank's GPU).
 
     Reads RANK, LOCAL_RANK and WORLD_SIZE, and for `env://` MASTER_ADDR and MASTER_PORT, as torchrun sets them.
-    Raises RuntimeError where one of the first three is missing.
+    Raises RuntimeError where one of the first three is missing, torch's DistError where the ranks have not come
+    together within `join_timeout_s`. A later collective fails after `timeout_s`.
     """
-    global _statistics_group
+    global _statistics_group, _host_group, _store
     missing = [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name not in os.environ]
     if missing:
         raise RuntimeError(f"{', '.join(missing)} not set: start the ranks with torchrun or `fastssl train --gpus N`")
     device = torch.device("cuda", local_rank()) if backend == "nccl" else None
     if device is not None:
         torch.cuda.set_device(device)
+    own = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    _store, rank, world = next(td.rendezvous(init_method, *own, timeout=timedelta(seconds=join_timeout_s)))
+    _store.set_timeout(timedelta(seconds=timeout_s))
     td.init_process_group(
         backend,
-        init_method=init_method,
-        rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]),
+        store=td.PrefixStore("groups", _store),
+        rank=rank,
+        world_size=world,
         timeout=timedelta(seconds=timeout_s),
         device_id=device,
     )
     _statistics_group = td.new_group(timeout=timedelta(seconds=timeout_s))
+    _host_group = td.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
 
 
 def shutdown() -> None:
-    """Leave both groups; does nothing alone."""
-    global _statistics_group
-    _statistics_group = None
+    """Leave the groups; does nothing alone."""
+    global _statistics_group, _host_group, _store
+    _statistics_group = _host_group = _store = None
     if td.is_initialized():
         td.destroy_process_group()
 
@@ -71,6 +81,17 @@ def local_rank() -> int:
 def is_main() -> bool:
     """True on the one rank that prints and writes."""
     return rank() == 0
+
+
+def first_to(what: str) -> bool:
+    """Whether no rank has asked this before. No collective: it answers when peers are gone, too. Where there is no
+    store to ask, for the ranks never met or it went with the first of them, one rank a host and rank 1 are told yes."""
+    if _store is not None:
+        try:
+            return _store.add(f"first to {what}", 1) == 1
+        except RuntimeError:  # its rank is gone
+            pass
+    return local_rank() == 0 or os.environ.get("RANK") == "1"
 
 
 def statistics_group() -> td.ProcessGroup:
@@ -215,6 +236,30 @@ def broadcast_object(value: T, source: int = 0) -> T:
     box = [value]
     td.broadcast_object_list(box, src=source, device=_message_device())
     return box[0]
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every rank's value (anything that pickles), in rank order, on all ranks. Between hosts: no device is waited for."""
+    if not td.is_initialized():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    td.all_gather_object(values, value, group=_host_group)
+    return values
+
+
+def begin_greatest(value: int) -> Callable[[], int]:
+    """Begin to find the greatest of the ranks' values, between hosts alone; what is returned waits for it and gives
+    it. All ranks must begin in the same order."""
+    if not td.is_initialized():
+        return lambda: value
+    greatest = torch.tensor(value)
+    work = td.all_reduce(greatest, td.ReduceOp.MAX, group=_host_group, async_op=True)
+
+    def answer() -> int:
+        work.wait()
+        return int(greatest)
+
+    return answer
 
 
 def barrier() -> None:
