@@ -43,6 +43,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "fastssl.nn": ({"fastssl.dist"}, {"torch"}),
     "fastssl.nn.batch_norm_triton": (set(), {"torch", "triton"}),
     "fastssl.optim": (set(), {"torch"}),
+    "fastssl.optim.lars_triton": (set(), {"torch", "triton"}),
     "fastssl.methods": (
         {"fastssl.nn", "fastssl.optim", "fastssl.dist", "fastssl.config", "loaders.plan", "loaders.batch"},
         {"torch"},

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastssl.nn.heads import prediction_head, projection_head
 from fastssl.nn.resnet import resnet
-from fastssl.optim.lars import ROW, Lars
+from fastssl.optim.lars import ROW, Lars, _dense_stride
 from fastssl.optim.param_groups import lars_groups
 
 
@@ -65,27 +65,33 @@ def small_params(dtype):
     return adapted, excluded
 
 
-def set_gradients(params, step, dtype):
-    """Keyed gradients; the fifth tensor's is zero on every third step, all have a scale of their own."""
+def set_gradients(params, step):
+    """Keyed gradients, row-major whatever the weight's memory order, each on a scale of its own; the fifth tensor's is
+    zero on every third step."""
     generator = torch.Generator().manual_seed(1000 + step)
     for index, p in enumerate(params):
-        g = torch.randn(p.shape, generator=generator, dtype=dtype) * 10.0 ** (index - 3)
-        p.grad = g.mul_(0) if index == 4 and step % 3 == 0 else g
+        g = torch.randn(p.shape, generator=generator, dtype=p.dtype) * 10.0 ** (index - 3)
+        p.grad = (g.mul_(0) if index == 4 and step % 3 == 0 else g).to(p.device)
 
 
-def worst_relative_error(form, num_steps, dtype, decay, trust, eps):
+def small_lars(weights, **settings):
+    """Parameters that start at copies of `weights` as `small_params` gives them, and their optimiser."""
+    params = [torch.nn.Parameter(w.clone()) for w in weights]
+    return params, Lars([{"params": params[:5]}, {"params": params[5:], "lars_exclude": True}], **settings)
+
+
+def worst_relative_error(form, num_steps, dtype, decay, trust, eps, device="cpu"):
     """Largest ‖fast - slow‖/‖slow‖ of any tensor at any step, the slow one in float64, under a moving rate."""
-    adapted, excluded = small_params(dtype)
-    params = [torch.nn.Parameter(w.clone()) for w in adapted + excluded]
+    weights = [w.to(device) for w in sum(small_params(dtype), [])]
     settings = {"weight_decay": decay, "trust_coefficient": trust, "eps": eps}
-    opt = Lars([{"params": params[:5]}, {"params": params[5:], "lars_exclude": True}], lr=1.0, form=form, **settings)
-    slow = [(w.double(), torch.zeros_like(w, dtype=torch.float64)) for w in adapted + excluded]
+    params, opt = small_lars(weights, lr=1.0, form=form, **settings)
+    slow = [(w.double(), torch.zeros_like(w, dtype=torch.float64)) for w in weights]
     worst = 0.0
     for step in range(num_steps):
         lr = 0.3 + 0.25 * math.sin(step / 7)
         for group in opt.param_groups:
             group["lr"] = lr
-        set_gradients(params, step, dtype)
+        set_gradients(params, step)
         slow = [
             REFERENCES[form](w, p.grad.double(), v, lr, 0.9, decay, trust, eps, exclude=index >= 5)
             for index, (p, (w, v)) in enumerate(zip(params, slow, strict=True))
@@ -127,31 +133,70 @@ def test_first_step_of_byol_form_by_hand():
 def test_state_round_trips_bitwise():
     """A run resumed from state_dict equals the uninterrupted one to the last bit (catches momenta that load beside the
     flat buffer and are then ignored)."""
-    adapted, excluded = small_params(torch.float32)
 
     def make():
-        params = [torch.nn.Parameter(w.clone()) for w in adapted + excluded]
-        groups = [{"params": params[:5]}, {"params": params[5:], "lars_exclude": True}]
-        return params, Lars(groups, lr=0.3, weight_decay=0.01)
+        return small_lars(sum(small_params(torch.float32), []), lr=0.3, weight_decay=0.01)
 
     params, opt = make()
     for step in range(10):
         if step == 5:
             saved = copy.deepcopy(([p.detach() for p in params], opt.state_dict()))
-        set_gradients(params, step, torch.float32)
+        set_gradients(params, step)
         opt.step()
 
     resumed, resumed_opt = make()
-    set_gradients(resumed, 99, torch.float32)
+    set_gradients(resumed, 99)
     resumed_opt.step()  # a throw-away step before loading, as after a warm-up
     with torch.no_grad():
         for p, w in zip(resumed, saved[0], strict=True):
             p.copy_(w)
     resumed_opt.load_state_dict(saved[1])
     for step in range(5, 10):
-        set_gradients(resumed, step, torch.float32)
+        set_gradients(resumed, step)
         resumed_opt.step()
     assert all(torch.equal(a, b) for a, b in zip(params, resumed, strict=True))
+
+
+@pytest.mark.parametrize("form", ["paws", "simclr", "byol"])
+def test_rate_may_be_a_tensor(form):
+    """A 0-dim float32 tensor that is refilled gives the bits that a Python float gives; 0.3 is no float32."""
+    weights = sum(small_params(torch.float32), [])
+    by_float, float_opt = small_lars(weights, lr=0.3, weight_decay=0.01, form=form)
+    rate = torch.tensor(0.3)
+    by_tensor, tensor_opt = small_lars(weights, lr=rate, weight_decay=0.01, form=form)
+    for step in range(4):
+        rate.fill_(0.3 + 0.1 * step)
+        for group in float_opt.param_groups:
+            group["lr"] = 0.3 + 0.1 * step
+        for params, opt in ((by_float, float_opt), (by_tensor, tensor_opt)):
+            set_gradients(params, step)
+            opt.step()
+        assert all(torch.equal(a, b) for a, b in zip(by_float, by_tensor, strict=True))
+
+
+def test_weight_with_gaps_in_its_memory():
+    """Every other column of a matrix moves, the rest stays; such a weight is not one run of memory to a kernel."""
+    matrix = torch.ones(4, 6)
+    w = torch.nn.Parameter(matrix[:, ::2])
+    assert _dense_stride(w) != w.stride() and _dense_stride(matrix) == matrix.stride()
+    w.grad = torch.full((4, 3), 0.5)
+    Lars([{"params": [w], "lars_exclude": True}], lr=1.0).step()
+    assert torch.equal(matrix, torch.tensor([[0.5, 1.0] * 3] * 4))
+
+
+def test_weights_that_move_keep_their_momenta():
+    """A weight taken to another memory order between steps goes on as if it had stayed."""
+    weights = sum(small_params(torch.float32), [])
+    stayed, stayed_opt = small_lars(weights, lr=0.3, weight_decay=0.01)
+    moved, moved_opt = small_lars(weights, lr=0.3, weight_decay=0.01)
+    for step in range(3):
+        for params, opt in ((stayed, stayed_opt), (moved, moved_opt)):
+            set_gradients(params, step)
+            opt.step()
+        moved[0].data = moved[0].data.contiguous()
+    buffer = moved_opt.state[moved[0]]["momentum_buffer"]
+    assert buffer.stride() == moved[0].stride() != stayed[0].stride()
+    torch.testing.assert_close(moved, stayed)
 
 
 def test_parameter_without_gradient_is_left_alone():
@@ -253,12 +298,19 @@ def test_groups_of_resnet50(resnet50):
 
 
 @pytest.mark.parametrize(
-    "form, scaled, num_dispatches",
-    [("paws", False, 20), ("simclr", False, 18), ("byol", False, 18), ("paws", True, 24)],
+    "form, scaled, rate, num_dispatches",
+    [
+        ("paws", False, 0.3, 21),
+        ("paws", False, torch.tensor(0.3), 23),
+        ("simclr", False, 0.3, 19),
+        ("byol", False, 0.3, 21),
+        ("byol", False, torch.tensor(0.3), 23),
+        ("paws", True, 0.3, 25),
+    ],
 )
-def test_step_is_few_operations_and_no_sync(resnet50, form, scaled, num_dispatches):
+def test_step_is_few_operations_and_no_sync(resnet50, form, scaled, rate, num_dispatches):
     """At most 25 dispatches and about 40 launches for 177 tensors; no foreach call off its fused route; no wait."""
-    opt = Lars(lars_groups(resnet50, "authors"), lr=0.3, weight_decay=1e-6, form=form)
+    opt = Lars(lars_groups(resnet50, "authors"), lr=rate, weight_decay=1e-6, form=form)
     opt.step()
     if scaled:
         opt.grad_scale, opt.found_inf = torch.tensor(1024.0), torch.tensor(0.0)
@@ -288,9 +340,7 @@ def test_grad_scaler_unscales_and_skips_on_the_device(form):
     momenta by a bit, and the next step goes on as if it had not been."""
 
     def make():
-        params = [torch.nn.Parameter(w.clone()) for w in sum(small_params(torch.float32), [])]
-        groups = [{"params": params[:5]}, {"params": params[5:], "lars_exclude": True}]
-        return params, Lars(groups, lr=0.2, weight_decay=0.01, form=form)
+        return small_lars(sum(small_params(torch.float32), []), lr=0.2, weight_decay=0.01, form=form)
 
     plain, plain_opt = make()
     scaled, scaled_opt = make()

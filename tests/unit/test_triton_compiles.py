@@ -22,15 +22,17 @@ def test_every_kernel_compiles(tmp_path):
     ran = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root, timeout=240)
     assert ran.returncode == 0, ran.stderr[-3000:]
     report = json.loads(ran.stdout)
-    assert set(report["compiled"]) == set(report["kernels"]) and len(report["kernels"]) == 5 + 6
+    assert set(report["compiled"]) == set(report["kernels"]) and len(report["kernels"]) == 5 + 6 + 2
     for name, sizes in report["compiled"].items():
         assert set(sizes) == {str(a) for a in ARCHITECTURES} and min(sizes.values()) > 1000, name  # bytes
     assert report["faults"] == []
 
 
 def faults(kernel: str, ptx: str, ttir: str) -> list[str]:
-    """What would cost batch norm's kernels their speed, their determinism or their largest tensors."""
+    """What would cost batch norm's and LARS's kernels their speed, their determinism or their largest tensors."""
     found = []
+    if "align 16" in kernel and not re.search(r"\bld\.global\S*\.v4\b", ptx):
+        found.append(f"{kernel} moves floats one by one, not four at a time")
     if re.search(r"\b(ld|st)\.global\S*\.b16\b", ptx):
         found.append(f"{kernel} moves half-precision numbers one by one, not 16 bytes at a time")
     if re.search(r"\b(atom|red)\.", ptx):
@@ -42,6 +44,7 @@ def faults(kernel: str, ptx: str, ttir: str) -> list[str]:
 
 def test_faults_would_be_noticed():
     assert len(faults("k", "ld.global.b16 {%rs1}; red.global.add.f32", "%num_rows: i32")) == 3
+    assert len(faults("k, align 16", "ld.global.b32 {%r1};", "")) == 1 and faults("k", "ld.global.b32 {%r1};", "") == []
     assert faults("k", "@%p1 ld.global.v4.b32 {%r1};", "%num_rows: i32 arith.muli %1, %2 : i64") == []
 
 
@@ -56,13 +59,14 @@ def main() -> None:
     from triton.runtime.jit import JITFunction
 
     from fastssl.nn import batch_norm_triton
+    from fastssl.optim import lars_triton
     from loaders.finish import triton_cuda
     from loaders.plan import ops
     from loaders.plan.views import CIFAR10, IMAGENET, SIGNED
 
     pointers = {
         torch.uint8: "*u8", torch.int32: "*i32", torch.float32: "*fp32", torch.float16: "*fp16",
-        torch.bfloat16: "*bf16",
+        torch.bfloat16: "*bf16", torch.int64: "*i64",
     }  # fmt: skip
     compiled: dict[str, dict[int, int]] = {}
     found: list[str] = []
@@ -74,6 +78,8 @@ def main() -> None:
             name, value = parameter.name, given[parameter.name]
             if isinstance(value, torch.Tensor):
                 signature[name] = pointers[value.dtype]
+            elif isinstance(value, float) and not parameter.is_constexpr:
+                signature[name] = "fp32"
             elif parameter.is_constexpr or not isinstance(value, int):
                 signature[name], constants[name] = "constexpr", value
             else:
@@ -86,8 +92,9 @@ def main() -> None:
             source, target = ASTSource(kernel, signature, constants, attributes), GPUTarget("cuda", architecture, 32)
             code = triton.compile(source, target=target, options={"num_warps": num_warps})
             compiled.setdefault(kernel.__name__, {})[architecture] = len(code.asm["cubin"])
-            if hasattr(batch_norm_triton, kernel.__name__):
-                found.extend(faults(f"{kernel.__name__} on sm_{architecture}", code.asm["ptx"], code.asm["ttir"]))
+            if hasattr(batch_norm_triton, kernel.__name__) or hasattr(lars_triton, kernel.__name__):
+                variant = f"{kernel.__name__} on sm_{architecture}, align {constants.get('ALIGN')}"
+                found.extend(faults(variant, code.asm["ptx"], code.asm["ttir"]))
 
     JITFunction.run = compile_only
     flip, affine = ops.Flip(), ops.Affine()
@@ -109,7 +116,16 @@ def main() -> None:
         for mask in (None, x, (per_channel, per_channel)):
             batch_norm_triton.gradient_sums(x, mask, x, per_channel, per_channel)
             batch_norm_triton.input_gradient(x, mask, x, per_channel, per_channel, per_channel, residual_gradient=True)
-    kernels = [name for module in (triton_cuda, batch_norm_triton) for name in vars(module) if name.endswith("_kernel")]
+    number = torch.zeros(())
+    for size, form in ((64, "paws"), (64, "simclr"), (64, "byol"), (63, "paws")):  # 63: nothing wide
+        p = torch.nn.Parameter(torch.zeros(size))
+        p.grad = torch.zeros(size)
+        step = lars_triton.Fused([[p]]).step
+        settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-6, "trust_coefficient": 0.001, "eps": 1e-8}
+        step([{**settings, "form": form, "lars_exclude": False}], number, number)
+        step([{**settings, "form": form, "lars_exclude": True}], None, None)
+    modules = (triton_cuda, batch_norm_triton, lars_triton)
+    kernels = [name for module in modules for name in vars(module) if name.endswith("_kernel")]
     print(json.dumps({"compiled": compiled, "kernels": kernels, "faults": found}))
 
 
