@@ -12,12 +12,14 @@ x_hat = (x - mean) * invstd, invstd = 1 / sqrt(var + eps). The derivative of x_h
 
 so that reverse mode, J (weight * g), and forward mode, weight * (J dx), share their one message [sum g, sum g * x_hat].
 
-Whatever touches a whole x does so in the four functions at the end of this file.
+Whatever touches a whole x does so in the four functions at the end of this file: as few passes over memory as torch's
+operators allow or, where `_on_kernels`, as `batch_norm_triton` needs.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,9 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastssl import dist
+
+if TYPE_CHECKING:
+    from fastssl.nn.batch_norm_triton import Mask
 
 
 class GlobalBatchNorm(_BatchNorm):
@@ -39,7 +44,7 @@ class GlobalBatchNorm(_BatchNorm):
     Input float32, float64, bfloat16 or float16; statistics float32 (float64 for float64); output like the input,
     memory format included. In training mode all ranks must call the same layers in the same order.
 
-    Alone, and not compiled, it is torch's own kernel.
+    Alone on a CPU, and not compiled, it is torch's own kernel.
     """
 
     running_mean: Tensor
@@ -68,7 +73,7 @@ class GlobalBatchNorm(_BatchNorm):
         for x, residual in zip(xs, residuals or (), strict=residuals is not None):
             if (residual.shape, residual.dtype) != (x.shape, x.dtype):
                 raise ValueError(f"{residual.dtype} {residual.shape} added to the norm of {x.dtype} {x.shape}")
-        if self.training and (dist.world_size() > 1 or torch.compiler.is_compiling()):
+        if self.training and (dist.world_size() > 1 or torch.compiler.is_compiling() or _on_kernels(*xs)):
             return self._fused(xs, residuals or (), relu)
         ys = [self._by_torch(x) for x in xs]
         return [_finish(y, residual, relu) for y, residual in zip(ys, residuals or len(ys) * [None], strict=True)]
@@ -176,13 +181,18 @@ class _Statistics(NamedTuple):
     def invstd_RC(self, eps: float) -> Tensor:
         return (self.var_RC + eps).rsqrt()
 
+    def affine_2RC(self, weight_C: Tensor, bias_C: Tensor, eps: float) -> Tensor:
+        """Scale and shift of x, which make weight * x_hat + bias of it."""
+        scale_RC = weight_C * self.invstd_RC(eps)
+        return torch.stack([scale_RC, bias_C - self.mean_RC * scale_RC])
+
 
 class _Fused(torch.autograd.Function):
     """(x of each resolution, their residuals) -> their y and the statistics, packed, which have no gradient.
 
     It takes no running statistics: where a compiled graph also updates them, backward would recompute from the updated
     ones and return wrong gradients without a word. Backward keeps x and, for ReLU's mask, y, which the layer that
-    reads y keeps anyway; a residual is not needed.
+    reads y keeps anyway; a residual is not needed. The kernels rebuild the mask from x where there is no residual.
     """
 
     @staticmethod
@@ -196,8 +206,7 @@ class _Fused(torch.autograd.Function):
         mean_RC = sum_RC / n_R1
         var_RC = (sum_of_squares_RC / n_R1 - mean_RC.square()).clamp(min=0)
         statistics = _Statistics(mean_RC, var_RC, n_R1)
-        scale_RC = weight_C * statistics.invstd_RC(eps)
-        shift_RC = bias_C - mean_RC * scale_RC
+        scale_RC, shift_RC = statistics.affine_2RC(weight_C, bias_C, eps)
         ys = [
             _affine(x, scale_C, shift_C, residual, relu)
             for x, scale_C, shift_C, residual in zip(xs, scale_RC, shift_RC, residuals, strict=True)
@@ -206,23 +215,29 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.eps, relu, ctx.group_name, num, weight_C, _, *operands = inputs
+        ctx.eps, relu, ctx.group_name, ctx.num, weight_C, bias_C, *operands = inputs
         *ys, statistics = output
-        ctx.num, ctx.has_residuals = num, len(operands) > num
+        xs, ctx.has_residuals = operands[: ctx.num], len(operands) > ctx.num
+        ctx.rebuilds_mask = relu and not ctx.has_residuals and _on_kernels(*xs)
         ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(weight_C, statistics, *operands[:num], *(ys if relu else ()))
+        ctx.save_for_backward(weight_C, bias_C, statistics, *xs, *(ys if relu and not ctx.rebuilds_mask else ()))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gs: Tensor | None) -> tuple[Tensor | None, ...]:
-        weight_C, xs, ys, statistics = _unpack(ctx)
-        dys = [
-            _masked(torch.zeros_like(x) if g is None else g, y) for g, x, y in zip(gs[: ctx.num], xs, ys, strict=True)
-        ]
-        local_sums_R2C, dxs = _weighted_J(dys, xs, statistics, weight_C, ctx.eps, ctx.group_name)
+        weight_C, bias_C, xs, ys, statistics = _unpack(ctx)
+        dys = [torch.zeros_like(x) if g is None else g for g, x in zip(gs[: ctx.num], xs, strict=True)]
+        masks: Sequence[Mask] = ys
+        if ctx.rebuilds_mask:
+            masks = list(zip(*statistics.affine_2RC(weight_C, bias_C, ctx.eps).float(), strict=True))
+        elif not _on_kernels(*xs):
+            dys, masks = [_masked(g, y) for g, y in zip(dys, ys, strict=True)], [None] * ctx.num
+        local_sums_R2C, dxs, dresiduals = _weighted_J(
+            dys, masks, xs, statistics, weight_C, ctx.eps, ctx.group_name, ctx.has_residuals
+        )
         bias_gradient_C, weight_gradient_C = local_sums_R2C.sum(0).to(weight_C.dtype)
-        return None, None, None, None, weight_gradient_C, bias_gradient_C, *dxs, *(dys if ctx.has_residuals else ())
+        return None, None, None, None, weight_gradient_C, bias_gradient_C, *dxs, *dresiduals
 
 
 class _FusedForwardMode(_Fused):
@@ -231,32 +246,32 @@ class _FusedForwardMode(_Fused):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _Fused.setup_context(ctx, inputs, output)
-        _, relu, _, num, weight_C, _, *operands = inputs
+        _, relu, _, num, weight_C, bias_C, *operands = inputs
         *ys, statistics = output
-        ctx.save_for_forward(weight_C, statistics, *operands[:num], *(ys if relu else ()))
+        ctx.save_for_forward(weight_C, bias_C, statistics, *operands[:num], *(ys if relu else ()))
 
     @staticmethod
     def jvp(
         ctx: Any, _0: None, _1: None, _2: None, _3: None, dweight_C: Tensor | None, dbias_C: Tensor | None,
         *doperands: Tensor | None,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
-        weight_C, xs, ys, statistics = _unpack(ctx)
+        weight_C, _, xs, ys, statistics = _unpack(ctx)
         # Zeros for an absent tangent: whether a rank has one must not decide whether it takes part in the message.
         dxs = [torch.zeros_like(x) if dx is None else dx for x, dx in zip(xs, doperands[: ctx.num], strict=True)]
         dweight_C = torch.zeros_like(weight_C) if dweight_C is None else dweight_C
         dbias_C = torch.zeros_like(weight_C) if dbias_C is None else dbias_C
-        _local_sums, dys = _weighted_J(dxs, xs, statistics, weight_C, ctx.eps, ctx.group_name)
-        dscale_RC = dweight_C * statistics.invstd_RC(ctx.eps)
-        dshift_RC = dbias_C - statistics.mean_RC * dscale_RC
+        no_masks = [None] * ctx.num
+        _, dys, _ = _weighted_J(dxs, no_masks, xs, statistics, weight_C, ctx.eps, ctx.group_name, False)
+        dscale_RC, dshift_RC = statistics.affine_2RC(dweight_C, dbias_C, ctx.eps)
         dresiduals = doperands[ctx.num :] or (None,) * ctx.num
         of_affine = map(_affine, xs, dscale_RC, dshift_RC, dresiduals, (False,) * ctx.num)
         return *(_masked(dy + more, y) for dy, more, y in zip(dys, of_affine, ys, strict=True)), None
 
 
-def _unpack(ctx: Any) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor | None], _Statistics]:
-    """weight [C]; x and, after a ReLU, y of each resolution; statistics."""
-    weight_C, statistics, *rest = ctx.saved_tensors
-    return weight_C, rest[: ctx.num], rest[ctx.num :] or [None] * ctx.num, _Statistics.split(statistics)
+def _unpack(ctx: Any) -> tuple[Tensor, Tensor, Sequence[Tensor], Sequence[Tensor | None], _Statistics]:
+    """weight and bias [C]; x of each resolution, and y where it was saved; statistics."""
+    weight_C, bias_C, statistics, *rest = ctx.saved_tensors
+    return weight_C, bias_C, rest[: ctx.num], rest[ctx.num :] or [None] * ctx.num, _Statistics.split(statistics)
 
 
 def _over_ranks(message: Tensor, group_name: str | None) -> Tensor:
@@ -275,30 +290,60 @@ def _sums(x: Tensor) -> Tensor:
 
 def _weighted_J(
     gs: Sequence[Tensor],
+    masks: "Sequence[Mask]",
     xs: Sequence[Tensor],
     statistics: _Statistics,
     weight_C: Tensor,
     eps: float,
     group_name: str | None,
-) -> tuple[Tensor, list[Tensor]]:
-    """This rank's (sum g, sum g * x_hat), [R, 2, C]; and weight * J g of each resolution, after the one message."""
+    has_residuals: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """This rank's (sum g, sum g * x_hat), [R, 2, C]; after the one message, weight * J g of each resolution; and, where
+    it `has_residuals`, g. Where a mask is given, g is what it lets through."""
     mean_RC, _, n_R1 = statistics
     invstd_RC = statistics.invstd_RC(eps)
-    local_sums_R2C = torch.stack([_gradient_sums(*each) for each in zip(gs, xs, mean_RC, invstd_RC, strict=True)])
+    local_sums_R2C = torch.stack(
+        [_gradient_sums(*each) for each in zip(gs, masks, xs, mean_RC, invstd_RC, strict=True)]
+    )
     mean_g_RC, mean_g_xhat_RC = (_over_ranks(local_sums_R2C.double(), group_name) / n_R1[:, None]).unbind(1)
     # Per channel, weight * J g is a linear function of g and x.
     of_g_RC = weight_C * invstd_RC
     of_x_RC = -of_g_RC * invstd_RC * mean_g_xhat_RC
     constant_RC = -of_g_RC * mean_g_RC - of_x_RC * mean_RC
-    coefficients = zip(of_g_RC, of_x_RC, constant_RC, strict=True)
-    return local_sums_R2C, [_combine(g, x, *each) for g, x, each in zip(gs, xs, coefficients, strict=True)]
+    operands = zip(gs, masks, xs, of_g_RC, of_x_RC, constant_RC, strict=True)
+    pairs = [_combine(g, mask, x, a_C, b_C, c_C, has_residuals) for g, mask, x, a_C, b_C, c_C in operands]
+    dxs, residual_gradients = zip(*pairs, strict=True)
+    return local_sums_R2C, list(dxs), list(residual_gradients) if has_residuals else []
+
+
+def _on_kernels(*xs: Tensor) -> bool:
+    """Whether `batch_norm_triton` takes the xs. (Compiled, torch generates kernels itself.)"""
+    return not torch.compiler.is_compiling() and all(
+        _runs_triton(x.device)
+        and x.dtype != torch.float64
+        and x.is_contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.contiguous_format)
+        for x in xs
+    )
+
+
+def _runs_triton(device: torch.device) -> bool:
+    """On GPUs from compute capability 8.0, the least that Triton supports."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 # The four functions that touch whole tensors; per-channel arguments are float64 [C].
 
 
+def _kernels() -> ModuleType:
+    from fastssl.nn import batch_norm_triton  # triton comes along with torch's CUDA builds only
+
+    return batch_norm_triton
+
+
 def _local_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance [C] of this rank's rows, float32 (float64 for float64)."""
+    if _on_kernels(x):
+        return _kernels().statistics(x)
     dtype = _statistics_dtype(x)
     if torch.compiler.is_compiling():  # the native kernel cannot be traced
         var_C, mean_C = torch.var_mean(x.to(dtype), [d for d in range(x.dim()) if d != 1], correction=0)
@@ -314,6 +359,8 @@ def _local_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _affine(x: Tensor, scale_C: Tensor, shift_C: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
     """x * scale + shift + residual, cut at zero where `relu`."""
+    if _on_kernels(x):
+        return _kernels().normalise(x, scale_C.float(), shift_C.float(), residual, relu)
     dtype = _statistics_dtype(x)
     scale_C, shift_C = scale_C.to(dtype), shift_C.to(dtype)
     if torch.compiler.is_compiling():
@@ -325,8 +372,10 @@ def _affine(x: Tensor, scale_C: Tensor, shift_C: Tensor, residual: Tensor | None
     return _finish(y, residual, relu)
 
 
-def _gradient_sums(g: Tensor, x: Tensor, mean_C: Tensor, invstd_C: Tensor) -> Tensor:
-    """(sum g, sum g * x_hat) over this rank's rows, [2, C], float32 (float64 for float64)."""
+def _gradient_sums(g: Tensor, mask: "Mask", x: Tensor, mean_C: Tensor, invstd_C: Tensor) -> Tensor:
+    """(sum g, sum g * x_hat) over this rank's rows, [2, C], float32 (float64 for float64). Only kernels take a mask."""
+    if _on_kernels(x):
+        return torch.stack(_kernels().gradient_sums(g, mask, x, mean_C.float(), invstd_C.float()))
     dtype = _statistics_dtype(x)
     _, sum_g_xhat_C, sum_g_C = torch.ops.aten.native_batch_norm_backward(
         g, x, torch.ones_like(mean_C, dtype=dtype), None, None, mean_C.to(dtype), invstd_C.to(dtype), True, 0.0,
@@ -335,10 +384,22 @@ def _gradient_sums(g: Tensor, x: Tensor, mean_C: Tensor, invstd_C: Tensor) -> Te
     return torch.stack([sum_g_C, sum_g_xhat_C])
 
 
-def _combine(g: Tensor, x: Tensor, of_g_C: Tensor, of_x_C: Tensor, constant_C: Tensor) -> Tensor:
-    """of_g * g + of_x * x + constant, dtype of g."""
+def _combine(
+    g: Tensor,
+    mask: "Mask",
+    x: Tensor,
+    of_g_C: Tensor,
+    of_x_C: Tensor,
+    constant_C: Tensor,
+    has_residual: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """of_g * g + of_x * x + constant, dtype of x; and g where it `has_residual`. Only kernels take a mask."""
+    if _on_kernels(x):
+        return _kernels().input_gradient(
+            g, mask, x, of_g_C.float(), of_x_C.float(), constant_C.float(), residual_gradient=has_residual
+        )
     of_g, of_x, constant = (_per_channel(c.to(_statistics_dtype(x)), x) for c in (of_g_C, of_x_C, constant_C))
-    return torch.addcmul(constant, x, of_x).addcmul_(g, of_g).to(g.dtype)
+    return torch.addcmul(constant, x, of_x).addcmul_(g, of_g).to(x.dtype), g if has_residual else None
 
 
 def _finish(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
