@@ -30,7 +30,8 @@ def _in_users_words(command: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return command(*args, **kwargs)
         except Stopped as stop:
-            click.echo(stop, err=True)
+            if str(stop):  # one rank of all says it
+                click.echo(stop, err=True)
             sys.exit(EXIT_STOPPED)
         except (FastsslError, LoaderError) as error:
             raise click.ClickException(str(error)) from error

@@ -112,8 +112,10 @@ def _one_of_many(job: Job) -> dict[str, Any]:
     """As `_joined`, but an error ends the process: one rank of all says what is wrong, the others leave in silence."""
     try:
         return _joined(job)
-    except Stopped:
-        raise
+    except Stopped as stop:
+        words = str(stop) if dist.is_main() else ""
+        dist.shutdown()
+        raise Stopped(words, stop.signum) from None
     except Exception as error:
         get_error_handler().record_exception(error)  # where torchrun looks for it
         code = _exit_code(error)
