@@ -29,7 +29,6 @@ import os
 import platform
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -45,6 +44,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
+from benchmarks.machine import commit, cpu_model
 from fastssl.methods.paws import GLOBAL_VIEW, SMALL_VIEW
 from loaders.loader import Loader, bind
 from loaders.plan.ops import ColourJitter, GaussianBlur, Grayscale
@@ -284,17 +284,6 @@ def measure(contenders: dict[str, Callable[[], Batches]], rounds: int, seconds: 
             rates[name].append(window(contenders[name], seconds))
             gc.collect()
     return {name: np.array(values) for name, values in rates.items()}
-
-
-def commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    described = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-    return described.stdout.strip() or "unknown"
-
-
-def cpu_model() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
 def summary(rates: dict[str, np.ndarray], settings: dict[str, Any]) -> dict[str, Any]:

@@ -286,10 +286,8 @@ def test_nothing_waits_and_runs_agree(scaled):
         params, opt = small_lars(weights(), lr=0.3, weight_decay=0.01)
         set_gradients(params, 0)
         opt.step()
-        gradients = [[torch.randn_like(p) for p in params] for _ in range(2)]
-        for at, p in enumerate(params):
-            for step, row in enumerate(gradients):
-                row[at] = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * at + step)).to(DEVICE)
+        generator = torch.Generator().manual_seed(7)
+        gradients = [[torch.randn(p.shape, generator=generator).to(DEVICE) for p in params] for _ in range(2)]
         scale = torch.tensor(2.0, device=DEVICE), torch.tensor(0.0, device=DEVICE)
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
