@@ -5,8 +5,8 @@ and NCCL (GPU) run the same code. All ranks must call the collectives in the sam
 
 `init` makes three groups. The default one carries DDP's gradient buckets and most of what is below; the second carries
 nothing but batch-norm messages, which DDP's buckets overtake during backward: two kinds of message in one queue would
-wait for each other, and on gloo a difference of order between ranks silently adds the wrong tensors. The third is always
-gloo and carries what hosts say to each other while their devices work.
+wait for each other, and on gloo a difference of order between ranks silently adds the wrong tensors. The third, always
+gloo, carries what hosts say to each other while their devices work.
 """
 
 import os
@@ -239,7 +239,7 @@ def broadcast_object(value: T, source: int = 0) -> T:
 
 
 def gather_objects(value: T) -> list[T]:
-    """Every rank's value (anything that pickles), in rank order, on all ranks. Between hosts: no device is waited for."""
+    """Every rank's value (anything that pickles), in rank order, on all ranks. No device takes part."""
     if not td.is_initialized():
         return [value]
     values: list[Any] = [None] * world_size()

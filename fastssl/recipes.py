@@ -15,7 +15,7 @@ import fastssl.methods
 from fastssl.config import ConfigError, has_path, suggest, with_value
 from fastssl.methods.base import Span, Stage, Stages, parse_span
 
-PARSERS = {Span: parse_span}
+PARSERS = {Span: parse_span, Span | None: lambda text: None if text == "none" else parse_span(text)}
 _ALIASES = {"epochs": "length", "steps": "length"}
 _FIXED = {"name", "method", "do", "needs", "dataset"}  # what a recipe is
 

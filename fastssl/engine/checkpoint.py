@@ -14,7 +14,7 @@ import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -34,10 +34,13 @@ def sha256_of(path: Path) -> str:
 
 
 class Checkpoints:
-    """The checkpoints of one stage. One rank saves; every rank may load."""
+    """The checkpoints of one stage. One rank saves; every rank may load.
 
-    def __init__(self, folder: Path, keep: int = 2):
-        self.folder, self.keep = folder, keep
+    The newest `keep` stay, and for ever those of every `milestone_every`th step.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2, milestone_every: int | None = None):
+        self.folder, self.keep, self.milestone_every = folder, keep, milestone_every
 
     def steps(self) -> list[int]:
         """Steps with a finished checkpoint, ascending."""
@@ -47,27 +50,39 @@ class Checkpoints:
         return self.folder / f"step-{step:08d}"
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Write `state` as the checkpoint of `step`: temporary folder, fsync, rename, then the pointer; drop all but
-        the newest `keep`. Raises CheckpointError where the disk refuses; what was there before stays whole."""
+        """Write `state` as the checkpoint of `step`: temporary folder, fsync, rename, then the pointer; then drop what
+        need not stay. Raises CheckpointError where the disk refuses; what was there before stays whole."""
         final, partial = self.path(step), self.folder / f".step-{step:08d}.partial"
         try:
-            shutil.rmtree(partial, ignore_errors=True)
+            self._drop_partial()
             partial.mkdir(parents=True)
-            torch.save(state, partial / STATE)
-            digest = {"sha256": sha256_of(partial / STATE), "bytes": (partial / STATE).stat().st_size}
+            digest = _write_state(partial / STATE, state)
             (partial / DIGEST).write_text(json.dumps(digest))
-            for path in (partial / STATE, partial / DIGEST, partial):
+            for path in (partial / DIGEST, partial):
                 _sync(path)
-            shutil.rmtree(final, ignore_errors=True)
+            if final.exists():
+                self._drop(final)
             partial.rename(final)
             _sync(self.folder)
             write_atomically(self.folder / LATEST, final.name + "\n")
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+            for old in self.steps()[: -self.keep]:
+                if self.milestone_every is None or old % self.milestone_every:
+                    self._drop(self.path(old))
+        except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(f"cannot write checkpoint {final}: {error}") from error
-        for old in self.steps()[: -self.keep]:
-            shutil.rmtree(self.path(old))
         return final
+
+    def _drop(self, path: Path) -> None:
+        """Remove a checkpoint such that at no moment a part of it looks like a whole one."""
+        dying = path.with_name(f".{path.name}.partial")
+        path.rename(dying)
+        shutil.rmtree(dying)
+
+    def _drop_partial(self) -> None:
+        """Remove what a kill left of others."""
+        for path in self.folder.glob(".step-*.partial"):
+            shutil.rmtree(path)
 
     def load_newest(self, warn: Callable[[str], None]) -> dict[str, Any] | None:
         """The newest checkpoint that is whole; damaged ones are passed over with a warning. None where there is none.
@@ -96,6 +111,41 @@ class Checkpoints:
         """The checkpoint of `step`. Raises CheckpointError where its bytes are not those that were written."""
         verified_sha256(self.path(step))
         return read_state(self.path(step) / STATE)
+
+
+class _Hashing:
+    """A file whose digest is ready when it is written."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.sha256, self.num_bytes = file, hashlib.sha256(), 0
+        self.refused: OSError | None = None
+
+    def write(self, content: bytes) -> int:
+        try:
+            self.file.write(content)
+        except OSError as error:  # torch.save makes of it a RuntimeError about positions
+            self.refused = error
+            raise
+        self.sha256.update(content)
+        self.num_bytes += len(content)
+        return len(content)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _write_state(path: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """Write and fsync the file; what its digest file says. Raises OSError."""
+    with path.open("wb") as file:
+        hashing = _Hashing(file)
+        try:
+            torch.save(state, hashing)  # type: ignore[arg-type]  # it asks for no more of a file
+        except RuntimeError:
+            if hashing.refused is None:
+                raise
+            raise hashing.refused from None
+        os.fsync(file.fileno())
+    return {"sha256": hashing.sha256.hexdigest(), "bytes": hashing.num_bytes}
 
 
 def verified_sha256(path: Path) -> str:

@@ -9,15 +9,17 @@ from __future__ import annotations
 import ctypes
 import json
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 import torch
 
 from fastssl import dist
 from fastssl.clock import Clock
-from fastssl.config import ConfigError
+from fastssl.config import ConfigError, Stopped
 from fastssl.engine.checkpoint import (
     STATE,
     Checkpoints,
@@ -29,6 +31,7 @@ from fastssl.engine.checkpoint import (
 )
 from fastssl.engine.job import Job, threads_per_rank, versions
 from fastssl.engine.run_dir import CHECKPOINTS, PRODUCED, RESULT, claim
+from fastssl.engine.signals import Agreement, StopRequest
 from fastssl.engine.step import default_how
 from fastssl.engine.train import Trainer
 from fastssl.evaluation import load_protocol
@@ -66,20 +69,29 @@ def run(job: Job) -> dict[str, Any]:
                 print(line.plain)
         return result
 
-    artefacts: dict[str, Artefact] = {}
-    results: dict[str, dict[str, Any]] = {}
-    for stage in job.stages:
-        folder = job.folder(stage)
-        inputs = {name: _input(ref, artefacts) for name, ref in stage.needs.items()}
-        results[stage.name] = _StageRun(job, stage, folder, data, inputs, device, threads).finish()
-        if any(ref.stage == stage.name for later in job.stages for ref in later.needs.values()):
-            artefacts[stage.name] = _made(stage, folder)
+    with StopRequest() as stop:
+        results = _all_stages(job, data, device, threads, stop)
     if len(job.stages) == 1:
         return results[job.stages[0].name]
     result = {**results[job.stages[-1].name], "stages": results}
     if dist.is_main():
         write_atomically(job.out / RESULT, json.dumps(result, indent=2) + "\n")
     return result
+
+
+def _all_stages(
+    job: Job, data: DataSets, device: torch.device, threads: int, stop: StopRequest
+) -> dict[str, dict[str, Any]]:
+    """The result of each stage by name, each trained or produced where it is not done yet."""
+    artefacts: dict[str, Artefact] = {}
+    results: dict[str, dict[str, Any]] = {}
+    for stage in job.stages:
+        folder = job.folder(stage)
+        inputs = {name: _input(ref, artefacts) for name, ref in stage.needs.items()}
+        results[stage.name] = _StageRun(job, stage, folder, data, inputs, device, threads, stop).finish()
+        if any(ref.stage == stage.name for later in job.stages for ref in later.needs.values()):
+            artefacts[stage.name] = _made(stage, folder)
+    return results
 
 
 def _opened(job: Job) -> DataSets:
@@ -114,9 +126,10 @@ class _StageRun:
         inputs: Mapping[str, Artefact],
         device: torch.device,
         threads: int,
+        stop: StopRequest,
     ):
         self.job, self.stage, self.folder, self.data = job, stage, folder, data
-        self.device, self.threads = device, threads
+        self.device, self.threads, self.stop = device, threads, stop
         torch.manual_seed(job.seed)
         self.method: Method = stage.method.build(facts_of(data, job.seed), inputs)
         self.bound: Bound = bind(self.method.plan(), data)
@@ -148,7 +161,9 @@ class _StageRun:
         )
 
     def _train(self, loader: Loader) -> dict[str, Any]:
-        checkpoints = Checkpoints(self.folder / CHECKPOINTS, self.stage.keep_checkpoints)
+        stays = self.stage.milestone_every
+        every = None if stays is None else max(1, stays.steps(self.bound.plan.steps_per_epoch))
+        checkpoints = Checkpoints(self.folder / CHECKPOINTS, self.stage.keep_checkpoints, every)
         how = self.job.how or default_how(self.device)
         trainer = Trainer(self.stage, self.method, loader, checkpoints, self.device, how)
         damaged: list[str] = []
@@ -169,7 +184,7 @@ class _StageRun:
             self._announce(recorder, trainer)
             if self.stage.evaluate and not self.protocols:
                 recorder.warn("no validation images, so nothing is evaluated: give --data validation=PATH")
-            trainer.run(recorder, evaluate if self.protocols else None, clock)
+            trainer.run(recorder, evaluate if self.protocols else None, clock, self.stop)
             scores = evaluations[-1] if evaluations else evaluate() if self.protocols else {}
             result = {
                 **scores,
@@ -218,12 +233,18 @@ class _StageRun:
             module.to(self.device).eval()
         stream = self.bound.plan.plan.streams[0].name
         found: dict[str, list[torch.Tensor]] = {}
-        with torch.no_grad():
-            for batch in loader.batches(0, self.bound.plan.num_steps(stream)):
+        agreement = Agreement()
+        with torch.no_grad(), closing(loader.batches(0, self.bound.plan.num_steps(stream))) as batches:
+            for batch in batches:
+                if asked := agreement.exchange(self.stop.signum):
+                    agreement.close()
+                    raise Stopped(f"stopped, as {Signals(asked).name} asked; the same command begins stage "
+                                  f"{self.stage.name} anew", asked)  # fmt: skip
                 rows = self.method.produce(nets, batch) | {"ids": batch.parts[stream].ids}
                 for name, values in rows.items():
                     found.setdefault(name, []).append(dist.gather_ragged(values).cpu())
                 batch.release()
+        agreement.close()
         tensors = {name: torch.cat(values) for name, values in found.items()}
         if dist.is_main():
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -1,13 +1,14 @@
 """The training loop: fetch, loss, backward, step, record; the same for every method and any number of ranks.
 
-The loop never waits for the device between logging steps. What must survive a stop is in `Trainer.state`; everything
-else is a function of the step.
+The loop never waits for the device between logging steps, nor for the disk. What must survive a stop is in
+`Trainer.state`; everything else is a function of the step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
+from signal import Signals
 from typing import Any
 
 import torch
@@ -15,8 +16,10 @@ from torch import Tensor
 
 from fastssl import dist
 from fastssl.clock import Clock
-from fastssl.config import FastsslError
+from fastssl.config import FastsslError, Stopped
 from fastssl.engine.checkpoint import CheckpointError, Checkpoints
+from fastssl.engine.saver import Saver
+from fastssl.engine.signals import Agreement, StopRequest
 from fastssl.engine.step import How, TrainingStep
 from fastssl.methods.base import Horizon, Method, Span, Stage
 from fastssl.record import Recorder
@@ -24,6 +27,8 @@ from loaders.batch import Batch
 from loaders.loader import Loader
 
 Evaluate = Callable[[], dict[str, Any]]
+
+SAVE_FAILED = 1 << 8  # what a rank tells the others where it cannot go on; smaller: the signal that asked to stop
 
 
 class TrainingDiverged(FastsslError):
@@ -55,7 +60,11 @@ class Trainer:
         self.optimizer = method.optimizer(self.nets)
         self.training_step = TrainingStep(stage, how, method, self.nets, self.optimizer, device)
         self.scaler = self.training_step.scaler
+        self.saver = Saver(checkpoints)
         self.step = 0  # optimiser steps done
+        total = self.horizon.total_steps
+        self._unsettled = torch.full((), total, device=device)  # the first step whose loss or weights were not finite
+        self._saves = [span for span in (stage.checkpoint_every, stage.milestone_every) if span is not None]
         self._num_replaced = 0  # damaged images already named
 
     def state(self) -> dict[str, Any]:
@@ -77,38 +86,49 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         self.training_step.num_skipped.fill_(state["num_skipped"])
 
-    def run(self, recorder: Recorder, evaluate: Evaluate | None, clock: Clock) -> None:
-        """Train from `self.step` to the end of the stage, evaluating now and then where `evaluate` is given."""
+    def run(self, recorder: Recorder, evaluate: Evaluate | None, clock: Clock, stop: StopRequest | None = None) -> None:
+        """Train from `self.step` to the end of the stage, evaluating now and then where `evaluate` is given.
+
+        Raises on every rank alike: Stopped once a signal that any rank's `stop` has seen led to a checkpoint,
+        CheckpointError where one cannot be written, TrainingDiverged.
+        """
+        stop = stop or StopRequest()
         total = self.horizon.total_steps
         self._check_ranks_agree()
         if self.step >= total:
             return
         with clock.paused():
             self._prepare(recorder)
-        unsettled = torch.full((), total, device=self.device)  # the first step whose loss or weights were not finite
+        agreement = Agreement()
 
-        with closing(self.loader.batches(self.step, total)) as batches:
+        with closing(self.loader.batches(self.step, total)) as batches, closing(self.saver):
             while self.step < total:
                 with clock.waiting():
                     batch = next(batches)
                 parts = self.training_step(self.step, self.horizon, batch)
-                if not self.scaler.is_enabled():  # fp16's skips the steps whose gradients overflow
-                    unsettled = torch.where(parts["total"].isfinite(), unsettled, unsettled.clamp(max=self.step))
+                self._note_if_not_finite(parts["total"])
                 self.step += 1
                 clock.step(self.images_per_step)
                 if self._due(self.stage.log_every) or self.step == 1:
-                    self._stop_if_diverged(unsettled)
+                    self._stop_if_diverged()
                     recorder.log(self._record(batch, parts, clock))
                     self._warn_of_replaced(recorder)
                 batch.release()
-                if self._due(self.stage.evaluate_every, self.stage.checkpoint_every):
+                asked = agreement.exchange(SAVE_FAILED if self.saver.failed else stop.signum)
+                if asked or self._due(self.stage.evaluate_every, *self._saves):
                     with clock.paused():
-                        unsettled = torch.where(self._weights_finite(), unsettled, unsettled.clamp(max=self.step - 1))
-                        self._stop_if_diverged(unsettled)
+                        self._stop_if_diverged(and_weights=True)
                         if evaluate is not None and self._due(self.stage.evaluate_every):
                             recorder.evaluation({"step": self.step, "epoch": self.epoch, "evaluation": evaluate()})
-                        if self._due(self.stage.checkpoint_every):
+                        if asked or self._due(*self._saves):
                             self._save()
+                if asked:
+                    break
+            agreement.close()
+            self._finish_saving()
+        if self.step < total:
+            raise Stopped(f"saved and stopped after step {self.step} of {total}, as {Signals(asked).name} asked; "
+                          "the same command continues", asked)  # fmt: skip
 
     @property
     def epoch(self) -> float:
@@ -160,20 +180,24 @@ class Trainer:
             recorder.warn(f"{stream}: image {lost} ({name}) cannot be decoded and is replaced; {number} so far")
         self._num_replaced = len(replaced)
 
-    def _weights_finite(self) -> Tensor:
-        """Whether all weights are finite numbers; 0-dim, on the device."""
-        return torch.stack([p.isfinite().all() for p in self.nets.online.parameters()]).all()
+    def _note_if_not_finite(self, loss: Tensor) -> None:
+        if not self.scaler.is_enabled():  # fp16's skips the steps whose gradients overflow
+            self._unsettled = torch.where(loss.isfinite(), self._unsettled, self._unsettled.clamp(max=self.step))
 
-    def _stop_if_diverged(self, unsettled: Tensor) -> None:
+    def _stop_if_diverged(self, and_weights: bool = False) -> None:
         """Raise TrainingDiverged, on every rank, where any rank has met what is not finite, or where under fp16 ever
         smaller scales have not kept gradients finite."""
-        step = int(dist.least_over_ranks(unsettled))
+        if and_weights:
+            finite = torch.stack([p.isfinite().all() for p in self.nets.online.parameters()]).all()
+            self._unsettled = torch.where(finite, self._unsettled, self._unsettled.clamp(max=self.step - 1))
+        step = int(dist.least_over_ranks(self._unsettled))
         if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
             step = min(step, self.step - 1)
         if step >= self.horizon.total_steps:
             return
         rows = [self.loader.bound.plan.rows(s.name, step) for s in self.loader.bound.plan.plan.streams]
         ids = "; ".join(f"{r.stream} {', '.join(map(str, r.ids[:8].tolist()))}, ..." for r in rows)
+        self._finish_saving()
         saved = self.checkpoints.steps()
         last = f"the last good checkpoint is {self.checkpoints.path(saved[-1])}" if saved else "no checkpoint was made"
         raise TrainingDiverged(
@@ -182,6 +206,17 @@ class Trainer:
         )
 
     def _save(self) -> None:
+        """Begin to write a checkpoint, once the one before is written."""
+        self._finish_saving()
         if dist.is_main():
-            self.checkpoints.save(self.step, self.state())
-        dist.barrier()
+            self.saver.save(self.step, self.state())
+
+    def _finish_saving(self) -> None:
+        """Wait for the checkpoint that is being written. Raises CheckpointError, on every rank, where it failed."""
+        problem = ""
+        try:
+            self.saver.finish()
+        except CheckpointError as error:
+            problem = str(error)
+        if problem := next(filter(None, dist.gather_objects(problem)), ""):
+            raise CheckpointError(problem)

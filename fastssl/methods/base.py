@@ -221,6 +221,7 @@ class Stage:
     log_every: Span = Steps(10)
     checkpoint_every: Span = Epochs(1)
     keep_checkpoints: int = 2
+    milestone_every: Span | None = None  # such checkpoints stay for ever
     gradients: Literal["fp32", "bf16"] = "fp32"  # what they travel between ranks as
 
     def __post_init__(self) -> None:
