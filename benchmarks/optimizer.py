@@ -328,7 +328,7 @@ def main() -> None:
         "steps": runners["fastssl"].num_steps,
         "took_s": round(time.perf_counter() - start_s, 1),
         "commit": commit(),
-        "command": " ".join(sys.argv),
+        "command": " ".join(["python -m benchmarks.optimizer", *sys.argv[1:]]),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
