@@ -8,13 +8,14 @@ from fastssl.datasets import KNOWN_SETS
 from fastssl.engine.job import Job
 from fastssl.engine.stages import facts_of
 from fastssl.methods.base import Facts, Stage
+from fastssl.profiling import memory
+from fastssl.profiling.cost import StepCost, ours
+from fastssl.profiling.trace import Untraceable, trace_step
 from loaders.errors import LoaderError
 from loaders.loader import bind
 from loaders.plan.plan import check_world
 from loaders.plan.views import All, Sequential
 from loaders.store.data import DataSets, open_data
-
-_BYTES_PER_PARAMETER = 12  # float32 weight, gradient and momentum
 
 
 def describe(job: Job) -> str:
@@ -43,7 +44,8 @@ def _opened(job: Job) -> tuple[DataSets | None, list[str]]:
 def _describe_stage(job: Job, stage: Stage, data: DataSets | None, warnings: list[str]) -> list[str]:
     known = KNOWN_SETS[stage.method.dataset]
     assumed = Facts(known.num_classes, known.channels, job.seed)
-    method = stage.method.build(facts_of(data, job.seed) if data else assumed, {})
+    facts = facts_of(data, job.seed) if data else assumed
+    method = stage.method.build(facts, {})
     plan = method.plan()
     epoch_stream = plan.stream(plan.epoch_of)
     check_world(job.world, [s.batch_global for s in plan.streams if not isinstance(s.order, Sequential)])
@@ -65,7 +67,39 @@ def _describe_stage(job: Job, stage: Stage, data: DataSets | None, warnings: lis
     if steps_per_epoch is not None:
         total = stage.length.steps(steps_per_epoch)
         lines.append(f"  steps        {total:,}, {steps_per_epoch:,} an epoch")
-    gib = num_parameters * _BYTES_PER_PARAMETER / 2**30
-    lines.append(f"  network      {num_parameters:,} parameters; {gib:.2f} GiB a rank with gradients and momentum")
+    lines.append(f"  network      {num_parameters:,} parameters")
+    if stage.do == "train":
+        lines += _describe_cost(stage, facts, job.world)
     return lines
 
+
+def _describe_cost(stage: Stage, facts: Facts, world: int) -> list[str]:
+    """What a step computes and sends, and what a card must hold; all modelled."""
+    try:
+        trace = trace_step(stage, facts, world)
+    except Untraceable as error:
+        return [f"  memory       not estimated: {error}"]
+    needs, cards = memory.describe(memory.memory_of(trace))
+    return [
+        f"  a step       {_arithmetic(ours(trace))}",
+        *([f"  messages     {_messages(ours(trace))}"] if world > 1 else []),
+        f"  memory       {needs}",
+        f"  cards        {cards}",
+    ]
+
+
+def _arithmetic(cost: StepCost) -> str:
+    tera = sum(cost.flops.values()) / 1e12
+    return (
+        f"{f'{tera:,.0f}' if tera >= 100 else f'{tera:.3g}'} TFLOP, {cost.image_equivalents:,.0f} image-equivalents; "
+        f"{cost.decodes:,} images decoded, {cost.crops:,} crops"
+    )
+
+
+def _messages(cost: StepCost) -> str:
+    """Of one rank and step."""
+    statistics_mb = sum(num_bytes for _, num_bytes in cost.statistics.values()) / 1e6
+    return (
+        f"{cost.num_statistics_messages} of batch norm, {statistics_mb:.2f} MB; "
+        f"{cost.rows_moved_bytes / 1e6:.1f} MB of the loss; {cost.gradient_ring_bytes / 1e6:.1f} MB of gradients"
+    )

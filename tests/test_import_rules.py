@@ -54,7 +54,11 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         CONTRACT | {"fastssl.clock", "fastssl.record", "fastssl.evaluation", "fastssl.recipes", "fastssl.datasets"},
         {"torch", "numpy"},
     ),
-    "fastssl.dry_run": (CONTRACT | {"fastssl.engine", "fastssl.datasets", "fastssl.recipes"}, {"torch"}),
+    "fastssl.profiling": (CONTRACT, {"torch"}),
+    "fastssl.dry_run": (
+        CONTRACT | {"fastssl.engine", "fastssl.datasets", "fastssl.recipes", "fastssl.profiling"},
+        {"torch"},
+    ),
     "fastssl.__main__": ({"fastssl.cli"}, set()),
     "fastssl.cli": ({"fastssl", "loaders"}, {"click", "rich", "torch", "numpy"}),
 }

@@ -1,0 +1,122 @@
+"""What a rank's card must hold, for each setting of `--step`, and which cards hold it. Modelled, not measured.
+
+Eager is counted: what the traced step keeps alive. The other settings keep, instead of each convolution's input and
+output, little more than the outputs; how much more was measured on ResNet-50, in bytes a 224-pixel image under bf16,
+whose convolutions put out 22.2 MB:
+
+    eager             44 MB   inputs and outputs
+    eager-recompute   27 MB   blocks checkpointed; each one's last convolution, and the shortcut's, computed again
+    compiled          25 MB   batch norms and ReLUs computed again
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fastssl.config import ConfigError
+from fastssl.methods.base import Facts, Stage
+from fastssl.profiling.trace import Trace, Untraceable, trace_step
+from loaders.plan.plan import Plan
+from loaders.plan.views import Sequential
+
+KEPT_PER_OUTPUT = {"eager-recompute": 27 / 22.2, "compiled": 25 / 22.2, "graphed": 25 / 22.2}
+PREFERENCE = ("compiled", "graphed", "eager", "eager-recompute")  # the setting to name first where several fit
+
+BYTES_PER_PARAMETER = 12  # float32 weight, gradient (which is DDP's bucket) and momentum
+BATCHES_IN_FLIGHT = 4  # one in use, two ready, one being prepared: loaders.loader.Loader's prefetch
+DRIVER_BYTES = 1e9  # CUDA context, NCCL's buffers, cuDNN's workspaces: an estimate
+
+CARDS_GB = (16, 40, 80, 141)  # V100, A100, A100 or H100, H200; in 10^9 bytes, a little less than each has
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank. `activations` by setting; `workspace_bytes` is what the backward pass needs beyond them."""
+
+    state_bytes: float
+    batch_bytes: float
+    workspace_bytes: float
+    activations: Mapping[str, float]
+
+    def needed(self, how: str) -> float:
+        """Bytes that `--step how` needs."""
+        copies = BATCHES_IN_FLIGHT + (how == "graphed")  # a graph reads its batch from a place of its own
+        return self.shared_bytes + copies * self.batch_bytes + self.workspace_bytes + self.activations[how]
+
+    @property
+    def shared_bytes(self) -> float:
+        """What more ranks do not make smaller."""
+        return self.state_bytes + DRIVER_BYTES
+
+    def settings_within(self, card_bytes: float) -> list[str]:
+        """The settings that fit, the one to prefer first."""
+        return [how for how in PREFERENCE if self.needed(how) <= card_bytes]
+
+
+def memory_of(trace: Trace) -> Memory:
+    """What a rank of the traced step needs."""
+    inputs_bytes, outputs_bytes = trace.conv_io_bytes
+    rest = max(0, trace.saved_bytes - inputs_bytes - outputs_bytes)  # heads and loss keep theirs in any case
+    recomputed = {how: rest + kept * outputs_bytes for how, kept in KEPT_PER_OUTPUT.items()}
+    return Memory(
+        state_bytes=trace.num_parameters * BYTES_PER_PARAMETER + trace.fixed_bytes,
+        batch_bytes=trace.batch_bytes,
+        workspace_bytes=trace.peak_bytes - trace.saved_bytes,
+        activations={"eager": trace.saved_bytes, **recomputed},
+    )
+
+
+def refuse_what_cannot_fit(stage: Stage, facts: Facts, world: int, how: str, card_bytes: float) -> None:
+    """Raise ConfigError where a rank of `stage` would not fit a card of `card_bytes` with `--step how`, naming the
+    setting, or else the number of ranks, that would. To be called before the ranks are joined; takes seconds.
+
+    Says nothing about a stage that cannot be traced.
+    """
+    try:
+        trace = trace_step(stage, facts, world)
+    except Untraceable:
+        return
+    memory = memory_of(trace)
+    if memory.needed(how) <= card_bytes:
+        return
+    fitting = memory.settings_within(card_bytes)
+    if fitting:
+        instead = f"--step {fitting[0]} needs about {_gb(memory.needed(fitting[0]))}"
+    elif (ranks := _ranks_that_fit(memory, trace.plan, world, card_bytes)) is not None:
+        instead = f"no setting of --step fits on {world} ranks; {ranks} would do as --step {PREFERENCE[0]}"
+    else:
+        instead = "no setting of --step fits, however many ranks share the batch: choose a smaller network"
+    raise ConfigError(
+        f"a rank needs about {_gb(memory.needed(how))} of the card's {_gb(card_bytes)} as --step {how}; {instead}"
+    )
+
+
+def _ranks_that_fit(memory: Memory, plan: Plan, world: int, card_bytes: float) -> int | None:
+    """The fewest ranks that divide the batches and fit; what depends on the batch shrinks in proportion."""
+    batches = [s.batch_global for s in plan.streams if not isinstance(s.order, Sequential)]
+    how = PREFERENCE[0]
+    shrinking = memory.needed(how) - memory.shared_bytes
+    for ranks in range(world + 1, min(batches) + 1):
+        fits = memory.shared_bytes + shrinking * world / ranks <= card_bytes
+        if fits and all(n % ranks == 0 for n in batches):
+            return ranks
+    return None
+
+
+def _gb(num_bytes: float) -> str:
+    """In 10^9 bytes, as cards are sold."""
+    return f"{num_bytes / 1e9:.0f} GB" if num_bytes >= 10e9 else f"{num_bytes / 1e9:.1f} GB"
+
+
+def describe(memory: Memory) -> tuple[str, str]:
+    """In words: what each setting needs, and which settings fit which card."""
+    needs = ", ".join(f"{_gb(memory.needed(how))} {how}" for how in ("eager", *KEPT_PER_OUTPUT))
+    fits = []
+    for card_gb in CARDS_GB:
+        settings = memory.settings_within(card_gb * 1e9)
+        everything = len(settings) == len(PREFERENCE)
+        fits.append(f"{card_gb} GB {'all' if everything else ', '.join(settings) or 'none'}")
+        if everything:
+            break  # larger ones hold all too
+    return f"a GPU needs, by --step: {needs} (modelled)", "; ".join(fits)

@@ -1,0 +1,274 @@
+"""One training step of any method, counted without data, devices or peers.
+
+The method's own loss and its backward pass run on fake tensors, which have shapes but no elements, at one rank's share
+of the batch, beside a fake process group of all ranks. Whatever the code does (its products, messages and memory) is
+what is counted; nothing here knows a method.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as td
+from torch import Tensor, nn
+from torch._subclasses import fake_tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from fastssl import dist
+from fastssl.config import FastsslError
+from fastssl.methods.base import Artefact, Facts, Stage
+from loaders.batch import Batch, Part
+from loaders.plan.plan import Plan
+from loaders.plan.views import Balanced, Stream
+
+_aten = torch.ops.aten
+
+
+class Untraceable(FastsslError):
+    """The step cannot be run without data; the message says why."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One collective that this rank takes part in; `num_bytes` is the size of a gather's result, else of what this
+    rank puts in."""
+
+    op: str  # all_reduce, all_gather_into_tensor, reduce_scatter_tensor
+    about: Literal["statistics", "rows"]  # batch norm's own group, or what a loss exchanges
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Counts of one step on one rank of `world`: forward and backward, without DDP's gradient buckets and the update.
+
+    flops              multiply-adds count two; "convolutions", "linear layers" (products with a weight), and
+                       "similarities" (all other products)
+    conv_io_bytes      inputs and outputs of the convolutions that are trained: (inputs, outputs)
+    conv_traffic_bytes what convolutions read and write, each tensor once a kernel; backward is two kernels, one for
+                       the gradient of the input and one for that of the weight
+    messages           in order
+    norm_channels      of each batch norm of the online network
+    embedding_width    of the online network's last linear layer; 0 without any
+    num_parameters     trained
+    gradient_bytes     what their gradients travel as
+    fixed_bytes        everything else that lies beside them: other networks, buffers
+    batch_bytes        the batch's pixels as the loss gets them
+    saved_bytes        alive at the end of the forward pass, inputs and weights apart
+    peak_bytes         the most alive at any time, gradients made so far included
+    """
+
+    plan: Plan
+    world: int
+    flops: Mapping[str, int]
+    conv_io_bytes: tuple[int, int]
+    conv_traffic_bytes: int
+    messages: tuple[Message, ...]
+    norm_channels: tuple[int, ...]
+    embedding_width: int
+    num_parameters: int
+    gradient_bytes: int
+    fixed_bytes: int
+    batch_bytes: int
+    saved_bytes: int
+    peak_bytes: int
+
+
+def trace_step(stage: Stage, facts: Facts, world: int) -> Trace:
+    """Trace a training step of `stage` as one of `world` ranks sees it; seconds, whatever the sizes.
+
+    `world` must divide the batches (`loaders.plan.plan.check_world`). To be called before the ranks are joined.
+    Raises Untraceable where the loss needs what an earlier stage makes, or has shapes that depend on values.
+    """
+    assert stage.do == "train" and not td.is_initialized()
+    try:
+        with _one_of(world), FakeTensorMode(allow_fallback_kernels=False):
+            return _traced(stage, facts, world)
+    except (
+        fake_tensor.DataDependentOutputException,
+        fake_tensor.DynamicOutputShapeException,
+        fake_tensor.UnsupportedOperatorException,
+    ) as error:
+        raise Untraceable(f"what the loss computes depends on values ({error})") from error
+
+
+def _traced(stage: Stage, facts: Facts, world: int) -> Trace:
+    method = stage.method.build(facts, _NotMade())
+    plan, nets = method.plan(), method.nets()
+    for name, module in nets.modules().items():
+        module.train(name != "frozen")
+    batch = _fake_batch(plan, facts.channels, world)
+    pixels = [x for part in batch.parts.values() for x in part.x.values()]
+    trained = [p for p in nets.online.parameters() if p.requires_grad]
+    lasting = [t for module in nets.modules().values() for t in (*module.parameters(), *module.buffers())]
+
+    counter = _Counter(lasting + pixels)
+    with counter, _LinearLayers() as linear:
+        total = method.loss(nets, batch)["total"]
+        saved_bytes = counter.live_bytes
+        total.backward()
+    products, num_parameters = counter.flops["products"], sum(p.numel() for p in trained)
+    return Trace(
+        plan=plan,
+        world=world,
+        flops={
+            "convolutions": counter.flops["convolutions"],
+            "linear layers": linear.flops,
+            "similarities": products - linear.flops,
+        },
+        conv_io_bytes=(counter.conv_inputs, counter.conv_outputs),
+        conv_traffic_bytes=counter.conv_traffic,
+        messages=tuple(counter.messages),
+        norm_channels=tuple(m.num_features for m in nets.online.modules() if isinstance(m, _BatchNorm)),
+        embedding_width=([m.out_features for m in nets.online.modules() if isinstance(m, nn.Linear)] or [0])[-1],
+        num_parameters=num_parameters,
+        gradient_bytes=num_parameters * (2 if stage.gradients == "bf16" else 4),
+        fixed_bytes=_num_bytes(lasting) - _num_bytes(trained),
+        batch_bytes=_num_bytes(pixels),
+        saved_bytes=saved_bytes,
+        peak_bytes=counter.peak_bytes,
+    )
+
+
+@contextmanager
+def _one_of(world: int) -> Iterator[None]:
+    """This process as the first of `world` ranks, whose collectives go nowhere."""
+    if world == 1:
+        yield
+        return
+    td.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
+    dist._statistics_group = td.new_group()
+    try:
+        yield
+    finally:
+        dist.shutdown()
+
+
+class _NotMade(Mapping[str, Artefact]):
+    """The inputs of a stage whose earlier stages have not run."""
+
+    def __getitem__(self, name: str) -> Artefact:
+        raise Untraceable(f"the loss needs {name!r}, which an earlier stage makes")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+
+def rows_of(stream: Stream) -> dict[str, int]:
+    """View name -> crops a step over all ranks."""
+    return {v.name: stream.batch_global * v.copies * len(v.turns) for v in stream.views}
+
+
+def _fake_batch(plan: Plan, channels: int, world: int) -> Batch:
+    parts = {}
+    for stream in plan.streams:
+        images = stream.batch_global // world
+        x = {
+            v.name: torch.empty(rows_of(stream)[v.name] // world, channels, v.size, v.size).to(
+                memory_format=torch.channels_last
+            )
+            for v in stream.views
+        }
+        ids, labels, columns, keys, positions = (torch.zeros(images, dtype=torch.int64) for _ in range(5))
+        parts[stream.name] = Part(
+            x, ids, labels, columns if isinstance(stream.order, Balanced) else None, keys, positions
+        )
+    return Batch(parts, torch.zeros((), dtype=torch.int64))
+
+
+class _LinearLayers(TorchFunctionMode):
+    """FLOPs of products with weights: forward, and as often again as gradients of input and weight are needed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is F.linear:
+            x, weight, *_ = args
+            gradients = (x.requires_grad + weight.requires_grad) * torch.is_grad_enabled()
+            self.flops += 2 * x.numel() * weight.shape[0] * (1 + gradients)
+        return func(*args, **(kwargs or {}))
+
+
+class _Counter(TorchDispatchMode):
+    """Sees every operation that reaches a kernel, forward and backward."""
+
+    def __init__(self, lasting: list[Tensor]) -> None:
+        super().__init__()
+        self.flops: Counter[str] = Counter()
+        self.conv_inputs = self.conv_outputs = self.conv_traffic = 0
+        self.messages: list[Message] = []
+        self.live_bytes = self.peak_bytes = 0
+        self._storages = {t.untyped_storage()._cdata for t in lasting}
+        self._statistics = dist.statistics_group().group_name if dist.world_size() > 1 else ""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        packet = func.overloadpacket
+        out: Any = _statistics_of(*args) if packet is _aten.batch_norm_update_stats else func(*args, **kwargs)
+        # torch's formulas have no entry for what works in place: addmm_ costs what addmm does.
+        formula = flop_registry.get(packet) or flop_registry.get(getattr(_aten, func._opname.rstrip("_"), None))
+        if formula is not None:
+            convolution = packet in (_aten.convolution, _aten.convolution_backward)
+            self.flops["convolutions" if convolution else "products"] += formula(*args, **kwargs, out_val=out)
+        if packet is _aten.convolution:
+            self.conv_traffic += _num_bytes((*args[:2], out))
+        elif packet is _aten.convolution_backward:
+            gradient, x, weight, *_ = args
+            wanted = args[-1]
+            self.conv_traffic += sum(_num_bytes([gradient, x, weight]) for w in wanted[:2] if w)
+            if wanted[1]:
+                self.conv_inputs += _num_bytes([x])
+                self.conv_outputs += _num_bytes([gradient])
+        elif func.namespace == "_c10d_functional" and packet is not torch.ops._c10d_functional.wait_tensor:
+            gathers = "all_gather" in func._opname
+            self.messages.append(
+                Message(
+                    op=func._opname,
+                    about="statistics" if args[-1] == self._statistics else "rows",
+                    num_bytes=_num_bytes(tree_leaves(out if gathers else args[0])),
+                )
+            )
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._watch(tensor.untyped_storage())
+        return out
+
+    def _watch(self, storage: torch.UntypedStorage) -> None:
+        key, num_bytes = storage._cdata, storage.nbytes()
+        if key not in self._storages:
+            self._storages.add(key)
+            self.live_bytes += num_bytes
+            self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+            weakref.finalize(storage, self._freed, key, num_bytes).atexit = False
+
+    def _freed(self, key: int, num_bytes: int) -> None:
+        self._storages.discard(key)
+        self.live_bytes -= num_bytes
+
+
+def _statistics_of(x: Tensor, running_mean: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
+    """Shapes of `batch_norm_update_stats`, for which torch has none: it would run it on zeros of x's full size."""
+    dtype = torch.float32 if running_mean is None else running_mean.dtype
+    return x.new_empty(x.shape[1], dtype=dtype), x.new_empty(x.shape[1], dtype=dtype)
+
+
+def _num_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
