@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fastssl.profiling.trace import Trace, rows_of
+from fastssl.profiling.trace import Trace, num_rows
 from loaders.plan.plan import Plan
 from loaders.plan.views import Balanced
 
@@ -112,13 +112,13 @@ def _cost(
     passes: float,
 ) -> StepCost:
     streams = trace.plan.streams
-    largest = max(view.size for stream in streams for view in stream.views)
-    area = {view.name: (view.size / largest) ** 2 for stream in streams for view in stream.views}
+    views = [(view, num_rows(stream, view)) for stream in streams for view in stream.views]
+    largest = max(view.size for view, _ in views)
     inputs_bytes, outputs_bytes = trace.conv_io_bytes
     return StepCost(
         world=trace.world,
         flops={part: count * trace.world for part, count in flops.items()},
-        image_equivalents=sum(n * area[view] for stream in streams for view, n in rows_of(stream).items()),
+        image_equivalents=sum(n * (view.size / largest) ** 2 for view, n in views),
         num_parameters=trace.num_parameters,
         gradient_bytes=gradient_bytes,
         statistics=statistics,
@@ -139,11 +139,11 @@ def _soft_nearest_neighbours(plan: Plan) -> tuple[int, int, int, int] | None:
     if not balanced or not others:
         return None
     largest = max(view.size for stream in others for view in stream.views)
-    crops = [(view.size, rows_of(stream)[view.name]) for stream in others for view in stream.views]
+    crops = [(view.size, num_rows(stream, view)) for stream in others for view in stream.views]
     return (
         sum(n for _, n in crops),
         sum(n for size, n in crops if size == largest),
-        sum(sum(rows_of(stream).values()) for stream, _ in balanced),
+        sum(num_rows(stream, view) for stream, _ in balanced for view in stream.views),
         balanced[0][1].classes_global,
     )
 

@@ -32,7 +32,7 @@ from fastssl.config import FastsslError
 from fastssl.methods.base import Artefact, Facts, Stage
 from loaders.batch import Batch, Part
 from loaders.plan.plan import Plan
-from loaders.plan.views import Balanced, Stream
+from loaders.plan.views import Balanced, Stream, View
 
 _aten = torch.ops.aten
 
@@ -91,7 +91,8 @@ def trace_step(stage: Stage, facts: Facts, world: int) -> Trace:
     """Trace a training step of `stage` as one of `world` ranks sees it; seconds, whatever the sizes.
 
     `world` must divide the batches (`loaders.plan.plan.check_world`). To be called before the ranks are joined.
-    Raises Untraceable where the loss needs what an earlier stage makes, or has shapes that depend on values.
+    Raises Untraceable where the loss needs what an earlier stage makes, or has shapes that depend on values, or an
+    operation without a rule for shapes.
     """
     assert stage.do == "train" and not td.is_initialized()
     try:
@@ -102,7 +103,7 @@ def trace_step(stage: Stage, facts: Facts, world: int) -> Trace:
         fake_tensor.DynamicOutputShapeException,
         fake_tensor.UnsupportedOperatorException,
     ) as error:
-        raise Untraceable(f"what the loss computes depends on values ({error})") from error
+        raise Untraceable(f"the loss cannot run on shapes alone ({error})") from error
 
 
 def _traced(stage: Stage, facts: Facts, world: int) -> Trace:
@@ -120,6 +121,7 @@ def _traced(stage: Stage, facts: Facts, world: int) -> Trace:
         total = method.loss(nets, batch)["total"]
         saved_bytes = counter.live_bytes
         total.backward()
+    widths = [m.out_features for m in nets.online.modules() if isinstance(m, nn.Linear)]
     products, num_parameters = counter.flops["products"], sum(p.numel() for p in trained)
     return Trace(
         plan=plan,
@@ -133,7 +135,7 @@ def _traced(stage: Stage, facts: Facts, world: int) -> Trace:
         conv_traffic_bytes=counter.conv_traffic,
         messages=tuple(counter.messages),
         norm_channels=tuple(m.num_features for m in nets.online.modules() if isinstance(m, _BatchNorm)),
-        embedding_width=([m.out_features for m in nets.online.modules() if isinstance(m, nn.Linear)] or [0])[-1],
+        embedding_width=widths[-1] if widths else 0,
         num_parameters=num_parameters,
         gradient_bytes=num_parameters * (2 if stage.gradients == "bf16" else 4),
         fixed_bytes=_num_bytes(lasting) - _num_bytes(trained),
@@ -170,9 +172,9 @@ class _NotMade(Mapping[str, Artefact]):
         return 0
 
 
-def rows_of(stream: Stream) -> dict[str, int]:
-    """View name -> crops a step over all ranks."""
-    return {v.name: stream.batch_global * v.copies * len(v.turns) for v in stream.views}
+def num_rows(stream: Stream, view: View) -> int:
+    """Images that a step puts through the networks as `view`, over all ranks."""
+    return stream.batch_global * view.copies * len(view.turns)
 
 
 def _fake_batch(plan: Plan, channels: int, world: int) -> Batch:
@@ -180,10 +182,10 @@ def _fake_batch(plan: Plan, channels: int, world: int) -> Batch:
     for stream in plan.streams:
         images = stream.batch_global // world
         x = {
-            v.name: torch.empty(rows_of(stream)[v.name] // world, channels, v.size, v.size).to(
+            view.name: torch.empty(num_rows(stream, view) // world, channels, view.size, view.size).to(
                 memory_format=torch.channels_last
             )
-            for v in stream.views
+            for view in stream.views
         }
         ids, labels, columns, keys, positions = (torch.zeros(images, dtype=torch.int64) for _ in range(5))
         parts[stream.name] = Part(

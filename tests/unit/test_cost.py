@@ -203,7 +203,7 @@ def test_any_method_is_traced_through_the_contract(family):
 
 @pytest.mark.parametrize(
     ("family", "which", "why"),
-    [("s4l", 2, "needs 'labels', which an earlier stage makes"), ("semppl", 0, "depends on values")],
+    [("s4l", 2, "needs 'labels', which an earlier stage makes"), ("semppl", 0, "shapes alone")],
 )
 def test_what_cannot_be_traced_is_said_and_leaves_no_group_behind(family, which, why):
     with pytest.raises(Untraceable, match=why):
