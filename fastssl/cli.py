@@ -51,6 +51,8 @@ def main() -> None:
     # OpenMP's threads spin between parallel regions by default and so take the cores from the loader's threads, from
     # other ranks and from each other: a step took up to ten times as long. Read as torch loads, which is later.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # torch's networking warns of host names it cannot look up and of peers that leave; what matters comes as an error.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 @main.command()
@@ -62,13 +64,14 @@ def main() -> None:
 @click.option(
     "--step",
     "how",
-    type=click.Choice(["eager", "compiled", "graphed"]),
+    type=click.Choice(["eager", "eager-recompute", "compiled", "graphed"]),
     help="How a step is done [compiled on a GPU, eager on a CPU].",
 )
 @click.option("--loader", default="auto", show_default=True, help="auto, ffcv, dali, pil or memory.")
 @click.option("--cache-gib", type=click.FloatRange(0), default=0.0, help="Memory for decoded support images [0].")
 @click.option("--damaged", type=click.Choice(["stop", "replace"]), default="stop", help="At unreadable images [stop].")
 @click.option("--resume", type=click.Choice(["auto", "never"]), default="auto", show_default=True)
+@click.option("--allow-change", multiple=True, metavar="KEY", help="Continue a run although this setting differs.")
 @click.option("--init-from", type=click.Path(path_type=Path), help="Start from the weights of this run or checkpoint.")
 @click.option("--stage-to", type=click.Path(path_type=Path), help="Copy .beton data to this local folder first.")
 @click.option("--labels", help="Labelled images: all, per-class=N, a list's name or path.")
@@ -93,6 +96,7 @@ def train(
     cache_gib: float,
     damaged: str,
     resume: str,
+    allow_change: tuple[str, ...],
     init_from: Path | None,
     stage_to: Path | None,
     labels: str | None,
@@ -143,6 +147,7 @@ def train(
         cache_gib=cache_gib,
         damaged=damaged,  # type: ignore[arg-type]
         resume=resume,  # type: ignore[arg-type]
+        allow_change=allow_change,
         init_from=init_from,
         stage_to=stage_to,
         command=shlex.join(["fastssl", *sys.argv[1:]]),

@@ -51,7 +51,9 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "fastssl.recipes": ({"fastssl.config", "fastssl.methods"}, set()),
     "fastssl.evaluation": (CONTRACT, {"torch", "numpy", "sklearn"}),
     "fastssl.engine": (
-        CONTRACT | {"fastssl.clock", "fastssl.record", "fastssl.evaluation", "fastssl.recipes", "fastssl.datasets"},
+        CONTRACT
+        | {"fastssl.nn.recompute", "fastssl.clock", "fastssl.record", "fastssl.evaluation", "fastssl.recipes"}
+        | {"fastssl.datasets"},
         {"torch", "numpy"},
     ),
     "fastssl.profiling": (CONTRACT, {"torch"}),

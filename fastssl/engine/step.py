@@ -1,10 +1,10 @@
-"""One optimiser step on one rank: rates, loss, backward, update, averages; eager, compiled, or replayed from a graph.
+"""One optimiser step on one rank: rates, loss, backward, update, averages; done in one of four ways.
 
-eager     the reference: what every test of exactness runs
-compiled  the online network as one graph, collectives included, inside DDP; what is cheap is computed again for the
-          backward pass instead of kept
-graphed   the compiled step, optimiser included, captured once as a CUDA graph and replayed: for small shards, where
-          launching kernels takes longer than running them (not yet run on a GPU)
+eager            the reference: what every test of exactness runs
+eager-recompute  the same values with two thirds of the memory: residual blocks are computed again for backward
+compiled         the online network as one graph, collectives included, inside DDP; what is cheap is computed again
+graphed          the compiled step, optimiser included, captured once as a CUDA graph and replayed: for small shards,
+                 where launching kernels takes longer than running them (not yet run on a GPU)
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from torch.optim import Optimizer
 from fastssl import dist
 from fastssl.config import ConfigError, FastsslError
 from fastssl.methods.base import Config, Horizon, Method, Nets, Stage
+from fastssl.nn.recompute import recompute_blocks
 from loaders.batch import Batch
 
-How = Literal["eager", "compiled", "graphed"]
+How = Literal["eager", "eager-recompute", "compiled", "graphed"]
 
 # Share of the activations that a compiled step keeps. At 0.6 a ResNet keeps the outputs of its convolutions and
 # computes batch norms and ReLUs again; lower, it would compute convolutions again.
@@ -60,12 +61,18 @@ class TrainingStep:
         self._trained = nets
         self._graph: _Graph | None = None
         self._num_eager = 0
+        if how == "eager-recompute" and not recompute_blocks(nets.online):
+            raise ConfigError("--step eager-recompute: the network has no residual blocks that could be computed again")
         set_float32_precision(method.config)
+
+    @property
+    def _compiles(self) -> bool:
+        return self.how in ("compiled", "graphed")
 
     @property
     def must_prepare(self) -> bool:
         """Whether `prepare` has anything to do."""
-        return self.how != "eager" or dist.world_size() > 1
+        return self._compiles or dist.world_size() > 1
 
     def __call__(self, step: int, horizon: Horizon, batch: Batch) -> dict[str, Tensor]:
         """Do step number `step`; returns the parts of the loss, detached. Never waits for the device."""
@@ -89,7 +96,7 @@ class TrainingStep:
 
         Raises FastsslError where a parameter gets no gradient on any path of the loss.
         """
-        if self.how != "eager" and not self._compiler_works(warn):
+        if self._compiles and not self._compiler_works(warn):
             self.how = "eager"
         try:
             self._trained = replace(self.nets, online=self._averaged(self._compiled()))
@@ -102,7 +109,7 @@ class TrainingStep:
 
     def _compiled(self) -> nn.Module:
         """The online network as the loss calls it; `nets.online` itself stays as it is, for evaluations."""
-        if self.how == "eager":
+        if not self._compiles:
             return self.nets.online
         torch._functorch.config.activation_memory_budget = ACTIVATION_MEMORY_BUDGET
         return torch.compile(self.nets.online, fullgraph=True, dynamic=False)  # type: ignore[return-value]

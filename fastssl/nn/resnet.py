@@ -11,6 +11,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from fastssl.nn.global_batch_norm import GlobalBatchNorm, Lockstep, LockstepSequential
+from fastssl.nn.recompute import Blocks
 
 Norm = Callable[[int], GlobalBatchNorm]
 Depth = Literal[10, 18, 34, 50, 101, 152, 200]
@@ -121,7 +122,7 @@ class ResNetTrunk(Lockstep):
                 stride = 2 if group > 0 and index == 0 else 1
                 layers.append(block(channels, stem_channels * 2**group, stride, norm))
                 channels = stem_channels * 2**group * block.expansion
-            groups.append(LockstepSequential(*layers))
+            groups.append(Blocks(*layers))
         self.layer1, self.layer2, self.layer3, self.layer4 = groups
         self.num_features = channels
         for module in self.modules():

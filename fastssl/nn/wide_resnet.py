@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from fastssl.nn.global_batch_norm import GlobalBatchNorm, Lockstep, LockstepSequential
+from fastssl.nn.global_batch_norm import GlobalBatchNorm, Lockstep
+from fastssl.nn.recompute import Blocks
 
 Norm = Callable[..., GlobalBatchNorm]
 
@@ -63,7 +64,7 @@ class WideResNetTrunk(Lockstep):
                 stride = 2 if group > 0 and index == 0 else 1
                 layers.append(PreactivationBlock(channels, 16 * widen * 2**group, stride, norm))
                 channels = 16 * widen * 2**group
-            groups.append(LockstepSequential(*layers))
+            groups.append(Blocks(*layers))
         self.layer1, self.layer2, self.layer3 = groups
         self.bn1 = norm(channels, momentum=final_momentum)
         self.num_features = channels
