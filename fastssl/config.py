@@ -27,9 +27,10 @@ class FastsslError(Exception):
 
 
 class Stopped(FastsslError):
-    """A run that was asked to stop by signal `signum` has saved; ends its process with EXIT_STOPPED."""
+    """A run that was asked to stop has saved; ends its process with EXIT_STOPPED. `signum` is the signal that asked, on
+    the ranks, and None where a launcher passes their end on."""
 
-    def __init__(self, message: str, signum: int):
+    def __init__(self, message: str, signum: int | None = None):
         super().__init__(message, signum)
         self.signum = signum
 

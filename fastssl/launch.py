@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
@@ -117,7 +118,6 @@ def _one_of_many(job: Job) -> dict[str, Any]:
         dist.shutdown()
         raise Stopped(words, stop.signum) from None
     except Exception as error:
-        get_error_handler().record_exception(error)  # where torchrun looks for it
         code = _exit_code(error)
         if dist.first_to("speak of an error"):
             words = str(error) if code == _EXIT_REFUSED else _told_by(int(os.environ["RANK"]), _words(error))
@@ -215,8 +215,13 @@ def _signals_forwarded() -> Iterator[None]:
         for rank in multiprocessing.active_children():
             os.kill(rank.pid, signum)  # type: ignore[arg-type]  # all have started
 
-    main = threading.current_thread() is threading.main_thread()  # where alone Python lets one set handlers
-    before = {signum: signal.signal(signum, forward) for signum in (_FORWARDED if main else ())}
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python lets nobody else set handlers
+        return
+    before = {signum: signal.signal(signum, signal.SIG_IGN) for signum in _FORWARDED}
+    resource_tracker.ensure_running()  # multiprocessing's helper inherits that; SLURM's signals reach it too
+    for signum in _FORWARDED:
+        signal.signal(signum, forward)
     try:
         yield
     finally:
@@ -287,8 +292,7 @@ def _too_many(job: Job) -> str:
     here = f"--gpus {job.world}: this host has {torch.cuda.device_count()}"
     if len(found := lines(job)) == 1:
         return here
-    torchrun, sbatch = found
-    return f"{here}. Run on each of several hosts\n  {torchrun}\nor through SLURM\n  {sbatch}\n(--submit slurm does that)"
+    return f"{here}. Run on each of several hosts\n  {found[0]}\nor with SLURM, as --submit slurm does,\n  {found[1]}"
 
 
 def lines(job: Job) -> list[str]:

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+FASTSSL = (sys.executable, "-m", "fastssl")
 
 # paws.digits with the smallest network and batch that still use every part
 TINY = (
@@ -21,14 +22,16 @@ CHANGES = [part for change in TINY for part in ("--set", change)]
 
 
 @contextmanager
-def running(folder: Path, *arguments: str) -> Iterator[subprocess.Popen]:
-    """`fastssl ARGUMENTS` in `folder`, its output in `folder/log`, in a process group of its own; no process of it
+def running(
+    folder: Path, *arguments: str, program: tuple[str, ...] = FASTSSL, **environment: str
+) -> Iterator[subprocess.Popen]:
+    """`PROGRAM ARGUMENTS` in `folder`, its output in `folder/log`, in a process group of its own; no process of it
     outlives the context."""
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "fastssl", *arguments],
+            [*program, *arguments],
             cwd=folder,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
             stdout=log,
             stderr=subprocess.STDOUT,
             process_group=0,
@@ -42,9 +45,9 @@ def running(folder: Path, *arguments: str) -> Iterator[subprocess.Popen]:
             process.wait()
 
 
-def run(folder: Path, *arguments: str) -> tuple[int, str]:
+def run(folder: Path, *arguments: str, **environment: str) -> tuple[int, str]:
     """Exit code and output of `fastssl ARGUMENTS` in `folder`."""
-    with running(folder, *arguments) as process:
+    with running(folder, *arguments, **environment) as process:
         return process.wait(timeout=250), (folder / "log").read_text()
 
 
