@@ -16,7 +16,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -96,37 +95,38 @@ class TrainingStep:
 
         Raises FastsslError where a parameter gets no gradient on any path of the loss.
         """
-        if self._compiles and not self._compiler_works(warn):
+        if self._compiles:
+            problem = self._compile(batch)
+            if not problem:
+                return
+            warn(f"not compiled, the step is eager and slower: {problem}")
             self.how = "eager"
-        try:
-            self._trained = replace(self.nets, online=self._averaged(self._compiled()))
-            self._throw_away(batch)
-        except TorchDynamoException as error:  # the same on all ranks: they compile the same code
-            warn(f"not compiled, the step is eager and slower: {_first_line(error)}")
-            self.how = "eager"
+        if self.must_prepare:
             self._trained = replace(self.nets, online=self._averaged(self.nets.online))
             self._throw_away(batch)
 
-    def _compiled(self) -> nn.Module:
-        """The online network as the loss calls it; `nets.online` itself stays as it is, for evaluations."""
-        if not self._compiles:
-            return self.nets.online
-        torch._functorch.config.activation_memory_budget = ACTIVATION_MEMORY_BUDGET
-        return torch.compile(self.nets.online, fullgraph=True, dynamic=False)  # type: ignore[return-value]
+    def _compile(self, batch: Batch) -> str:
+        """Have the loss call a compiled network; `nets.online` itself stays as it is, for evaluations. Returns what
+        stood in the way, if anything did."""
+        from torch._dynamo.exc import TorchDynamoException  # takes a second to import
 
-    def _compiler_works(self, warn: Callable[[str], None]) -> bool:
-        """Whether every rank can compile at all. A rank that could not would leave the others waiting in the first
-        collective of their graphs."""
+        # A rank that cannot compile at all would leave the others waiting in the first collective of their graphs.
         try:
             x = torch.ones(8, device=self.device, requires_grad=True)
             torch.compile(lambda x: x.cos().square(), fullgraph=True)(x).sum().backward()
             problem = ""
         except (TorchDynamoException, OSError) as error:
             problem = _first_line(error)
-        if dist.all_true(not problem):
-            return True
-        warn(f"not compiled, the step is eager and slower: {problem or 'another rank has no working compiler'}")
-        return False
+        if not dist.all_true(not problem):
+            return problem or "another rank has no working compiler"
+        torch._functorch.config.activation_memory_budget = ACTIVATION_MEMORY_BUDGET
+        online = torch.compile(self.nets.online, fullgraph=True, dynamic=False)
+        self._trained = replace(self.nets, online=self._averaged(online))  # type: ignore[arg-type]
+        try:
+            self._throw_away(batch)
+        except TorchDynamoException as error:  # the same on all ranks: they compile the same code
+            return _first_line(error)
+        return ""
 
     def _averaged(self, online: nn.Module) -> nn.Module:
         """`online` averaging its gradients over the ranks."""
