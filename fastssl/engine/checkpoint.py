@@ -54,7 +54,7 @@ class Checkpoints:
         need not stay. Raises CheckpointError where the disk refuses; what was there before stays whole."""
         final, partial = self.path(step), self.folder / f".step-{step:08d}.partial"
         try:
-            self._drop_partial()
+            self._drop_remains()
             partial.mkdir(parents=True)
             digest = _write_state(partial / STATE, state)
             (partial / DIGEST).write_text(json.dumps(digest))
@@ -75,13 +75,13 @@ class Checkpoints:
 
     def _drop(self, path: Path) -> None:
         """Remove a checkpoint such that at no moment a part of it looks like a whole one."""
-        dying = path.with_name(f".{path.name}.partial")
+        dying = path.with_name(f".{path.name}.dropped")
         path.rename(dying)
         shutil.rmtree(dying)
 
-    def _drop_partial(self) -> None:
+    def _drop_remains(self) -> None:
         """Remove what a kill left of others."""
-        for path in self.folder.glob(".step-*.partial"):
+        for path in self.folder.glob(".step-*"):
             shutil.rmtree(path)
 
     def load_newest(self, warn: Callable[[str], None]) -> dict[str, Any] | None:

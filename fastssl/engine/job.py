@@ -34,6 +34,7 @@ class Job:
     cache_gib: float = 0.0  # decoded support images kept in memory, a rank
     damaged: Literal["stop", "replace"] = "stop"  # what an image that cannot be decoded does
     resume: Literal["auto", "never"] = "auto"
+    allow_change: tuple[str, ...] = ()  # what may differ from the run that is continued
     init_from: Path | None = None
     stage_to: Path | None = None  # where this host keeps copies of the data; None: read in place
     command: str = ""

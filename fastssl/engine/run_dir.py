@@ -18,64 +18,105 @@ from loaders.store.data import DataSets
 RESOLVED, RESULT, PRODUCED, CHECKPOINTS = "resolved.json", "result.json", "produced.pt", "checkpoints"
 
 
-def claim(job: Job, data: DataSets) -> dict[str, Any] | None:
-    """Make `job.out` this job's, or see that it already is; the job's result where it is finished.
+def finished(job: Job, data: DataSets) -> dict[str, Any] | None:
+    """The job's result where it is finished in `job.out`. Only looks; all ranks have looked when it returns.
+
+    Raises ConfigError, on every rank alike, where another run has begun there, or where nothing says whose work lies
+    there.
+    """
+    result = None
+    if _continues(job):
+        changed = _changes(job, data)
+        result = read_json(job.out / RESULT) if (job.out / RESULT).exists() else None
+        if changed and result is not None:
+            raise ConfigError(f"{job.out} is finished, and nothing in it can change: start another with --init-from")
+    return dist.broadcast_object(result)
+
+
+def claim(job: Job, data: DataSets) -> None:
+    """Make `job.out` this job's. Only the first rank, which holds the directory, writes.
 
     `resolved.json` says whose a directory is: what decides the results, and what the run was begun with, which a
-    continuation leaves as it is. Raises ConfigError, on every rank alike, where another run has begun there, or where
-    nothing says whose work lies there.
+    continuation leaves as it is, save for changes that were allowed: these are noted with the command that made them.
     """
-    resolved = {
+    if dist.is_main():
+        if _continues(job):
+            _note_of_ranks(job)
+            if changed := _changes(job, data):
+                _note_changes(job, data, changed)
+        else:
+            if job.resume == "never":
+                _clear(job)
+            run = {**_as_typed(job), "world": job.world, "threads": threads_per_rank()}
+            _write(job, {**_resolved(job, data), "run": run, "versions": versions()})
+    dist.barrier()
+
+
+def _resolved(job: Job, data: DataSets) -> dict[str, Any]:
+    """What decides a run's results."""
+    return {
         "recipe": job.recipe,
         "seed": job.seed,
         "stages": to_plain(job.stages),
         "data": {key: source.fingerprint() for key, source in sorted(data.sources.items())},
     }
-    continues = job.resume == "auto" and _has_work(job)
-    if continues:
-        _check_same(job, resolved)
-    result = read_json(job.out / RESULT) if continues and (job.out / RESULT).exists() else None
-    result = dist.broadcast_object(result)  # also: every rank has looked before anything is written
-    if dist.is_main() and not continues:
-        run = {
-            "command": job.command,
-            "changes": job.changes,
-            "data": job.data,
-            "init_from": None if job.init_from is None else str(job.init_from),
-            "world": job.world,
-            "threads": threads_per_rank(),
-        }
-        text = json.dumps({**resolved, "run": run, "versions": versions()}, indent=2)
-        try:
-            job.out.mkdir(parents=True, exist_ok=True)
-            if job.resume == "never":
-                _clear(job)
-            write_atomically(job.out / RESOLVED, text + "\n")
-        except OSError as error:
-            raise ConfigError(f"--out {job.out} cannot be written: {error.strerror}") from error
-    dist.barrier()
-    return result
 
 
-def _check_same(job: Job, resolved: dict[str, Any]) -> None:
+def _as_typed(job: Job) -> dict[str, Any]:
+    """The same in the words of the command."""
+    init_from = None if job.init_from is None else str(job.init_from)
+    return {"command": job.command, "changes": job.changes, "data": job.data, "init_from": init_from}
+
+
+def _write(job: Job, resolved: dict[str, Any]) -> None:
+    try:
+        write_atomically(job.out / RESOLVED, json.dumps(resolved, indent=2) + "\n")
+    except OSError as error:
+        raise ConfigError(f"--out {job.out} cannot be written: {error.strerror}") from error
+
+
+def _changes(job: Job, data: DataSets) -> list[str]:
+    """What differs from the run in the directory, all of it allowed. Raises ConfigError where something is not."""
     path = job.out / RESOLVED
     if not path.exists():
         raise ConfigError(f"{job.out} holds a run, but not its {RESOLVED}: choose another --out, or --resume never")
-    there = read_json(path)
+    there, resolved = read_json(path), _resolved(job, data)
     changed = differences({key: there.get(key) for key in resolved}, json.loads(json.dumps(resolved)))
-    if changed:
-        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+    refused = [change for change in changed if not any(_names(key, change) for key in job.allow_change)]
+    if refused:
+        more = f" and {len(refused) - 3} more" if len(refused) > 3 else ""
+        key = refused[0].partition(": ")[0].rpartition(".")[2]
         raise ConfigError(
-            f"{job.out} holds another run ({'; '.join(changed[:3])}{more}): choose another --out, or run the "
-            "command it was made with"
+            f"{job.out} holds another run ({'; '.join(refused[:3])}{more}): choose another --out, run the command it "
+            f"was made with, or let it change with --allow-change {key}"
         )
-    before = there["run"]["world"], there["run"]["threads"]
-    if before != (job.world, threads_per_rank()) and dist.is_main() and not (job.out / RESULT).exists():
+    return changed
+
+
+def _names(key: str, change: str) -> bool:
+    """Whether `key` is the field that changed, or one that holds it: `lr_peak`, `method.lr_peak`, `data`."""
+    return f".{key}." in f".{change.partition(': ')[0]}."
+
+
+def _note_of_ranks(job: Job) -> None:
+    before = read_json(job.out / RESOLVED)["run"]
+    if (before["world"], before["threads"]) != (job.world, threads_per_rank()):
         print(
-            f"note: begun on {before[0]} ranks of {before[1]} threads, continued on {job.world} of "
+            f"note: begun on {before['world']} ranks of {before['threads']} threads, continued on {job.world} of "
             f"{threads_per_rank()}: the same images, other rounding",
             flush=True,
         )
+
+
+def _note_changes(job: Job, data: DataSets, changed: list[str]) -> None:
+    there = read_json(job.out / RESOLVED)
+    allowed = [*there.get("allowed", ()), {"command": job.command, "changed": changed}]
+    _write(job, {**there, **_resolved(job, data), "run": there["run"] | _as_typed(job), "allowed": allowed})
+    print(f"note: continued with other settings: {'; '.join(changed)}", flush=True)
+
+
+def _continues(job: Job) -> bool:
+    return job.resume == "auto" and _has_work(job)
 
 
 def _has_work(job: Job) -> bool:

@@ -30,7 +30,9 @@ from fastssl.engine.checkpoint import (
     write_atomically,
 )
 from fastssl.engine.job import Job, threads_per_rank, versions
-from fastssl.engine.run_dir import CHECKPOINTS, PRODUCED, RESULT, claim
+from fastssl.engine.run_dir import CHECKPOINTS, PRODUCED, RESULT, claim, finished
+from fastssl.engine.run_lock import held
+from fastssl.engine.same_everywhere import check_same_everywhere
 from fastssl.engine.signals import Agreement, StopRequest
 from fastssl.engine.step import default_how
 from fastssl.engine.train import Trainer
@@ -62,21 +64,23 @@ def run(job: Job) -> dict[str, Any]:
     if device.type == "cpu":
         keep_freed_memory()
     data = _opened(job)
-    if (result := claim(job, data)) is not None:
+    check_same_everywhere(job, data)
+    if (result := finished(job, data)) is not None:
         if dist.is_main():
             print(f"finished: {job.recipe}, seed {job.seed}, in {job.out}")
             for line in result_lines(result, job.next_commands()):
                 print(line.plain)
         return result
 
-    with StopRequest() as stop:
+    with held(job.out), StopRequest() as stop:
+        claim(job, data)
         results = _all_stages(job, data, device, threads, stop)
-    if len(job.stages) == 1:
-        return results[job.stages[0].name]
-    result = {**results[job.stages[-1].name], "stages": results}
-    if dist.is_main():
-        write_atomically(job.out / RESULT, json.dumps(result, indent=2) + "\n")
-    return result
+        if len(job.stages) == 1:
+            return results[job.stages[0].name]
+        result = {**results[job.stages[-1].name], "stages": results}
+        if dist.is_main():
+            write_atomically(job.out / RESULT, json.dumps(result, indent=2) + "\n")
+        return result
 
 
 def _all_stages(

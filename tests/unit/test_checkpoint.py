@@ -99,6 +99,14 @@ def test_the_newest_stay_and_milestones_stay_for_ever(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest"] + [f"step-{s:08d}" for s in (4, 8, 9, 10)]
 
 
+def test_a_damaged_one_is_replaced(tmp_path):
+    """A run that went back to the step before comes to it again."""
+    checkpoints = Checkpoints(tmp_path)
+    (checkpoints.save(1, state(1.0)) / "state.pt").write_bytes(b"PK")
+    checkpoints.save(1, state(5.0))
+    assert read(checkpoints) == 5.0 and not list(tmp_path.glob(".*"))
+
+
 def test_a_stage_saves_its_milestones_too(tmp_path):
     (stage,) = fakes.stages("contrast")
     stage: Stage = replace(stage, checkpoint_every=Steps(3), keep_checkpoints=1, milestone_every=Steps(2), evaluate=())
