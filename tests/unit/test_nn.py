@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastssl.nn.encoders import ResNet, WideResNet
-from fastssl.nn.global_batch_norm import GlobalBatchNorm, frozen_running_stats
+from fastssl.nn.global_batch_norm import GlobalBatchNorm, LockstepSequential, frozen_running_stats
 from fastssl.nn.heads import prediction_head, projection_head
 from fastssl.nn.resnet import resnet
 from fastssl.nn.wide_resnet import wide_resnet
@@ -151,6 +151,24 @@ def test_batch_norm_alone_is_torch_s(shape, dtype):
         assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("training", (True, False))
+def test_a_sequence_in_lockstep_is_as_many_passes(training):
+    """Catches a ReLU that is lost, done twice or taken by the wrong norm, and layers out of order. To the bit."""
+    torch.manual_seed(0)
+    inner = LockstepSequential(nn.Linear(6, 6), GlobalBatchNorm(6))
+    layers = nn.Linear(5, 6), nn.ReLU(), GlobalBatchNorm(6), nn.ReLU(), inner, nn.ReLU(), nn.Linear(6, 3)
+    net, xs = LockstepSequential(*layers).train(training), [torch.randn(8, 5), torch.randn(4, 5)]
+    state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    lockstep, running = net.lockstep(xs), [buffer.clone() for buffer in net.buffers()]
+    net.load_state_dict(state)
+    for x, y in zip(xs, lockstep, strict=True):
+        for layer in (*layers[:4], *inner, *layers[5:]):
+            x = layer(x)
+        assert torch.equal(y, x)
+    assert all(torch.equal(a, b) for a, b in zip(running, net.buffers(), strict=True))
+    assert LockstepSequential()(xs[0]) is xs[0]
+
+
 def test_batch_norm_keys_are_torch_s():
     assert list(GlobalBatchNorm(3).state_dict()) == list(nn.BatchNorm2d(3).state_dict())
     assert list(GlobalBatchNorm(3, affine=False).state_dict()) == list(nn.BatchNorm2d(3, affine=False).state_dict())
@@ -178,7 +196,14 @@ def test_wrong_inputs_are_refused():
         with pytest.raises(ValueError, match=r"expected \[N, 3\]"):
             layer(torch.ones(shape))
     with pytest.raises(ValueError, match="empty batch"):
-        layer(torch.ones(0, 3))
+        layer.lockstep([torch.ones(2, 3), torch.ones(0, 3)])
+    with pytest.raises(ValueError, match="more than one row"):
+        layer(torch.ones(1, 3, 1, 1))
+    with pytest.raises(ValueError, match=r"torch.bfloat16 .*2, 3.* added to the norm of torch.float32"):
+        layer.lockstep([torch.ones(2, 3)], [torch.ones(2, 3).bfloat16()])
+    with pytest.raises(ValueError, match="shorter"):
+        layer.lockstep([torch.ones(2, 3)] * 2, [torch.ones(2, 3)])
+    assert layer.num_batches_tracked == 0
     with pytest.raises(ValueError, match="no ResNet of depth 49"):
         resnet(49)
     with pytest.raises(ValueError, match='no stem "Cifar"'):
