@@ -12,7 +12,7 @@ from tests import fakes
 from tests.end_to_end import command, slurm
 from tests.interrupted import assert_same_run
 
-TRAIN = ("train", "--cpu-ranks", "2", "--out", "run", *command.CHANGES)
+TRAIN = ("train", "--cpu-ranks", "2", "--out", "run", *command.CHANGES, "--set", "length=20steps")
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +39,6 @@ def answer(cluster, folder, *words):
     return result.stdout
 
 
-def logs(folder):
-    return "".join(path.read_text() for path in sorted(folder.rglob("*.out")) + sorted(folder.rglob("*.err")))
-
-
 def test_srun_starts_the_same_ranks(cluster, whole, tmp_path):
     """Catches a rank, port or thread count that only torchrun sets."""
     log = answer(cluster, tmp_path, "srun", "-n2", *command.FASTSSL, *TRAIN)
@@ -50,23 +46,22 @@ def test_srun_starts_the_same_ranks(cluster, whole, tmp_path):
     assert_same_run(tmp_path / "run", whole)
 
 
-@pytest.mark.parametrize("how", ["requeue", "time"])
-def test_requeued_job_continues_bitwise(how, cluster, whole, tmp_path):
-    """SLURM takes a job's place away, or says that its time is up: it saves, waits in the queue and goes on. Catches a
-    signal that arrives at several processes and so counts twice, an exit code that is not passed on, and lost steps."""
+def test_job_that_is_told_to_leave_twice_continues_bitwise(cluster, whole, tmp_path):
+    """Its time is up, so that it goes back into the queue by itself; then SLURM takes its place away. Catches a signal
+    that arrives at several processes and so counts twice, an exit code that is not passed on, and lost steps."""
     job = fakes.job(fakes.stages("paws"), None, device="cuda", world=64, command=shlex.join([*command.FASTSSL, *TRAIN]))
     wrap = shlex.split(lines(job)[1])[-1].replace("--cpus-per-task 10", "")  # what `--gpus 64` tells users to submit
     options = ("--parsable", "--ntasks=2", "--requeue", "--open-mode=append", "--output=job.out")
     number = answer(cluster, tmp_path, "sbatch", *options, f"--wrap={wrap}").strip()
-    command.wait_until(lambda: command.steps_logged(tmp_path / "run") >= 2)
-    if how == "requeue":
-        answer(cluster, tmp_path, "scontrol", "requeue", number)
-    else:
-        answer(cluster, tmp_path, "scancel", "--signal=USR1", number)
+    command.wait_until(lambda: command.steps_logged(tmp_path / "run") >= 1)
+    answer(cluster, tmp_path, "scancel", "--signal=USR1", number)
+    log = tmp_path / "job.out"
+    command.wait_until(lambda: "continues   from step " in log.read_text(), timeout_s=100)
+    answer(cluster, tmp_path, "scontrol", "requeue", number)
     command.wait_until(lambda: (tmp_path / "run" / "result.json").exists(), timeout_s=100)
-    log = (tmp_path / "job.out").read_text()
-    assert log.count(f"as {'SIGTERM' if how == 'requeue' else 'SIGUSR1'} asked; the same command continues") == 1, log
-    assert log.count("continues   from step ") == 1
+    for asked in ("SIGUSR1", "SIGTERM"):
+        assert log.read_text().count(f"as {asked} asked; the same command continues") == 1, log.read_text()
+    assert log.read_text().count("continues   from step ") == 2
     assert_same_run(tmp_path / "run", whole)
 
 
@@ -78,7 +73,7 @@ def test_submitted_job_is_requeued_by_submitit_and_finishes(cluster, whole, tmp_
     command.wait_until(lambda: command.steps_logged(tmp_path / "run") >= 2)
     answer(cluster, tmp_path, "scancel", f"--signal={signal.SIGUSR2.name}", number)
     command.wait_until(lambda: (tmp_path / "run" / "result.json").exists(), timeout_s=100)
-    log = logs(tmp_path / "run" / "slurm")
+    log = "".join(path.read_text() for path in (tmp_path / "run" / "slurm").glob("*_log.*"))
     assert log.count("continues   from step ") == 1 and f"Requeued job {number}" in log
     assert_same_run(tmp_path / "run", whole)
     assert Path(said.strip().rpartition(" ")[2]) == tmp_path / "run" / "slurm"
