@@ -268,6 +268,23 @@ def convert_imagenet(
 
 
 @main.command()
+@click.option("--data", type=click.Path(path_type=Path), help="Also time reading this file, or one in this folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def doctor(data: Path | None, as_json: bool) -> None:
+    """Look at this machine: what training can use, what is in the way, what to do about it."""
+    from rich.console import Console
+
+    from fastssl import doctor as doctors
+
+    rows = doctors.examine(data)
+    if as_json:
+        click.echo(doctors.as_json(rows))
+    else:
+        Console().print(doctors.as_table(rows))
+    sys.exit(0 if doctors.usable(rows) else 1)
+
+
+@main.command()
 def recipes() -> None:
     """List the recipes."""
     from fastssl.recipes import recipes as all_recipes

@@ -39,6 +39,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "fastssl.record": ({"fastssl.config"}, {"rich"}),
     "fastssl.dist": (set(), {"torch"}),
     "fastssl.launch": ({"fastssl.config", "fastssl.dist", "fastssl.engine", "loaders"}, {"torch"}),
+    "fastssl.doctor": (set(), {"rich"}),
     "fastssl.submit": ({"fastssl.config", "fastssl.engine.job", "fastssl.launch"}, {"submitit"}),
     "fastssl.nn": ({"fastssl.dist"}, {"torch"}),
     "fastssl.nn.batch_norm_triton": (set(), {"torch", "triton"}),
