@@ -29,7 +29,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from fastssl import dist
-from fastssl.config import EXIT_STOPPED, ConfigError, FastsslError, Stopped
+from fastssl.config import EXIT_HUNG, EXIT_STOPPED, ConfigError, FastsslError, Hung, Stopped
 from fastssl.engine.job import Job
 from fastssl.engine.stages import run
 from loaders.errors import LoaderError
@@ -54,7 +54,8 @@ def start(job: Job) -> dict[str, Any]:
         _end_with_agent()
         return _one_of_many(job)
     if job.device == "cuda" and job.world > torch.cuda.device_count():
-        raise FastsslError(_too_many(job))
+        _show_how(lines(job))
+        raise FastsslError(f"--gpus {job.world}: this host has {torch.cuda.device_count()}")
     return run(job) if job.world == 1 else _started_here(job)
 
 
@@ -190,6 +191,8 @@ def _failure(rank: int, failure: ProcessFailure) -> Exception:
         if code == _EXIT_REFUSED:
             return FastsslError(text)
         return RuntimeError(_told_by(rank, failure.message["extraInfo"]["py_callstack"]))
+    if code == EXIT_HUNG:
+        return Hung(f"a rank hung, as the watchdog said above; {CONTINUES}")
     by = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     hint = " (out of memory?)" if by == "SIGKILL" else ""
     return FastsslError(f"rank {rank} on {socket.gethostname()} died: {by}{hint}; {CONTINUES}")
@@ -287,12 +290,11 @@ def _end_with_agent() -> None:
 # ------------------------------------------------------------------------------------------------- what to type
 
 
-def _too_many(job: Job) -> str:
-    """Why `job` cannot start here, and how it can elsewhere."""
-    here = f"--gpus {job.world}: this host has {torch.cuda.device_count()}"
-    if len(found := lines(job)) == 1:
-        return here
-    return f"{here}. Run on each of several hosts\n  {found[0]}\nor with SLURM, as --submit slurm does,\n  {found[1]}"
+def _show_how(found: list[str]) -> None:
+    """Print `lines` for a job that cannot start here; where they are its command alone, that says nothing new."""
+    if len(found) == 2:
+        print(f"on each of the hosts:\n  {found[0]}\nor in their place, under SLURM (--submit slurm does as much):")
+        print(f"  {found[1]}", flush=True)
 
 
 def lines(job: Job) -> list[str]:

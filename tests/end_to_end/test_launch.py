@@ -193,8 +193,8 @@ def test_64_gpus_are_eight_lines_of_torchrun_or_one_of_sbatch(monkeypatch):
     ]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     said = refused("paws.rn50_100ep", "--data", "imagenet", "--gpus", "64")
-    assert said.startswith("Error: --gpus 64: this host has 8. Run on each of several hosts\n  torchrun --nnodes 8 ")
-    assert "\nor with SLURM, as --submit slurm does,\n  sbatch --nodes 8 " in said
+    assert said.startswith("on each of the hosts:\n  torchrun --nnodes 8 ") and "):\n  sbatch --nodes 8 " in said
+    assert last_line(said) == "Error: --gpus 64: this host has 8"
 
 
 def test_what_fits_one_host_is_the_command_itself():
