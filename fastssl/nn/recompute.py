@@ -27,6 +27,7 @@ class Blocks(LockstepSequential):
         again = self.recompute and self.training and torch.is_grad_enabled()
         outs = list(xs)
         for block in self:
+            assert isinstance(block, Lockstep)
             outs = recomputed(block, outs) if again else block.lockstep(outs)
         return outs
 

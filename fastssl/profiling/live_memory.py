@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from typing import Any
 
 import torch
@@ -11,14 +12,17 @@ from torch.utils._pytree import tree_iter
 
 
 class LiveMemory(TorchDispatchMode):
-    """Bytes of the storages that operators made within the context and that still live: now, and at most so far."""
+    """Bytes of the storages that operators made within the context and that still live: now, and at most so far; and
+    how often each operator was called."""
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
+        self.calls: Counter[Any] = Counter()
         self._seen: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[func] += 1
         out = func(*args, **(kwargs or {}))
         given = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
         for tensor in tree_iter(out):
