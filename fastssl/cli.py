@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from fastssl.config import EXIT_STOPPED, ConfigError, FastsslError, Stopped
+from fastssl.config import EXIT_HUNG, EXIT_STOPPED, ConfigError, FastsslError, Hung, Stopped
 from fastssl.datasets import KNOWN_SETS
 from loaders.errors import LoaderError
 
@@ -33,6 +33,9 @@ def _in_users_words(command: Callable[..., Any]) -> Callable[..., Any]:
             if str(stop):  # one rank of all says it
                 click.echo(stop, err=True)
             sys.exit(EXIT_STOPPED)
+        except Hung as error:
+            click.echo(f"Error: {error}", err=True)
+            sys.exit(EXIT_HUNG)
         except (FastsslError, LoaderError) as error:
             raise click.ClickException(str(error)) from error
         except KeyboardInterrupt:
@@ -74,6 +77,15 @@ def main() -> None:
 @click.option("--allow-change", multiple=True, metavar="KEY", help="Continue a run although this setting differs.")
 @click.option("--init-from", type=click.Path(path_type=Path), help="Start from the weights of this run or checkpoint.")
 @click.option("--stage-to", type=click.Path(path_type=Path), help="Copy .beton data to this local folder first.")
+@click.option(
+    "--watchdog",
+    "watchdog_s",
+    type=click.FloatRange(0),
+    default=300.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="A rank that hangs for so long is named, and the run ends; 0: never.",
+)
 @click.option("--labels", help="Labelled images: all, per-class=N, a list's name or path.")
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change a field of the recipe.")
 @click.option("--seeds", default="0", show_default=True, help="Seed, or several separated by commas.")
@@ -99,6 +111,7 @@ def train(
     allow_change: tuple[str, ...],
     init_from: Path | None,
     stage_to: Path | None,
+    watchdog_s: float,
     labels: str | None,
     changes: tuple[str, ...],
     seeds: str,
@@ -150,6 +163,7 @@ def train(
         allow_change=allow_change,
         init_from=init_from,
         stage_to=stage_to,
+        watchdog_s=watchdog_s,
         command=shlex.join(["fastssl", *sys.argv[1:]]),
     )
     if dry_run:

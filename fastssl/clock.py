@@ -23,6 +23,7 @@ class Clock:
 
     def __init__(self, now: Callable[[], float] = time.perf_counter):
         self._now = now
+        self.doing = "stepping"  # or what the context is that is being run; read by other threads
         self._recent: deque[tuple[float, int]] = deque(maxlen=NUM_WINDOWS_IN_ETA)  # (unpaused seconds, steps)
         self._warm = False
         self._begin()
@@ -34,20 +35,22 @@ class Clock:
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Around whatever fetches the next batch."""
-        start = self._now()
+        start, self.doing = self._now(), "waiting for data"
         try:
             yield
         finally:
             self._wait_s += self._now() - start
+            self.doing = "stepping"
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Around what is not training: evaluation, checkpoints."""
-        start = self._now()
+        start, self.doing = self._now(), "pausing"
         try:
             yield
         finally:
             self._pause_s += self._now() - start
+            self.doing = "stepping"
 
     def step(self, num_images: int) -> None:
         """Counts one finished step and the images it used, over all ranks."""

@@ -20,6 +20,7 @@ Parsers = Mapping[Any, Callable[[str], Any]]  # for types with a notation of the
 
 
 EXIT_STOPPED = 85  # exit code of a run that saved and left on request: the same command continues it
+EXIT_HUNG = 86  # of a run that its watchdog ended, for a rank hung or was gone: the same command continues it
 
 
 class FastsslError(Exception):
@@ -36,6 +37,10 @@ class Stopped(FastsslError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+class Hung(FastsslError):
+    """A rank hung or was gone, and the watchdog ended all; ends its process with EXIT_HUNG."""
 
 
 class ConfigError(FastsslError, ValueError):

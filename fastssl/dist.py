@@ -21,6 +21,9 @@ from torch.nn import functional as F
 
 T = TypeVar("T")
 
+# Torch's flight recorder keeps the last collectives of NCCL, and writes them where one of them does not end.
+FLIGHT_RECORDER = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
+
 _statistics_group: td.ProcessGroup | None = None
 _host_group: td.ProcessGroup | None = None
 _store: td.Store | None = None
@@ -42,6 +45,8 @@ def init(
     device = torch.device("cuda", local_rank()) if backend == "nccl" else None
     if device is not None:
         torch.cuda.set_device(device)
+        for name, value in FLIGHT_RECORDER.items():
+            os.environ.setdefault(name, value)
     own = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     _store, rank, world = next(td.rendezvous(init_method, *own, timeout=timedelta(seconds=join_timeout_s)))
     _store.set_timeout(timedelta(seconds=timeout_s))
@@ -92,6 +97,26 @@ def first_to(what: str) -> bool:
         except RuntimeError:  # its rank is gone
             pass
     return local_rank() == 0 or os.environ.get("RANK") == "1"
+
+
+def own_store() -> td.Store | None:
+    """A connection of the caller's own to the store at which the ranks met; None alone, or where they met by a file."""
+    if _store is None or not _store.has_extended_api():
+        return None
+    return td.PrefixStore("own", _store.clone())
+
+
+def num_collectives() -> int:
+    """How many collectives this rank has begun. May be asked from any thread."""
+    groups = (td.group.WORLD, _statistics_group, _host_group)
+    return sum(group._get_sequence_number_for_group() for group in groups if group is not None)  # type: ignore[attr-defined]
+
+
+def recorded_collectives() -> bytes | None:
+    """What torch's flight recorder knows of the last collectives, as JSON; None but for NCCL, for which alone it is
+    switched on. Not yet run on a GPU."""
+    dump = getattr(torch._C._distributed_c10d, "_dump_fr_trace_json", None)
+    return dump() if dump is not None and td.is_initialized() and td.get_backend() == "nccl" else None
 
 
 def statistics_group() -> td.ProcessGroup:

@@ -37,6 +37,7 @@ class Job:
     allow_change: tuple[str, ...] = ()  # what may differ from the run that is continued
     init_from: Path | None = None
     stage_to: Path | None = None  # where this host keeps copies of the data; None: read in place
+    watchdog_s: float = 300.0  # how long a rank may hold the others up; 0: for ever
     command: str = ""
 
     def folder(self, stage: Stage) -> Path:

@@ -36,6 +36,7 @@ from fastssl.engine.same_everywhere import check_same_everywhere
 from fastssl.engine.signals import Agreement, StopRequest
 from fastssl.engine.step import default_how
 from fastssl.engine.train import Trainer
+from fastssl.engine.watchdog import Progress, Watchdog
 from fastssl.evaluation import load_protocol
 from fastssl.evaluation.subject import Subject
 from fastssl.methods.base import Artefact, Facts, Method, Nets, Ref, Stage
@@ -188,7 +189,8 @@ class _StageRun:
             self._announce(recorder, trainer)
             if self.stage.evaluate and not self.protocols:
                 recorder.warn("no validation images, so nothing is evaluated: give --data validation=PATH")
-            trainer.run(recorder, evaluate if self.protocols else None, clock, self.stop)
+            with Watchdog(self.job.out, self.job.watchdog_s, lambda: Progress(trainer.step, clock.doing)):
+                trainer.run(recorder, evaluate if self.protocols else None, clock, self.stop)
             scores = evaluations[-1] if evaluations else evaluate() if self.protocols else {}
             result = {
                 **scores,
