@@ -194,6 +194,8 @@ def _failure(rank: int, failure: ProcessFailure) -> Exception:
     if code == EXIT_HUNG:
         return Hung(f"a rank hung, as the watchdog said above; {CONTINUES}")
     by = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    if -code in _FORWARDED:
+        return Stopped(f"stopped before there was anything new to save, as {by} asked; {CONTINUES}")
     hint = " (out of memory?)" if by == "SIGKILL" else ""
     return FastsslError(f"rank {rank} on {socket.gethostname()} died: {by}{hint}; {CONTINUES}")
 
@@ -215,7 +217,10 @@ def _signals_forwarded() -> Iterator[None]:
     """Pass requests to stop on to the ranks, and go on watching these: how they end is the answer."""
 
     def forward(signum: int, frame: FrameType | None) -> None:
-        for rank in multiprocessing.active_children():
+        ranks = multiprocessing.active_children()
+        if not ranks:
+            raise SystemExit(128 + signum)
+        for rank in ranks:
             os.kill(rank.pid, signum)  # type: ignore[arg-type]  # all have started
 
     if threading.current_thread() is not threading.main_thread():

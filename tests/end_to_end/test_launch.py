@@ -10,10 +10,11 @@ import time
 import pytest
 import torch
 from click.testing import CliRunner
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from fastssl.cli import main
-from fastssl.config import EXIT_STOPPED, ConfigError
-from fastssl.launch import hosts_for, lines
+from fastssl.config import EXIT_STOPPED, ConfigError, FastsslError, Stopped
+from fastssl.launch import _failure, hosts_for, lines
 from fastssl.submit import minutes
 from tests import fakes
 from tests.end_to_end import command, two_hosts
@@ -101,6 +102,21 @@ def test_error_under_torchrun_is_said_once(tmp_path):
         assert process.wait(timeout=100) == 1
     log = (tmp_path / "log").read_text()
     assert log.count("Error: batch 32 does not divide by 3 ranks; nearest: 2 or 4") == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "says"),
+    [
+        (-signal.SIGUSR1, Stopped, "as SIGUSR1 asked; the same command continues"),
+        (-signal.SIGKILL, FastsslError, "died: SIGKILL (out of memory?); the same command continues"),
+        (-signal.SIGSEGV, FastsslError, "died: SIGSEGV; the same command continues"),
+        (3, FastsslError, "died: exit code 3; the same command continues"),
+    ],
+)
+def test_ranks_that_ended_without_a_word(code, kind, says):
+    """A request that comes before a rank can answer it ends the rank: nothing is lost, and it counts as stopped."""
+    error = _failure(1, ProcessFailure(local_rank=1, pid=1, exitcode=code, error_file="nowhere"))
+    assert type(error) is kind and says in str(error)
 
 
 # ------------------------------------------------------------------------------------------------- bad input
