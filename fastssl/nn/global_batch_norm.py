@@ -181,10 +181,10 @@ class _Statistics(NamedTuple):
     def invstd_RC(self, eps: float) -> Tensor:
         return (self.var_RC + eps).rsqrt()
 
-    def affine_2RC(self, weight_C: Tensor, bias_C: Tensor, eps: float) -> Tensor:
+    def affine_2RC(self, weight_C: Tensor, bias_C: Tensor, eps: float, like: Tensor) -> Tensor:
         """Scale and shift of x, which make weight * x_hat + bias of it."""
         scale_RC = weight_C * self.invstd_RC(eps)
-        return torch.stack([scale_RC, bias_C - self.mean_RC * scale_RC])
+        return _rounded([scale_RC, bias_C - self.mean_RC * scale_RC], like)
 
 
 class _Fused(torch.autograd.Function):
@@ -206,7 +206,7 @@ class _Fused(torch.autograd.Function):
         mean_RC = sum_RC / n_R1
         var_RC = (sum_of_squares_RC / n_R1 - mean_RC.square()).clamp(min=0)
         statistics = _Statistics(mean_RC, var_RC, n_R1)
-        scale_RC, shift_RC = statistics.affine_2RC(weight_C, bias_C, eps)
+        scale_RC, shift_RC = statistics.affine_2RC(weight_C, bias_C, eps, xs[0])
         ys = [
             _affine(x, scale_C, shift_C, residual, relu)
             for x, scale_C, shift_C, residual in zip(xs, scale_RC, shift_RC, residuals, strict=True)
@@ -230,7 +230,7 @@ class _Fused(torch.autograd.Function):
         dys = [torch.zeros_like(x) if g is None else g for g, x in zip(gs[: ctx.num], xs, strict=True)]
         masks: Sequence[Mask] = ys
         if ctx.rebuilds_mask:
-            masks = list(zip(*statistics.affine_2RC(weight_C, bias_C, ctx.eps).float(), strict=True))
+            masks = list(zip(*statistics.affine_2RC(weight_C, bias_C, ctx.eps, xs[0]), strict=True))
         elif not _on_kernels(*xs):
             dys, masks = [_masked(g, y) for g, y in zip(dys, ys, strict=True)], [None] * ctx.num
         local_sums_R2C, dxs, dresiduals = _weighted_J(
@@ -262,7 +262,7 @@ class _FusedForwardMode(_Fused):
         dbias_C = torch.zeros_like(weight_C) if dbias_C is None else dbias_C
         no_masks = [None] * ctx.num
         _, dys, _ = _weighted_J(dxs, no_masks, xs, statistics, weight_C, ctx.eps, ctx.group_name, False)
-        dscale_RC, dshift_RC = statistics.affine_2RC(dweight_C, dbias_C, ctx.eps)
+        dscale_RC, dshift_RC = statistics.affine_2RC(dweight_C, dbias_C, ctx.eps, xs[0])
         dresiduals = doperands[ctx.num :] or (None,) * ctx.num
         of_affine = map(_affine, xs, dscale_RC, dshift_RC, dresiduals, (False,) * ctx.num)
         return *(_masked(dy + more, y) for dy, more, y in zip(dys, of_affine, ys, strict=True)), None
@@ -302,18 +302,27 @@ def _weighted_J(
     it `has_residuals`, g. Where a mask is given, g is what it lets through."""
     mean_RC, _, n_R1 = statistics
     invstd_RC = statistics.invstd_RC(eps)
-    local_sums_R2C = torch.stack(
-        [_gradient_sums(*each) for each in zip(gs, masks, xs, mean_RC, invstd_RC, strict=True)]
-    )
+    means_RC, invstds_RC = _rounded([mean_RC, invstd_RC], xs[0])
+    of_sums = zip(gs, masks, xs, means_RC, invstds_RC, strict=True)
+    local_sums_R2C = torch.stack([_gradient_sums(*operands) for operands in of_sums])
     mean_g_RC, mean_g_xhat_RC = (_over_ranks(local_sums_R2C.double(), group_name) / n_R1[:, None]).unbind(1)
     # Per channel, weight * J g is a linear function of g and x.
     of_g_RC = weight_C * invstd_RC
     of_x_RC = -of_g_RC * invstd_RC * mean_g_xhat_RC
     constant_RC = -of_g_RC * mean_g_RC - of_x_RC * mean_RC
-    operands = zip(gs, masks, xs, of_g_RC, of_x_RC, constant_RC, strict=True)
-    pairs = [_combine(g, mask, x, a_C, b_C, c_C, has_residuals) for g, mask, x, a_C, b_C, c_C in operands]
-    dxs, residual_gradients = zip(*pairs, strict=True)
+    a_RC, b_RC, c_RC = _rounded([of_g_RC, of_x_RC, constant_RC], xs[0])
+    of_gradients = zip(gs, masks, xs, a_RC, b_RC, c_RC, strict=True)
+    dxs, residual_gradients = zip(*(_combine(*operands, has_residuals) for operands in of_gradients), strict=True)
     return local_sums_R2C, list(dxs), list(residual_gradients) if has_residuals else []
+
+
+def _rounded(coefficients: Sequence[Tensor], x: Tensor) -> Tensor:
+    """The coefficients [R, C] for loops over x, stacked: in the type of its statistics.
+
+    Rounded before they are stacked, as the compiler stores what is stacked: else it would compute them, in float64,
+    once for every element of x.
+    """
+    return torch.stack([c_RC.to(_statistics_dtype(x)) for c_RC in coefficients])
 
 
 def _on_kernels(*xs: Tensor) -> bool:
@@ -331,7 +340,7 @@ def _runs_triton(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-# The four functions that touch whole tensors; per-channel arguments are float64 [C].
+# The four functions that touch whole tensors; per-channel arguments and results [C] are float32 (float64 for float64).
 
 
 def _kernels() -> ModuleType:
@@ -341,7 +350,7 @@ def _kernels() -> ModuleType:
 
 
 def _local_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance [C] of this rank's rows, float32 (float64 for float64)."""
+    """Mean and biased variance [C] of this rank's rows."""
     if _on_kernels(x):
         return _kernels().statistics(x)
     dtype = _statistics_dtype(x)
@@ -360,11 +369,9 @@ def _local_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 def _affine(x: Tensor, scale_C: Tensor, shift_C: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
     """x * scale + shift + residual, cut at zero where `relu`."""
     if _on_kernels(x):
-        return _kernels().normalise(x, scale_C.float(), shift_C.float(), residual, relu)
-    dtype = _statistics_dtype(x)
-    scale_C, shift_C = scale_C.to(dtype), shift_C.to(dtype)
+        return _kernels().normalise(x, scale_C, shift_C, residual, relu)
     if torch.compiler.is_compiling():
-        y = x.to(dtype) * _per_channel(scale_C, x) + _per_channel(shift_C, x)
+        y = x.to(scale_C.dtype) * _per_channel(scale_C, x) + _per_channel(shift_C, x)
         y = y if residual is None else y + residual
         return (y.relu() if relu else y).to(x.dtype)
     # torch's kernel at mean 0 and variance 1: one pass over x, also where it is in half precision.
@@ -373,14 +380,12 @@ def _affine(x: Tensor, scale_C: Tensor, shift_C: Tensor, residual: Tensor | None
 
 
 def _gradient_sums(g: Tensor, mask: "Mask", x: Tensor, mean_C: Tensor, invstd_C: Tensor) -> Tensor:
-    """(sum g, sum g * x_hat) over this rank's rows, [2, C], float32 (float64 for float64). Only kernels take a mask."""
+    """(sum g, sum g * x_hat) over this rank's rows, [2, C]. Only kernels take a mask."""
     if _on_kernels(x):
-        return torch.stack(_kernels().gradient_sums(g, mask, x, mean_C.float(), invstd_C.float()))
-    dtype = _statistics_dtype(x)
+        return torch.stack(_kernels().gradient_sums(g, mask, x, mean_C, invstd_C))
     _, sum_g_xhat_C, sum_g_C = torch.ops.aten.native_batch_norm_backward(
-        g, x, torch.ones_like(mean_C, dtype=dtype), None, None, mean_C.to(dtype), invstd_C.to(dtype), True, 0.0,
-        output_mask=[False, True, True],
-    )  # fmt: skip
+        g, x, torch.ones_like(mean_C), None, None, mean_C, invstd_C, True, 0.0, output_mask=[False, True, True]
+    )
     return torch.stack([sum_g_C, sum_g_xhat_C])
 
 
@@ -395,10 +400,8 @@ def _combine(
 ) -> tuple[Tensor, Tensor | None]:
     """of_g * g + of_x * x + constant, dtype of x; and g where it `has_residual`. Only kernels take a mask."""
     if _on_kernels(x):
-        return _kernels().input_gradient(
-            g, mask, x, of_g_C.float(), of_x_C.float(), constant_C.float(), residual_gradient=has_residual
-        )
-    of_g, of_x, constant = (_per_channel(c.to(_statistics_dtype(x)), x) for c in (of_g_C, of_x_C, constant_C))
+        return _kernels().input_gradient(g, mask, x, of_g_C, of_x_C, constant_C, residual_gradient=has_residual)
+    of_g, of_x, constant = (_per_channel(c_C, x) for c_C in (of_g_C, of_x_C, constant_C))
     return torch.addcmul(constant, x, of_x).addcmul_(g, of_g).to(x.dtype), g if has_residual else None
 
 
