@@ -78,6 +78,13 @@ def main() -> None:
 @click.option("--init-from", type=click.Path(path_type=Path), help="Start from the weights of this run or checkpoint.")
 @click.option("--stage-to", type=click.Path(path_type=Path), help="Copy .beton data to this local folder first.")
 @click.option(
+    "--nonfinite",
+    type=click.Choice(["stop", "skip-once"]),
+    default="stop",
+    show_default=True,
+    help="At a loss that is not finite; skip-once leaves the first such step out.",
+)
+@click.option(
     "--watchdog",
     "watchdog_s",
     type=click.FloatRange(0),
@@ -111,6 +118,7 @@ def train(
     allow_change: tuple[str, ...],
     init_from: Path | None,
     stage_to: Path | None,
+    nonfinite: str,
     watchdog_s: float,
     labels: str | None,
     changes: tuple[str, ...],
@@ -163,6 +171,7 @@ def train(
         allow_change=allow_change,
         init_from=init_from,
         stage_to=stage_to,
+        nonfinite=nonfinite,  # type: ignore[arg-type]
         watchdog_s=watchdog_s,
         command=shlex.join(["fastssl", *sys.argv[1:]]),
     )
@@ -237,6 +246,22 @@ def embed(run: Path, data: tuple[str, ...], out: Path | None, tap: str | None) -
     roles = sorted(subject.data.sources.keys() - {"train"} | {"unlabelled"})
     for role in roles:
         click.echo(write_embeddings(subject, role, tap or subject.method.taps[0], out or run / "embeddings"))
+
+
+@main.command()
+@click.argument("dump", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@_data
+@click.option("--gpus", type=click.IntRange(1), help="Ranks, one a GPU [as the run had].")
+@click.option("--cpu-ranks", type=click.IntRange(1), help="Ranks on CPUs [as the run had].")
+@_in_users_words
+def replay(dump: Path, data: tuple[str, ...], gpus: int | None, cpu_ranks: int | None) -> None:
+    """Do a step again that was not finite, from the last checkpoint before it, and say where it first shows."""
+    from fastssl.engine.reopen import job_to_replay
+    from fastssl.launch import start
+
+    if gpus and cpu_ranks:
+        raise ConfigError("--gpus and --cpu-ranks: give one of them")
+    start(job_to_replay(dump, data, "cuda" if gpus else "cpu" if cpu_ranks else None, gpus or cpu_ranks))
 
 
 @main.command("convert-imagenet")

@@ -101,9 +101,8 @@ def first_to(what: str) -> bool:
 
 def own_store() -> td.Store | None:
     """A connection of the caller's own to the store at which the ranks met; None alone, or where they met by a file."""
-    if _store is None or not _store.has_extended_api():
-        return None
-    return td.PrefixStore("own", _store.clone())
+    store: Any = _store  # not all that stores can do is in torch's type stubs
+    return td.PrefixStore("own", store.clone()) if store is not None and store.has_extended_api() else None
 
 
 def num_collectives() -> int:

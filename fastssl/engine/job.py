@@ -37,6 +37,8 @@ class Job:
     allow_change: tuple[str, ...] = ()  # what may differ from the run that is continued
     init_from: Path | None = None
     stage_to: Path | None = None  # where this host keeps copies of the data; None: read in place
+    nonfinite: Literal["stop", "skip-once"] = "stop"  # what a step whose loss is not finite does
+    replay: Path | None = None  # do no more than this step again, which was not finite
     watchdog_s: float = 300.0  # how long a rank may hold the others up; 0: for ever
     command: str = ""
 

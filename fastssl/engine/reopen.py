@@ -6,14 +6,17 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
 from fastssl.config import ConfigError, differences, to_plain
 from fastssl.engine.checkpoint import CheckpointError, Checkpoints, read_json
+from fastssl.engine.job import Job
 from fastssl.engine.run_dir import CHECKPOINTS, RESOLVED
 from fastssl.engine.stages import facts_of
 from fastssl.evaluation.subject import Subject
+from fastssl.methods.base import Stages
 from fastssl.recipes import resolve
 from loaders.store.data import open_data
 
@@ -22,14 +25,7 @@ def open_run(run: Path, data: tuple[str, ...]) -> tuple[Subject, int]:
     """The networks of `run`'s last stage at its newest checkpoint, beside `data` (default: what the run was trained
     on), and the step they are from. A damaged checkpoint is passed over for the one before, with a line on stderr.
     Raises FastsslError where the run cannot be read or its recipe has changed."""
-    path = run / RESOLVED
-    if not path.is_file():
-        raise ConfigError(f"{run} is no run directory: it has no {RESOLVED}")
-    resolved = read_json(path)
-    stages = resolve(resolved["recipe"], tuple(resolved["run"]["changes"]))
-    changed = differences(resolved["stages"], json.loads(json.dumps(to_plain(stages))))
-    if changed:
-        raise ConfigError(f"recipe {resolved['recipe']} has changed since {run} was made ({changed[0]})")
+    resolved, stages = _settings(run)
     stage = stages[-1]
     folder = run if len(stages) == 1 else run / stage.name
     state = Checkpoints(folder / CHECKPOINTS).load_newest(lambda text: print(f"warning: {text}", file=sys.stderr))
@@ -45,3 +41,39 @@ def open_run(run: Path, data: tuple[str, ...]) -> tuple[Subject, int]:
     for module in nets.modules().values():
         module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Subject(method, nets, sources, device=device, threads=len(os.sched_getaffinity(0))), state["step"]
+
+
+def job_to_replay(dump: Path, data: tuple[str, ...], device: Literal["cpu", "cuda"] | None, world: int | None) -> Job:
+    """The run that left `dump`, to do no more than the step that it describes; on the device and ranks it had, unless
+    others are given. Raises FastsslError where either cannot be read."""
+    described = read_json(dump)
+    if not isinstance(described, dict) or not {"stage", "step", "ranks", "device"} <= described.keys():
+        raise ConfigError(f"{dump} describes no step: such files are called nonfinite-step-*.json, in a run directory")
+    run = dump.parent if (dump.parent / RESOLVED).exists() else dump.parent.parent
+    resolved, stages = _settings(run)
+    began = resolved["run"]
+    return Job(
+        recipe=resolved["recipe"],
+        stages=stages,
+        changes=tuple(began["changes"]),
+        data=data or tuple(began["data"]),
+        out=run,
+        seed=resolved["seed"],
+        device=device or described["device"],
+        world=world or described["ranks"],
+        init_from=None if began["init_from"] is None else Path(began["init_from"]),
+        replay=dump,
+    )
+
+
+def _settings(run: Path) -> tuple[dict[str, Any], Stages]:
+    """What `run` was resolved to, and the stages that its recipe resolves to now."""
+    path = run / RESOLVED
+    if not path.is_file():
+        raise ConfigError(f"{run} is no run directory: it has no {RESOLVED}")
+    resolved = read_json(path)
+    stages = resolve(resolved["recipe"], tuple(resolved["run"]["changes"]))
+    changed = differences(resolved["stages"], json.loads(json.dumps(to_plain(stages))))
+    if changed:
+        raise ConfigError(f"recipe {resolved['recipe']} has changed since {run} was made ({changed[0]})")
+    return resolved, stages

@@ -128,6 +128,6 @@ def _has_work(job: Job) -> bool:
 def _clear(job: Job) -> None:
     """Remove what a run would continue from."""
     for folder in {job.out, *(job.folder(stage) for stage in job.stages)}:
-        for name in (RESULT, PRODUCED):
-            (folder / name).unlink(missing_ok=True)
+        for path in (folder / RESULT, folder / PRODUCED, *folder.glob("nonfinite-step-*.json")):
+            path.unlink(missing_ok=True)
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)

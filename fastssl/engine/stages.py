@@ -20,6 +20,7 @@ import torch
 from fastssl import dist
 from fastssl.clock import Clock
 from fastssl.config import ConfigError, Stopped
+from fastssl.engine import replay
 from fastssl.engine.checkpoint import (
     STATE,
     Checkpoints,
@@ -34,7 +35,7 @@ from fastssl.engine.run_dir import CHECKPOINTS, PRODUCED, RESULT, claim, finishe
 from fastssl.engine.run_lock import held
 from fastssl.engine.same_everywhere import check_same_everywhere
 from fastssl.engine.signals import Agreement, StopRequest
-from fastssl.engine.step import default_how
+from fastssl.engine.step import How, default_how
 from fastssl.engine.train import Trainer
 from fastssl.engine.watchdog import Progress, Watchdog
 from fastssl.evaluation import load_protocol
@@ -66,7 +67,10 @@ def run(job: Job) -> dict[str, Any]:
         keep_freed_memory()
     data = _opened(job)
     check_same_everywhere(job, data)
-    if (result := finished(job, data)) is not None:
+    result = finished(job, data)
+    if job.replay is not None:
+        return _replayed(job, data, device, threads)
+    if result is not None:
         if dist.is_main():
             print(f"finished: {job.recipe}, seed {job.seed}, in {job.out}")
             for line in result_lines(result, job.next_commands()):
@@ -97,6 +101,17 @@ def _all_stages(
         if any(ref.stage == stage.name for later in job.stages for ref in later.needs.values()):
             artefacts[stage.name] = _made(stage, folder)
     return results
+
+
+def _replayed(job: Job, data: DataSets, device: torch.device, threads: int) -> dict[str, Any]:
+    """What became of the step that `job.replay` describes. Nothing in the run directory changes."""
+    assert job.replay is not None
+    name = read_json(job.replay)["stage"]
+    (stage,) = (stage for stage in job.stages if stage.name == name)
+    earlier = {ref.stage for ref in stage.needs.values() if ref.stage is not None}
+    artefacts = {each.name: _made(each, job.folder(each)) for each in job.stages if each.name in earlier}
+    inputs = {key: _input(ref, artefacts) for key, ref in stage.needs.items()}
+    return _StageRun(job, stage, job.folder(stage), data, inputs, device, threads, StopRequest()).replay()
 
 
 def _opened(job: Job) -> DataSets:
@@ -166,11 +181,8 @@ class _StageRun:
         )
 
     def _train(self, loader: Loader) -> dict[str, Any]:
-        stays = self.stage.milestone_every
-        every = None if stays is None else max(1, stays.steps(self.bound.plan.steps_per_epoch))
-        checkpoints = Checkpoints(self.folder / CHECKPOINTS, self.stage.keep_checkpoints, every)
-        how = self.job.how or default_how(self.device)
-        trainer = Trainer(self.stage, self.method, loader, checkpoints, self.device, how)
+        trainer = self._trainer(loader, self.job.how or default_how(self.device))
+        checkpoints = trainer.checkpoints
         damaged: list[str] = []
         if (state := checkpoints.load_newest(damaged.append)) is not None:
             trainer.load_state(state)
@@ -205,6 +217,23 @@ class _StageRun:
             }
             recorder.finish(scores, self.job.next_commands())
         return result
+
+    def _trainer(self, loader: Loader, how: How) -> Trainer:
+        stays = self.stage.milestone_every
+        every = None if stays is None else max(1, stays.steps(self.bound.plan.steps_per_epoch))
+        checkpoints = Checkpoints(self.folder / CHECKPOINTS, self.stage.keep_checkpoints, every)
+        skip_once = self.job.nonfinite == "skip-once"
+        return Trainer(self.stage, self.method, loader, checkpoints, self.device, how, skip_once)
+
+    def replay(self) -> dict[str, Any]:
+        """Do the step that `job.replay` describes again, from the last checkpoint before it, or from the start."""
+        assert self.job.replay is not None
+        dump = read_json(self.job.replay)
+        with self._loader() as loader:
+            trainer = self._trainer(loader, "eager")
+            if not replay.restored(trainer, dump["step"]) and self.job.init_from is not None:
+                _load_weights(trainer.nets, self.job.init_from, print)
+            return replay.replay(trainer, dump)
 
     def _replaced(self, loader: Loader) -> dict[str, dict[str, int]]:
         """{stream: {damaged id: id in its place}} over all ranks."""

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from fastssl import dist
 from fastssl.clock import Clock
-from fastssl.config import FastsslError, Stopped
+from fastssl.config import ConfigError, FastsslError, Stopped
 from fastssl.engine.checkpoint import CheckpointError, Checkpoints
+from fastssl.engine.nonfinite import FirstNotFinite, LeftOut, describe
 from fastssl.engine.saver import Saver
 from fastssl.engine.signals import Agreement, StopRequest
 from fastssl.engine.step import How, TrainingStep
@@ -36,7 +37,7 @@ class TrainingDiverged(FastsslError):
 
 
 class Trainer:
-    """One training stage on one rank."""
+    """One training stage on one rank. With `skip_once`, the first step whose loss is not finite is left out."""
 
     def __init__(
         self,
@@ -46,6 +47,7 @@ class Trainer:
         checkpoints: Checkpoints,
         device: torch.device,
         how: How = "eager",
+        skip_once: bool = False,
     ):
         self.stage, self.method, self.loader, self.checkpoints = stage, method, loader, checkpoints
         self.device = device
@@ -60,10 +62,12 @@ class Trainer:
         self.optimizer = method.optimizer(self.nets)
         self.training_step = TrainingStep(stage, how, method, self.nets, self.optimizer, device)
         self.scaler = self.training_step.scaler
+        if skip_once and self.scaler.is_enabled():
+            raise ConfigError("--nonfinite skip-once: fp16 leaves out steps by itself, as often as it must")
         self.saver = Saver(checkpoints)
         self.step = 0  # optimiser steps done
-        total = self.horizon.total_steps
-        self._unsettled = torch.full((), total, device=device)  # the first step whose loss or weights were not finite
+        self._not_finite = FirstNotFinite(self.horizon.total_steps, device)
+        self._left_out = LeftOut(self.nets, self.optimizer, device) if skip_once else None
         self._saves = [span for span in (stage.checkpoint_every, stage.milestone_every) if span is not None]
         self._num_replaced = 0  # damaged images already named
 
@@ -75,6 +79,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "num_skipped": int(self.training_step.num_skipped),
+            "num_left_out": 0 if self._left_out is None else int(self._left_out.num_steps),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -85,6 +90,8 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.training_step.num_skipped.fill_(state["num_skipped"])
+        if self._left_out is not None:
+            self._left_out.num_steps.fill_(state["num_left_out"])
 
     def run(self, recorder: Recorder, evaluate: Evaluate | None, clock: Clock, stop: StopRequest | None = None) -> None:
         """Train from `self.step` to the end of the stage, evaluating now and then where `evaluate` is given.
@@ -98,15 +105,14 @@ class Trainer:
         if self.step >= total:
             return
         with clock.paused():
-            self._prepare(recorder)
+            self.prepare(recorder.warn)
         agreement = Agreement()
 
         with closing(self.loader.batches(self.step, total)) as batches, closing(self.saver):
             while self.step < total:
                 with clock.waiting():
                     batch = next(batches)
-                parts = self.training_step(self.step, self.horizon, batch)
-                self._note_if_not_finite(parts["total"])
+                parts = self._stepped(batch)
                 self.step += 1
                 clock.step(self.images_per_step)
                 if self._due(self.stage.log_every) or self.step == 1:
@@ -130,6 +136,16 @@ class Trainer:
             raise Stopped(f"saved and stopped after step {self.step} of {total}, as {Signals(asked).name} asked; "
                           "the same command continues", asked)  # fmt: skip
 
+    def _stepped(self, batch: Batch) -> dict[str, Tensor]:
+        """Do one step; the parts of its loss."""
+        if self._left_out is not None:
+            self._left_out.remember()
+        parts = self.training_step(self.step, self.horizon, batch)
+        undone = None if self._left_out is None else self._left_out.undo_if_not_finite(parts["total"])
+        if not self.scaler.is_enabled():  # fp16's skips the steps whose gradients overflow
+            self._not_finite.note_loss(self.step, parts, forgiven=undone)
+        return parts
+
     @property
     def epoch(self) -> float:
         """Epochs done."""
@@ -150,12 +166,13 @@ class Trainer:
         periods = [max(1, span.steps(self.horizon.steps_per_epoch)) for span in every]
         return self.step == self.horizon.total_steps or any(self.step % period == 0 for period in periods)
 
-    def _prepare(self, recorder: Recorder) -> None:
+    def prepare(self, warn: Callable[[str], None]) -> None:
+        """Average gradients over ranks and compile, on a throw-away batch; `warn` is told what stood in the way."""
         if not self.training_step.must_prepare:
             return
         with closing(self.loader.batches(self.step, self.step + 1)) as batches:
             batch = next(batches)
-            self.training_step.prepare(batch, recorder.warn)
+            self.training_step.prepare(batch, warn)
             batch.release()
 
     def _record(self, batch: Batch, parts: dict[str, Tensor], clock: Clock) -> dict[str, Any]:
@@ -169,6 +186,8 @@ class Trainer:
             rates = {"lr": rates["lr"]}
         if self.scaler.is_enabled():
             rates["skipped_steps"] = int(self.training_step.num_skipped)
+        if self._left_out is not None:
+            rates["left_out_steps"] = int(self._left_out.num_steps)
         time = clock.window() | {"eta_s": clock.eta_s(self.horizon.total_steps - self.step)}
         return {"step": self.step, "epoch": self.epoch, "loss": values.pop("total"), **values, **rates, "time": time}
 
@@ -180,29 +199,27 @@ class Trainer:
             recorder.warn(f"{stream}: image {lost} ({name}) cannot be decoded and is replaced; {number} so far")
         self._num_replaced = len(replaced)
 
-    def _note_if_not_finite(self, loss: Tensor) -> None:
-        if not self.scaler.is_enabled():  # fp16's skips the steps whose gradients overflow
-            self._unsettled = torch.where(loss.isfinite(), self._unsettled, self._unsettled.clamp(max=self.step))
-
     def _stop_if_diverged(self, and_weights: bool = False) -> None:
         """Raise TrainingDiverged, on every rank, where any rank has met what is not finite, or where under fp16 ever
         smaller scales have not kept gradients finite."""
         if and_weights:
-            finite = torch.stack([p.isfinite().all() for p in self.nets.online.parameters()]).all()
-            self._unsettled = torch.where(finite, self._unsettled, self._unsettled.clamp(max=self.step - 1))
-        step = int(dist.least_over_ranks(self._unsettled))
+            self._not_finite.note_weights(self.step - 1, self.nets)
+        step = int(dist.least_over_ranks(self._not_finite.step))
         if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
             step = min(step, self.step - 1)
         if step >= self.horizon.total_steps:
             return
-        rows = [self.loader.bound.plan.rows(s.name, step) for s in self.loader.bound.plan.plan.streams]
+        plan = self.loader.bound.plan
+        rows = [plan.rows(stream.name, step) for stream in plan.plan.streams]
         ids = "; ".join(f"{r.stream} {', '.join(map(str, r.ids[:8].tolist()))}, ..." for r in rows)
         self._finish_saving()
         saved = self.checkpoints.steps()
         last = f"the last good checkpoint is {self.checkpoints.path(saved[-1])}" if saved else "no checkpoint was made"
+        folder = self.checkpoints.folder.parent
+        described = describe(folder, step, self._not_finite, self.stage, plan, self.checkpoints)
         raise TrainingDiverged(
             f"step {step + 1} gave a loss or weights that are not finite (image ids: {ids}); {last}; "
-            "try a lower learning rate or --set precision=fp32"
+            f"try a lower learning rate or --set precision=fp32; fastssl replay {described} does the step again"
         )
 
     def _save(self) -> None:

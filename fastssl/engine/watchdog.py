@@ -58,9 +58,9 @@ def verdict(ranks: list[Seen], now_s: float, limit_s: float) -> str:
     """Who holds the others up and since when, or nothing."""
     for rank, seen in enumerate(ranks):
         if now_s - seen.answered_s > limit_s:
-            last = f"{seen.progress.doing} after step {seen.progress.step}"
             silent = f"rank {rank} on {seen.host} has not answered for {now_s - seen.answered_s:.0f} s"
-            return f"{silent}, last heard of {last}: it is stopped, dead or cut off"
+            last_heard = f"{seen.progress.doing} after step {seen.progress.step}"
+            return f"{silent}, last heard of {last_heard}: it is stopped, dead or cut off"
     fewest = min(seen.progress.collectives for seen in ranks)
     behind = [rank for rank, seen in enumerate(ranks) if seen.progress.collectives == fewest]
     last = max(behind, key=lambda rank: ranks[rank].moved_s)
