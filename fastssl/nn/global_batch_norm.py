@@ -312,7 +312,8 @@ def _weighted_J(
     constant_RC = -of_g_RC * mean_g_RC - of_x_RC * mean_RC
     a_RC, b_RC, c_RC = _rounded([of_g_RC, of_x_RC, constant_RC], xs[0])
     of_gradients = zip(gs, masks, xs, a_RC, b_RC, c_RC, strict=True)
-    dxs, residual_gradients = zip(*(_combine(*operands, has_residuals) for operands in of_gradients), strict=True)
+    pairs = [_combine(g, mask, x, a_C, b_C, c_C, has_residuals) for g, mask, x, a_C, b_C, c_C in of_gradients]
+    dxs, residual_gradients = zip(*pairs, strict=True)
     return local_sums_R2C, list(dxs), list(residual_gradients) if has_residuals else []
 
 
