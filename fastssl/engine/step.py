@@ -48,7 +48,9 @@ def keep_what_is_dear() -> None:
     """Have compiled steps keep the outputs of convolutions and products for backward and compute the rest again: batch
     norms, ReLUs, sums. A ResNet-50 then keeps 22.5 MB for each 224 image instead of 44 (`benchmarks/memory.py`); a
     budget (`activation_memory_budget`) that reaches as far computes convolutions again, too."""
-    torch._functorch.config.aggressive_recomputation = True
+    from torch._functorch import config  # takes a second to import
+
+    config.aggressive_recomputation = True
 
 
 class TrainingStep:
