@@ -107,8 +107,8 @@ class TrainingStep:
                 return
             warn(f"not compiled, the step is eager and slower: {problem}")
             self.how = "eager"
-        if self.must_prepare:
-            self._trained = replace(self.nets, online=self._averaged(self.nets.online))
+        self._trained = replace(self.nets, online=self._averaged(self.nets.online))
+        if dist.world_size() > 1:
             self._throw_away(batch)
 
     def _compile(self, batch: Batch) -> str:

@@ -1,4 +1,4 @@
-"""The training step: compiled against eager, gradients that leave early, a host that never waits, and what is refused."""
+"""The training step: compiled against eager, gradients that leave early, no host that waits, and what is refused."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_compiled_steps_are_eager_steps(world):
 
 def _when_buckets_leave(compiled):
     torch.manual_seed(0)
-    net = resnet(10, base_width=32)
+    net = resnet(18, base_width=16)
     if compiled:
         keep_what_is_dear()
     inner = torch.compile(net, fullgraph=True, dynamic=False) if compiled else net
@@ -169,7 +169,7 @@ def _unused_parameter():
 
 
 def test_overflow_under_fp16_is_skipped_and_counted():
-    """Catches steps that vanish without a count, and weights that are not finite after the first scale was too large."""
+    """Catches steps that vanish without a count, and weights that are not finite after too large a first scale."""
     step, losses, _ = trained(steps=6, precision="fp16")
     assert 0 < int(step.num_skipped) < 6
     assert step.scaler.get_scale() == 2.0**16 / 2 ** int(step.num_skipped)
