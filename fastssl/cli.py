@@ -77,6 +77,7 @@ def main() -> None:
 @click.option("--allow-change", multiple=True, metavar="KEY", help="Continue a run although this setting differs.")
 @click.option("--init-from", type=click.Path(path_type=Path), help="Start from the weights of this run or checkpoint.")
 @click.option("--stage-to", type=click.Path(path_type=Path), help="Copy .beton data to this local folder first.")
+@click.option("--log-to", multiple=True, metavar="TRACKER", help="Besides metrics.jsonl: tensorboard or wandb.")
 @click.option(
     "--nonfinite",
     type=click.Choice(["stop", "skip-once"]),
@@ -118,6 +119,7 @@ def train(
     allow_change: tuple[str, ...],
     init_from: Path | None,
     stage_to: Path | None,
+    log_to: tuple[str, ...],
     nonfinite: str,
     watchdog_s: float,
     labels: str | None,
@@ -171,6 +173,7 @@ def train(
         allow_change=allow_change,
         init_from=init_from,
         stage_to=stage_to,
+        log_to=log_to,
         nonfinite=nonfinite,  # type: ignore[arg-type]
         watchdog_s=watchdog_s,
         command=shlex.join(["fastssl", *sys.argv[1:]]),

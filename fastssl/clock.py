@@ -10,8 +10,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 NUM_WINDOWS_IN_ETA = 10  # enough to smooth a slow window, few enough to follow a change of pace
+MAX_PACES = 1000
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long one step took, without pauses."""
+
+    step_s: float
+    wait_s: float  # for its batch, not in step_s
 
 
 class Clock:
@@ -26,11 +36,16 @@ class Clock:
         self.doing = "stepping"  # or what the context is that is being run; read by other threads
         self._recent: deque[tuple[float, int]] = deque(maxlen=NUM_WINDOWS_IN_ETA)  # (unpaused seconds, steps)
         self._warm = False
+        self._paces: deque[Pace] = deque(maxlen=MAX_PACES)
         self._begin()
+        self._begin_step()
 
     def _begin(self) -> None:
         self._start, self._wait_s, self._pause_s = self._now(), 0.0, 0.0
         self._num_images = self._num_steps = 0
+
+    def _begin_step(self) -> None:
+        self._step_start, self._step_wait_s, self._step_pause_s = self._now(), 0.0, 0.0
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -39,7 +54,9 @@ class Clock:
         try:
             yield
         finally:
-            self._wait_s += self._now() - start
+            waited_s = self._now() - start
+            self._wait_s += waited_s
+            self._step_wait_s += waited_s
             self.doing = "stepping"
 
     @contextmanager
@@ -49,13 +66,24 @@ class Clock:
         try:
             yield
         finally:
-            self._pause_s += self._now() - start
+            paused_s = self._now() - start
+            self._pause_s += paused_s
+            self._step_pause_s += paused_s
             self.doing = "stepping"
 
     def step(self, num_images: int) -> None:
         """Counts one finished step and the images it used, over all ranks."""
         self._num_steps += 1
         self._num_images += num_images
+        step_s = self._now() - self._step_start - self._step_wait_s - self._step_pause_s
+        self._paces.append(Pace(step_s, self._step_wait_s))
+        self._begin_step()
+
+    def paces(self) -> list[Pace]:
+        """Each step's since the last call, the last MAX_PACES at most."""
+        paces = list(self._paces)
+        self._paces.clear()
+        return paces
 
     def window(self) -> dict[str, float]:
         """What happened since the last call, and starts afresh.

@@ -23,6 +23,7 @@ from rich.segment import ControlType
 from rich.text import Text
 
 from fastssl.config import FastsslError
+from fastssl.trackers import open_tracker
 
 PLAIN_EVERY_S = 10.0  # console only: a day of plain lines stays under 9,000
 BAR_CELLS = 16
@@ -37,12 +38,21 @@ class Recorder:
     resume_step  number of steps that the loaded checkpoint has behind it. Lines of later steps, which will be done
                  again, are dropped, and so is a last line that a kill tore; at 0 the file starts empty. A step's lines
                  must therefore be written before that step's checkpoint.
+    log_to       trackers that get every record too, by name
     plain        one line at a time for logs (True) or one line that is rewritten, for terminals (False); None: look
 
     Raises FastsslError where metrics.jsonl is damaged elsewhere than in its last line.
     """
 
-    def __init__(self, run_dir: Path, *, main: bool, resume_step: int = 0, plain: bool | None = None):
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        main: bool,
+        resume_step: int = 0,
+        log_to: tuple[str, ...] = (),
+        plain: bool | None = None,
+    ):
         self.path = run_dir / "metrics.jsonl"
         self._main = main
         if not main:
@@ -59,6 +69,7 @@ class Recorder:
         run_dir.mkdir(parents=True, exist_ok=True)
         _truncate(self.path, resume_step)
         self._file = self.path.open("a", encoding="utf-8")
+        self._trackers = [open_tracker(name, run_dir, resume_step) for name in log_to]
 
     def announce(self, title: str, table: Mapping[str, object], *, total_steps: int | None = None) -> None:
         """First thing seen: what will be done, a row for each entry. total_steps: the last step's number."""
@@ -111,6 +122,8 @@ class Recorder:
             self._console.print()
             self._unfinished_line = False
         self._file.close()
+        while self._trackers:
+            self._trackers.pop().close()
 
     def __enter__(self) -> Recorder:
         return self
@@ -121,6 +134,8 @@ class Recorder:
     def _write(self, record: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(_strict(record), allow_nan=False) + "\n")
         self._file.flush()
+        for tracker in self._trackers:
+            tracker.log(record)
 
     def _print(self, text: Text) -> None:
         """A line that stays, in place of an unfinished one."""

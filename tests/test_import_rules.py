@@ -36,7 +36,8 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "fastssl.datasets": (set(), set()),
     "fastssl.clock": (set(), set()),
     "fastssl.converting": ({"fastssl.config", "loaders"}, {"rich"}),
-    "fastssl.record": ({"fastssl.config"}, {"rich"}),
+    "fastssl.trackers": ({"fastssl.config"}, {"torch", "tensorboard", "wandb"}),
+    "fastssl.record": ({"fastssl.config", "fastssl.trackers"}, {"rich"}),
     "fastssl.dist": (set(), {"torch"}),
     "fastssl.launch": ({"fastssl.config", "fastssl.dist", "fastssl.engine", "loaders"}, {"torch"}),
     "fastssl.doctor": (set(), {"rich"}),
@@ -54,7 +55,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "fastssl.engine": (
         CONTRACT
         | {"fastssl.nn.recompute", "fastssl.clock", "fastssl.record", "fastssl.evaluation", "fastssl.recipes"}
-        | {"fastssl.datasets"},
+        | {"fastssl.datasets", "fastssl.trackers"},
         {"torch", "numpy"},
     ),
     "fastssl.profiling": (CONTRACT, {"torch"}),

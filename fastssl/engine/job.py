@@ -15,6 +15,7 @@ import torch
 from fastssl.engine.step import How
 from fastssl.evaluation import load_protocol
 from fastssl.methods.base import Stage, Stages
+from fastssl.trackers import check_trackers
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Job:
     stage_to: Path | None = None  # where this host keeps copies of the data; None: read in place
     nonfinite: Literal["stop", "skip-once"] = "stop"  # what a step whose loss is not finite does
     replay: Path | None = None  # do no more than this step again, which was not finite
+    log_to: tuple[str, ...] = ()  # trackers that get the metrics too
     watchdog_s: float = 300.0  # how long a rank may hold the others up; 0: for ever
     command: str = ""
 
@@ -52,6 +54,7 @@ class Job:
         return [f"fastssl evaluate {self.out} --protocol knn{data}", f"fastssl embed {self.out}{data}"]
 
     def __post_init__(self) -> None:
+        check_trackers(self.log_to)
         for name in {name for stage in self.stages for name in stage.evaluate}:
             load_protocol(name)  # a name that is unknown must not wait for the end of training
 

@@ -13,6 +13,7 @@ from fastssl import dist
 from fastssl.config import ConfigError, differences, to_plain
 from fastssl.engine.checkpoint import read_json, write_atomically
 from fastssl.engine.job import Job, threads_per_rank, versions
+from fastssl.trackers import WANDB_RUN_ID
 from loaders.store.data import DataSets
 
 RESOLVED, RESULT, PRODUCED, CHECKPOINTS = "resolved.json", "result.json", "produced.pt", "checkpoints"
@@ -128,6 +129,6 @@ def _has_work(job: Job) -> bool:
 def _clear(job: Job) -> None:
     """Remove what a run would continue from."""
     for folder in {job.out, *(job.folder(stage) for stage in job.stages)}:
-        for path in (folder / RESULT, folder / PRODUCED, *folder.glob("nonfinite-step-*.json")):
+        for path in (folder / RESULT, folder / PRODUCED, folder / WANDB_RUN_ID, *folder.glob("nonfinite-step-*.json")):
             path.unlink(missing_ok=True)
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 from fastssl import dist
 from fastssl.clock import Clock
 from fastssl.config import ConfigError, FastsslError, Stopped
+from fastssl.engine import stragglers
 from fastssl.engine.checkpoint import CheckpointError, Checkpoints
 from fastssl.engine.nonfinite import FirstNotFinite, LeftOut, describe
 from fastssl.engine.saver import Saver
@@ -69,6 +70,7 @@ class Trainer:
         self._not_finite = FirstNotFinite(self.horizon.total_steps, device)
         self._left_out = LeftOut(self.nets, self.optimizer, device) if skip_once else None
         self._saves = [span for span in (stage.checkpoint_every, stage.milestone_every) if span is not None]
+        self._num_logged = 0
         self._num_replaced = 0  # damaged images already named
 
     def state(self) -> dict[str, Any]:
@@ -117,7 +119,7 @@ class Trainer:
                 clock.step(self.images_per_step)
                 if self._due(self.stage.log_every) or self.step == 1:
                     self._stop_if_diverged()
-                    recorder.log(self._record(batch, parts, clock))
+                    recorder.log(self._record(batch, parts, clock, recorder))
                     self._warn_of_replaced(recorder)
                 batch.release()
                 asked = agreement.exchange(SAVE_FAILED if self.saver.failed else stop.signum)
@@ -175,7 +177,7 @@ class Trainer:
             self.training_step.prepare(batch, warn)
             batch.release()
 
-    def _record(self, batch: Batch, parts: dict[str, Tensor], clock: Clock) -> dict[str, Any]:
+    def _record(self, batch: Batch, parts: dict[str, Tensor], clock: Clock, recorder: Recorder) -> dict[str, Any]:
         with torch.no_grad():
             values = dict(parts) | self.method.metrics(self.nets, batch, self.loader.bound.truth(batch))
         names = sorted(values)
@@ -188,7 +190,13 @@ class Trainer:
             rates["skipped_steps"] = int(self.training_step.num_skipped)
         if self._left_out is not None:
             rates["left_out_steps"] = int(self._left_out.num_steps)
-        time = clock.window() | {"eta_s": clock.eta_s(self.horizon.total_steps - self.step)}
+        time: dict[str, Any] = clock.window() | {"eta_s": clock.eta_s(self.horizon.total_steps - self.step)}
+        self._num_logged += 1
+        if self._num_logged % stragglers.EVERY == 0:
+            ranks, slow = stragglers.side_by_side(clock.paces())
+            time |= {"ranks": ranks} if ranks else {}
+            if slow:
+                recorder.warn(slow)
         return {"step": self.step, "epoch": self.epoch, "loss": values.pop("total"), **values, **rates, "time": time}
 
     def _warn_of_replaced(self, recorder: Recorder) -> None:
