@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from fastssl import launch
+from fastssl.config import ConfigError
 from fastssl.datasets import KNOWN_SETS
 from fastssl.engine.job import Job
 from fastssl.engine.stages import facts_of
@@ -25,7 +27,12 @@ def describe(job: Job) -> str:
     for stage in job.stages:
         lines += _describe_stage(job, stage, data, warnings)
     lines.append(f"  directory    {job.out}")
-    lines.append(f"  launch       {job.command.replace(' --dry-run', '')}")
+    lines += [f"  {'launch' if not i else 'or':12} {line}" for i, line in enumerate(launch.lines(job))]
+    if job.device == "cuda":
+        try:
+            memory.refuse_job(job, None)
+        except ConfigError as error:
+            warnings.append(str(error))
     lines += [f"warning: {text}" for text in warnings]
     return "\n".join(lines)
 

@@ -32,6 +32,7 @@ from fastssl import dist
 from fastssl.config import EXIT_HUNG, EXIT_STOPPED, ConfigError, FastsslError, Hung, Stopped
 from fastssl.engine.job import Job
 from fastssl.engine.stages import run
+from fastssl.profiling import memory
 from loaders.errors import LoaderError
 
 HOST = "127.0.0.1"
@@ -51,12 +52,21 @@ def start(job: Job) -> dict[str, Any]:
     which Stopped means that they saved and left on request."""
     if (started := launcher()) is not None:
         _check_world(job, *started)
+        _check_memory(job)
         _end_with_agent()
         return _one_of_many(job)
+    _check_memory(job)
     if job.device == "cuda" and job.world > torch.cuda.device_count():
         _show_how(lines(job))
         raise FastsslError(f"--gpus {job.world}: this host has {torch.cuda.device_count()}")
     return run(job) if job.world == 1 else _started_here(job)
+
+
+def _check_memory(job: Job) -> None:
+    """Raise ConfigError where a GPU cannot hold its share of the step: now rather than in the first step."""
+    if job.device == "cuda":
+        here = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+        memory.refuse_job(job, here)
 
 
 # --------------------------------------------------------------------------------- ranks that somebody else started

@@ -39,7 +39,10 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "fastssl.trackers": ({"fastssl.config"}, {"torch", "tensorboard", "wandb"}),
     "fastssl.record": ({"fastssl.config", "fastssl.trackers"}, {"rich"}),
     "fastssl.dist": (set(), {"torch"}),
-    "fastssl.launch": ({"fastssl.config", "fastssl.dist", "fastssl.engine", "loaders"}, {"torch"}),
+    "fastssl.launch": (
+        {"fastssl.config", "fastssl.dist", "fastssl.engine", "fastssl.profiling.memory", "loaders"},
+        {"torch"},
+    ),
     "fastssl.doctor": (set(), {"rich"}),
     "fastssl.submit": ({"fastssl.config", "fastssl.engine.job", "fastssl.launch"}, {"submitit"}),
     "fastssl.nn": ({"fastssl.dist"}, {"torch"}),
@@ -58,9 +61,9 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         | {"fastssl.datasets", "fastssl.trackers"},
         {"torch", "numpy"},
     ),
-    "fastssl.profiling": (CONTRACT, {"torch"}),
+    "fastssl.profiling": (CONTRACT | {"fastssl.engine", "fastssl.datasets", "fastssl.recipes"}, {"torch"}),
     "fastssl.dry_run": (
-        CONTRACT | {"fastssl.engine", "fastssl.datasets", "fastssl.recipes", "fastssl.profiling"},
+        CONTRACT | {"fastssl.engine", "fastssl.datasets", "fastssl.recipes", "fastssl.profiling", "fastssl.launch"},
         {"torch"},
     ),
     "fastssl.__main__": ({"fastssl.cli"}, set()),

@@ -437,6 +437,16 @@ def rn50_100ep() -> Stages:
     return _imagenet("simclr-10", epochs=100)
 
 
+def rn50_100ep_4gpus() -> Stages:
+    """As rn50_100ep for 4 GPUs of 80 GB: a quarter of the batch, all 960 classes. Untested."""
+    return _on_fewer_gpus(batch_global=1024, classes_global=960, images_per_class=7)
+
+
+def rn50_100ep_1gpu() -> Stages:
+    """As rn50_100ep for 1 GPU of 80 GB: a sixteenth of the batch, 480 classes of 3 images. Untested."""
+    return _on_fewer_gpus(batch_global=256, classes_global=480, images_per_class=3)
+
+
 def rn50_200ep() -> Stages:
     """As rn50_100ep for 200 epochs. Paper: 75.0 % fine-tuned, 71.9 % nearest neighbours."""
     return _imagenet("simclr-10", epochs=200)
@@ -480,6 +490,25 @@ def rn50w2_200ep_1pct() -> Stages:
 def rn50w4_200ep_1pct() -> Stages:
     """As rn50_200ep_1pct, four times as wide. Paper: 69.9 % fine-tuned."""
     return _imagenet("simclr-1", epochs=200, width=4)
+
+
+def _on_fewer_gpus(batch_global: int, classes_global: int, images_per_class: int) -> Stages:
+    """rn50_100ep with what 80 GB hold of its batch, by `fastssl.profiling.memory`: classes rather than images of each,
+    since the authors found few classes to hurt (suncet#11); rates by the square root of the batch, as SimCLRv2's."""
+    (stage,) = rn50_100ep()
+    paper = stage.method
+    assert isinstance(paper, PawsConfig)
+    scale = (batch_global / paper.batch_global) ** 0.5
+    method = replace(
+        paper,
+        batch_global=batch_global,
+        classes_global=classes_global,
+        images_per_class=images_per_class,
+        lr_start=paper.lr_start * scale,
+        lr_peak=paper.lr_peak * scale,
+        lr_final=paper.lr_final * scale,
+    )
+    return (replace(stage, method=method),)
 
 
 def _imagenet(labels: str, epochs: int, width: int = 1) -> Stages:

@@ -1,12 +1,12 @@
 """What a rank's card must hold, for each setting of `--step`, and which cards hold it. Modelled, not measured.
 
 Eager is counted: what the traced step keeps alive. The other settings keep, instead of each convolution's input and
-output, little more than the outputs; how much more was measured on ResNet-50, in bytes a 224-pixel image under bf16,
-whose convolutions put out 22.2 MB:
+output, little more than the outputs. How much more was measured on ResNet-50, whose convolutions put out 22.2 MB
+for each 224-pixel image under bf16; at the peak (benchmarks/results/step_memory_202611.md):
 
-    eager             44 MB   inputs and outputs
-    eager-recompute   27 MB   blocks checkpointed; each one's last convolution, and the shortcut's, computed again
-    compiled          25 MB   batch norms and ReLUs computed again
+    eager             44.2 MB   inputs and outputs
+    eager-recompute   23.5 MB   blocks checkpointed; each one's last convolution, and the shortcut's, computed again
+    compiled          24.9 MB   batch norms and ReLUs computed again
 """
 
 from __future__ import annotations
@@ -14,13 +14,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
 from fastssl.config import ConfigError
+from fastssl.datasets import KNOWN_SETS
+from fastssl.engine.job import Job
+from fastssl.engine.step import default_how
 from fastssl.methods.base import Facts, Stage
 from fastssl.profiling.trace import Trace, Untraceable, trace_step
+from fastssl.recipes import recipes
 from loaders.plan.plan import Plan
 from loaders.plan.views import Sequential
 
-KEPT_PER_OUTPUT = {"eager-recompute": 27 / 22.2, "compiled": 25 / 22.2, "graphed": 25 / 22.2}
+KEPT_PER_OUTPUT = {"eager-recompute": 23.5 / 22.2, "compiled": 24.9 / 22.2, "graphed": 24.9 / 22.2}
 PREFERENCE = ("compiled", "graphed", "eager", "eager-recompute")  # the setting to name first where several fit
 
 BYTES_PER_PARAMETER = 12  # float32 weight, gradient (which is DDP's bucket) and momentum
@@ -67,6 +73,23 @@ def memory_of(trace: Trace) -> Memory:
     )
 
 
+def refuse_job(job: Job, card_bytes: float | None) -> None:
+    """`refuse_what_cannot_fit` for every stage of a GPU job that trains, naming its recipes for fewer GPUs too.
+    `card_bytes` None: no card is at hand, so the largest of CARDS_GB is what it would need."""
+    card_bytes = card_bytes or CARDS_GB[-1] * 1e9
+    for stage in job.stages:
+        known = KNOWN_SETS[stage.method.dataset]
+        facts = Facts(known.num_classes, known.channels, job.seed)
+        if stage.do != "train":
+            continue
+        try:
+            refuse_what_cannot_fit(stage, facts, job.world, job.how or default_how(torch.device("cuda")), card_bytes)
+        except ConfigError as error:
+            fewer = [name for name in recipes() if name.startswith(f"{job.recipe}_") and name.endswith(("gpu", "gpus"))]
+            hint = f"; made for fewer GPUs: {', '.join(fewer)}" if fewer else ""
+            raise ConfigError(f"{error}{hint}") from None
+
+
 def refuse_what_cannot_fit(stage: Stage, facts: Facts, world: int, how: str, card_bytes: float) -> None:
     """Raise ConfigError where a rank of `stage` would not fit a card of `card_bytes` with `--step how`, naming the
     setting, or else the number of ranks, that would. To be called before the ranks are joined; takes seconds.
@@ -84,7 +107,7 @@ def refuse_what_cannot_fit(stage: Stage, facts: Facts, world: int, how: str, car
     if fitting:
         instead = f"--step {fitting[0]} needs about {_gb(memory.needed(fitting[0]))}"
     elif (ranks := _ranks_that_fit(memory, trace.plan, world, card_bytes)) is not None:
-        instead = f"no setting of --step fits on {world} ranks; {ranks} would do as --step {PREFERENCE[0]}"
+        instead = f"no setting of --step makes it fit; on {ranks} ranks --step {PREFERENCE[0]} would"
     else:
         instead = "no setting of --step fits, however many ranks share the batch: choose a smaller network"
     raise ConfigError(

@@ -41,17 +41,17 @@ def test_activations_are_the_published_ones():
     assert memory(64).activations["eager"] == close(13.4e9, 0.02)
     assert memory(8).activations["eager"] == close(107e9, 0.02)
     assert memory(8).activations["compiled"] == close(60e9, 0.04)
-    assert memory(8).activations["eager-recompute"] == close(60e9 * 27 / 25, 0.04)
+    assert memory(8).activations["eager-recompute"] == close(60e9 * 23.5 / 24.9, 0.04)
 
 
 def test_an_image_keeps_what_was_measured():
-    """44, 27 and 25 MB a 224-pixel image, as the difference between two batches of supports alone."""
+    """44, 23.5 and 24.9 MB a 224-pixel image, as the difference between two batches of supports alone."""
     small = ("small_view.size=32", "small_view.copies=1", "batch_global=2")
     few, many = (memory(1, changes=(*small, "classes_global=8", f"images_per_class={n}")) for n in (2, 10))
     image_mb = {how: (many.activations[how] - few.activations[how]) / 64 / 1e6 for how in few.activations}
     assert image_mb == {
-        "eager": close(44, 0.02), "eager-recompute": close(27, 0.02), "compiled": close(25, 0.02),
-        "graphed": close(25, 0.02),
+        "eager": close(44, 0.02), "eager-recompute": close(23.5, 0.02), "compiled": close(24.9, 0.02),
+        "graphed": close(24.9, 0.02),
     }  # fmt: skip
 
 
@@ -119,7 +119,7 @@ def test_a_shard_that_cannot_fit_names_the_setting_that_would():
 
 def test_where_no_setting_fits_it_names_the_ranks_that_would():
     """Catches a number of ranks that the batches cannot be shared by, or that does not fit either."""
-    assert refusal(8, "compiled", 40e9).endswith("no setting of --step fits on 8 ranks; 16 would do as --step compiled")
+    assert refusal(8, "compiled", 40e9).endswith("no setting of --step makes it fit; on 16 ranks --step compiled would")
     assert memory(16).needed("compiled") <= 40e9
     assert "choose a smaller network" in refusal(64, "eager", 1.5e9)
 

@@ -31,7 +31,7 @@ def test_the_table_has_every_recipe_and_its_length():
 
 
 def test_paper_numbers_in_the_table_are_those_of_the_recipes():
-    rows = {name: cells for name, cells in table().items() if name.startswith("paws.rn50")}
+    rows = {name: cells for name, cells in table().items() if name.startswith("paws.rn50") and "gpu" not in name}
     assert len(rows) == 10
     for name, (_, _, _, neighbours, fine_tuned, _) in rows.items():
         said = " ".join((recipes()[name].__doc__ or "").split())
