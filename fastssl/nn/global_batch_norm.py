@@ -201,8 +201,7 @@ class _Fused(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         xs, residuals = operands[:num], operands[num:] or (None,) * num
         message = torch.stack([_sums(x) for x in xs])
-        total = _Statistics.split(_over_ranks(message, group_name))
-        sum_RC, sum_of_squares_RC, n_R1 = total
+        sum_RC, sum_of_squares_RC, n_R1 = _Statistics.split(_over_ranks(message, group_name))
         mean_RC = sum_RC / n_R1
         var_RC = (sum_of_squares_RC / n_R1 - mean_RC.square()).clamp(min=0)
         statistics = _Statistics(mean_RC, var_RC, n_R1)
