@@ -5,8 +5,8 @@ of the others. The rank to blame is one that no longer answers, or the one that 
 wait for it in the next. Then every rank writes the stacks of its threads to `stacks/` in the run directory and exits
 with EXIT_HUNG; one of them prints who it was. The last checkpoint counts.
 
-A hang is named within the limit and INTERVALS_AFTER beats of at most BEAT_S, about ten seconds more. Pauses, which
-compile, evaluate and save, may take PAUSE_GRACE times the limit.
+A hang is named within the limit and four beats of at most BEAT_S: by default within 320 s. Pauses, which compile,
+evaluate and save, may take PAUSE_GRACE times the limit.
 """
 
 from __future__ import annotations
