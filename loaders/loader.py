@@ -14,8 +14,9 @@ from __future__ import annotations
 import os
 import queue
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -36,9 +37,11 @@ from loaders.renderers.pil import PilRenderer
 from loaders.store.data import DataSets
 from loaders.store.source import ArraySource, Source, is_encoded
 from loaders.store.subsets import Resolved, resolve
+from loaders.timing import FINISH, PLAN, Prepared, StageTimes, now
 
 _DONE = object()
 _CPU = torch.device("cpu")
+_HISTORY = 1000  # batches
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,8 @@ class Loader:
     An image that cannot be decoded ends the iteration with a RenderError; with `replace_damaged` the next image of its
     label takes its place, and `replaced` notes it: {stream: {damaged id: id in its place}}.
 
+    `history` holds what the last batches took, stage by stage, in the order of the plan's streams.
+
     With a CUDA device, uint8 crops leave pinned slots and are finished on a stream of their own. NOT YET RUN on a GPU.
     """
 
@@ -107,8 +112,10 @@ class Loader:
         num_cpus = len(os.sched_getaffinity(0))
         self.threads = min(threads or num_cpus, num_cpus)
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="fastssl-render")
+        self._times = {name: StageTimes() for name in bound.sources}
+        self.history: deque[Prepared] = deque(maxlen=_HISTORY)
         self._renderers = {
-            name: make_renderer(renderer, source, self._pool, self.threads, self.device)
+            name: make_renderer(renderer, source, self._pool, self.threads, self.device, self._times[name])
             for name, source in bound.sources.items()
         }
         self._cache_recurring(renderer, cache_bytes)
@@ -126,7 +133,8 @@ class Loader:
             if is_encoded(source):
                 if renderer == "dali":
                     raise StoreError("decoded images are kept for --loader ffcv and pil; DALI's pixels are its own")
-                self._renderers[name] = CachedRenderer(source, self._pool, cache_bytes // len(recurring))
+                budget_bytes = cache_bytes // len(recurring)
+                self._renderers[name] = CachedRenderer(source, self._pool, budget_bytes, self._times[name])
 
     def batches(self, start: int, stop: int) -> Generator[Batch]:
         """Batches of steps start .. stop - 1, prepared in the background while the consumer works.
@@ -191,7 +199,11 @@ class Loader:
             for step in range(start, stop):
                 if self._stopping.is_set():
                     return
-                put(self._batch(step))
+                begin = time.perf_counter()
+                batch = self._batch(step)
+                totals = np.stack([times.totals() for times in self._times.values()])
+                self.history.append(Prepared(step, time.perf_counter() - begin, totals))
+                put(batch)
             put(_DONE)
         except BaseException as error:  # handed to the consumer, which raises it
             put(error)
@@ -232,7 +244,9 @@ class Loader:
         """The stream's rows of this step and their uint8 crops by view."""
         instead = self.replaced[stream]
         while True:
+            begin = now()
             rows = self.bound.plan.rows(stream, step, self.rank, self.world, instead)
+            self._times[stream].add(PLAN, begin)
             try:
                 return rows, self._crops(rows, slot)
             except RenderError as error:
@@ -262,7 +276,8 @@ class Loader:
         for v in rows.views:
             crop, shape = crops[v.view.name], (len(v.view.turns), *crops[v.view.name].shape)
             if self._ahead is None:
-                out = self._finished(v, crop, slot.array((rows.stream, v.view.name), shape, torch.float32))
+                room = slot.array((rows.stream, v.view.name), shape, torch.float32)
+                out = self._finished(v, crop, room, self._times[stream])
             else:
                 out = _finished_on_gpu(v, crop, torch.empty(shape, device=self.device))
             x[v.view.name] = out.flatten(0, 1).permute(0, 3, 1, 2)
@@ -275,9 +290,9 @@ class Loader:
             positions=torch.from_numpy(rows.positions),
         )
 
-    def _finished(self, rows: ViewRows, crops: np.ndarray, out: np.ndarray) -> Tensor:
+    def _finished(self, rows: ViewRows, crops: np.ndarray, out: np.ndarray, times: StageTimes) -> Tensor:
         """Crops uint8 [M, S, S, C] -> `out` float32 [turns, M, S, S, C]."""
-        numba_cpu.finish(crops, rows.view.ops, rows.tables, rows.view.pixels, out[0], self._pool)
+        numba_cpu.finish(crops, rows.view.ops, rows.tables, rows.view.pixels, out[0], _Timed(self._pool, times))
         _turn(out, rows.view.turns, np.rot90)
         return torch.from_numpy(out)
 
@@ -293,6 +308,22 @@ def _finished_on_gpu(rows: ViewRows, crops: np.ndarray | Tensor, out: Tensor) ->
     return out
 
 
+
+class _Timed:
+    """The pool, counting what its threads are given as the stage `finish`."""
+
+    def __init__(self, pool: ThreadPoolExecutor, times: StageTimes):
+        self.pool, self.times = pool, times
+
+    def map(self, task: Callable[[int], None], starts: Iterable[int]) -> Iterator[None]:
+        def timed(start: int) -> None:
+            begin = now()
+            task(start)
+            self.times.add(FINISH, begin)
+
+        return self.pool.map(timed, starts)
+
+
 def _turn(out: Any, turns: tuple[int, ...], rot90: Callable) -> None:
     """From the crops in out[0], [M, S, S, C], the quarter turns of each."""
     for i, turn in reversed(list(enumerate(turns))):  # the original last
@@ -301,10 +332,15 @@ def _turn(out: Any, turns: tuple[int, ...], rot90: Callable) -> None:
 
 
 def make_renderer(
-    kind: str, source: Source, pool: ThreadPoolExecutor, threads: int, device: torch.device = _CPU
+    kind: str,
+    source: Source,
+    pool: ThreadPoolExecutor,
+    threads: int,
+    device: torch.device = _CPU,
+    times: StageTimes | None = None,
 ) -> Renderer:
     """The renderer named `kind` over `source`; `auto` takes the fastest that fits and is installed. DALI decodes on
-    `device`, the others on the CPU.
+    `device`, the others on the CPU. What it does is counted in `times`.
 
     Raises StoreError where `kind` does not fit the source or is not installed.
     """
@@ -312,24 +348,24 @@ def make_renderer(
         assert isinstance(source, ArraySource)
         if kind not in ("auto", "memory"):
             raise StoreError(f"--loader {kind}: {source.name} holds arrays; choose auto or memory")
-        return MemoryRenderer(source, pool)
+        return MemoryRenderer(source, pool, times)
     match kind:
         case "pil":
-            return PilRenderer(source, pool)
+            return PilRenderer(source, pool, times)
         case "ffcv" | "auto":
             try:
                 from loaders.renderers.ffcv import FfcvRenderer
             except ImportError as e:
                 if kind == "auto":
-                    return PilRenderer(source, pool)
+                    return PilRenderer(source, pool, times)
                 raise _missing("ffcv", "ffcv", e) from e
-            return FfcvRenderer(source, pool)
+            return FfcvRenderer(source, pool, times)
         case "dali":
             try:
                 from loaders.renderers.dali import DaliRenderer
             except ImportError as e:
                 raise _missing("dali", "dali, or dali-cuda12 with CUDA 12", e) from e
-            return DaliRenderer(source, pool, threads, None if device.type != "cuda" else device.index or 0)
+            return DaliRenderer(source, pool, threads, None if device.type != "cuda" else device.index or 0, times)
     raise StoreError(f"--loader {kind}: {source.name} holds encoded images; choose auto, ffcv, dali or pil")
 
 

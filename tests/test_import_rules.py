@@ -19,10 +19,11 @@ ROOT = Path(__file__).parents[1]
 
 # room -> (rooms of ours, libraries) that it may import; the longest matching name rules; a room may import itself
 CONTRACT = {"fastssl.config", "fastssl.dist", "fastssl.methods.base", "loaders"}
-PIXELS = {"loaders.plan", "loaders.store", "loaders.errors"}
+PIXELS = {"loaders.plan", "loaders.store", "loaders.errors", "loaders.timing"}
 RULES: dict[str, tuple[set[str], set[str]]] = {
     "loaders.errors": (set(), set()),
     "loaders.plan": ({"loaders.errors"}, {"numpy"}),
+    "loaders.timing": (set(), {"numpy"}),
     "loaders.store": ({"loaders.plan", "loaders.errors"}, {"numpy", "PIL", "sklearn"}),
     "loaders.renderers": (PIXELS, {"numpy", "PIL", "numba", "llvmlite"}),
     "loaders.renderers.ffcv": (PIXELS | {"loaders.renderers"}, {"numpy", "numba", "llvmlite"}),
@@ -62,6 +63,12 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "numpy"},
     ),
     "fastssl.profiling": (CONTRACT | {"fastssl.engine", "fastssl.datasets", "fastssl.recipes"}, {"torch"}),
+    "fastssl.report": (
+        {"fastssl.config", "fastssl.methods.base", "fastssl.engine", "fastssl.evaluation", "loaders"},
+        {"torch", "numpy", "PIL", "sklearn"},
+    ),
+    "fastssl.report.page": (set(), set()),
+    "fastssl.report.charts": ({"fastssl.report.page"}, set()),
     "fastssl.dry_run": (
         CONTRACT | {"fastssl.engine", "fastssl.datasets", "fastssl.recipes", "fastssl.profiling", "fastssl.launch"},
         {"torch"},

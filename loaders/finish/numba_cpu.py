@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from concurrent.futures import Executor
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
 
 import numpy as np
 from llvmlite import ir
@@ -485,13 +484,19 @@ def _drive(crops: Any, kernels: Any, offsets: Any, table: Any, gain: Any, bias: 
         _store(planes.reshape(channels, -1), gain, bias, out[i].reshape(-1))
 
 
+class Threads(Protocol):
+    """What `finish` asks of a pool: an Executor's `map`."""
+
+    def map(self, task: Callable[[int], None], starts: Iterable[int], /) -> Iterable[None]: ...
+
+
 def finish(
     crops: np.ndarray,
     ops: tuple[Op, ...],
     tables: tuple[np.ndarray, ...],
     pixels: Pixels,
     out: np.ndarray,
-    pool: Executor | None = None,
+    pool: Threads | None = None,
 ) -> None:
     """Crops to what the network receives, written into `out`.
 

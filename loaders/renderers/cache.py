@@ -17,6 +17,7 @@ from loaders.renderers.pil import PilRenderer
 from loaders.renderers.resample import CODES, resize_boxes
 from loaders.renderers.spread import spread
 from loaders.store.source import EncodedSource
+from loaders.timing import CROP, StageTimes, now
 
 _IMAGES_A_TASK = 4
 _ONLY = np.zeros(1, np.int64)
@@ -59,8 +60,11 @@ class CachedRenderer:
 
     device_id: int | None = None
 
-    def __init__(self, source: EncodedSource, pool: ThreadPoolExecutor, budget_bytes: int):
-        self.pool, pil = pool, PilRenderer(source, pool)
+    def __init__(
+        self, source: EncodedSource, pool: ThreadPoolExecutor, budget_bytes: int, times: StageTimes | None = None
+    ):
+        self.pool, self.times = pool, times or StageTimes()
+        pil = PilRenderer(source, pool, self.times)
         self.cache = DecodedCache(lambda i: np.array(pil.decode(i)), budget_bytes)
 
     def render(self, rows: Rows, out: Mapping[str, np.ndarray]) -> None:
@@ -70,10 +74,12 @@ class CachedRenderer:
         def work(begin: int, end: int) -> None:
             for b in range(begin, end):
                 image = self.cache.get(int(rows.ids[b]))[None]
+                start = now()
                 for v in rows.views:
                     cut_first, pixels = isinstance(v.view.crop, RandomCrop), out[v.view.name]
                     for row in range(b, len(v.boxes), len(rows.ids)):
                         part = slice(row, row + 1)
                         resize_boxes(image, _ONLY, v.boxes[part], cut_first, CODES[v.view.filter], pixels[part])
+                self.times.add(CROP, start)
 
         spread(self.pool, work, len(rows.ids), _IMAGES_A_TASK)

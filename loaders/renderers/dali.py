@@ -26,6 +26,7 @@ from loaders.renderers.pil import PilRenderer
 from loaders.store.images import MAX_PIXELS
 from loaders.store.jpeg import jpeg_header
 from loaders.store.source import EncodedSource
+from loaders.timing import DECODE, FETCH, StageTimes, now
 
 _FILTERS = {
     Filter.BILINEAR: {"interp_type": types.INTERP_LINEAR, "antialias": True},
@@ -41,9 +42,16 @@ class DaliRenderer:
     Every image is decoded once for all its views, as RGB; EXIF rotation is not applied.
     """
 
-    def __init__(self, source: EncodedSource, pool: ThreadPoolExecutor, threads: int, device_id: int | None = None):
-        self.source, self.threads, self.device_id = source, threads, device_id
-        self._pil = PilRenderer(source, pool)
+    def __init__(
+        self,
+        source: EncodedSource,
+        pool: ThreadPoolExecutor,
+        threads: int,
+        device_id: int | None = None,
+        times: StageTimes | None = None,
+    ):
+        self.source, self.threads, self.device_id, self.times = source, threads, device_id, times or StageTimes()
+        self._pil = PilRenderer(source, pool, self.times)
         self._pipeline: Pipeline | None = None
 
     def render(self, rows: Rows, out: Mapping[str, Any]) -> None:
@@ -52,13 +60,16 @@ class DaliRenderer:
         The arrays are NumPy's, or with a `device_id` torch's on that device. Raises RenderError for an image that is
         damaged or not of the size its source says.
         """
+        begin = now()
         files = [self._file(i) for i in rows.ids.tolist()]
+        begin = self.times.add(FETCH, begin)
         known = np.array([self._is_ours(i, file) for i, file in zip(rows.ids, files, strict=True)], bool)
         places = np.flatnonzero(known)
         for b in np.flatnonzero(~known).tolist():
             self._render_elsewhere(rows, b, out)
         if len(places):
             self._run(rows, places, [np.frombuffer(files[b], np.uint8) for b in places], out)
+        self.times.add(DECODE, begin)  # and crop: DALI's own threads do both, whose CPU time is not seen from here
 
     def _run(self, rows: Rows, places: np.ndarray, files: list[np.ndarray], out: Mapping[str, Any]) -> None:
         """Render images `places` of `rows`."""

@@ -38,6 +38,7 @@ from loaders.renderers.resample import CODES, resize_boxes
 from loaders.renderers.spread import spread
 from loaders.store.images import MAX_PIXELS
 from loaders.store.source import EncodedSource
+from loaders.timing import CROP, DECODE, FETCH, StageTimes, now
 
 _IMAGES_A_TASK = 4  # about 6 ms
 _KEPT_PIXELS = 1 << 22  # a decoder's own buffer; larger images get one for the moment
@@ -46,6 +47,8 @@ _KEPT_PIXELS = 1 << 22  # a decoder's own buffer; larger images get one for the 
 _RGB = 0  # TJPF_RGB
 _ACCURATE_DCT = 4096  # TJFLAG_ACCURATEDCT
 _LAST_COLOUR_SPACE = 2  # TJCS_RGB, TJCS_YCbCr, TJCS_GRAY; then CMYK and YCCK
+
+_MONOTONIC, _THREAD_CPU = 1, 3  # time.h
 
 
 def _open_turbojpeg() -> ctypes.CDLL:
@@ -78,19 +81,38 @@ _decompress = _external(
     _turbojpeg, "tjDecompress2", _address, _address, _length, _address, _int, _int, _int, _int, _int
 )
 
+_clock = _external(ctypes.CDLL(None), "clock_gettime", _int, _address)
+
+
+@njit(nogil=True, cache=True)
+def _stamp(stamp):
+    """Into int64 [2, 2]: seconds and nanoseconds of the wall clock and of this thread's CPU."""
+    _clock(_MONOTONIC, stamp.ctypes.data)
+    _clock(_THREAD_CPU, stamp.ctypes.data + 16)
+
+
+@njit(nogil=True, cache=True)
+def _spend(spent, since, stamp):
+    """Add the nanoseconds since `since` to `spent`, int64 [2], and begin anew."""
+    _stamp(stamp)
+    for k in range(2):
+        spent[k] += (stamp[k, 0] - since[k, 0]) * 1_000_000_000 + stamp[k, 1] - since[k, 1]
+        since[k] = stamp[k]
+
 
 def _compile(resampler: int) -> Callable[..., Any]:
     """The stretch, compiled. numba's cache does not notice changes in other files, but it does look at the values a
     function encloses: `resampler` stands for the code of resample.py."""
 
     @njit(nogil=True, cache=True)
-    def render(handle, files, lengths, sizes, pixels, begin, num_images, boxes, cut_first, filters, outs):
+    def render(handle, files, lengths, sizes, pixels, begin, num_images, boxes, cut_first, filters, outs, spent):
         """Images begin, begin + 1, ... of `num_images`, one a file: decode each, resize its crops into their rows.
 
         files, lengths  int64 [n], address and length of JPEG bytes
         sizes   int32 [n, 2], expected height and width
         pixels  uint8, scratch
         boxes, cut_first, filters, outs  one a view; boxes float64 [M, 4], outs uint8 [M, S, S, 3], copy-major
+        spent   int64 [2, 2], to which nanoseconds of wall and CPU are added: of decoding, of cutting crops
 
         Returns bool [n]: which images were rendered.
         """
@@ -98,6 +120,8 @@ def _compile(resampler: int) -> Callable[..., Any]:
         header = np.empty(4, np.int32)  # width, height, subsampling, colour space
         at = header.ctypes.data
         only = np.zeros(1, np.int64)
+        since, stamp = np.empty((2, 2), np.int64), np.empty((2, 2), np.int64)
+        _stamp(since)
         assert resampler  # enclosed, as it is named here
         for i in range(len(files)):
             height, width = sizes[i]
@@ -113,10 +137,12 @@ def _compile(resampler: int) -> Callable[..., Any]:
             if _decompress(handle, files[i], lengths[i], pixels.ctypes.data, width, 0, height, _RGB, _ACCURATE_DCT):
                 continue
             image = pixels[:num_bytes].reshape(1, height, width, 3)
+            _spend(spent[0], since, stamp)
             for v in range(len(outs)):
                 for row in range(begin + i, len(outs[v]), num_images):
                     part = slice(row, row + 1)
                     resize_boxes(image, only, boxes[v][part], cut_first[v], filters[v], outs[v][part])
+            _spend(spent[1], since, stamp)
             rendered[i] = True
         return rendered
 
@@ -143,9 +169,9 @@ class FfcvRenderer:
 
     device_id: int | None = None
 
-    def __init__(self, source: EncodedSource, pool: ThreadPoolExecutor):
-        self.source, self.pool = source, pool
-        self._pil = PilRenderer(source, pool)
+    def __init__(self, source: EncodedSource, pool: ThreadPoolExecutor, times: StageTimes | None = None):
+        self.source, self.pool, self.times = source, pool, times or StageTimes()
+        self._pil = PilRenderer(source, pool, self.times)
         self._idle: list[_Decoder] = []  # append and pop are atomic
 
     def render(self, rows: Rows, out: Mapping[str, np.ndarray]) -> None:
@@ -159,8 +185,9 @@ class FfcvRenderer:
         filters = np.array([CODES[view.filter] for view in views])
 
         def work(begin: int, end: int) -> None:
-            ids = rows.ids[begin:end]
+            ids, start, spent = rows.ids[begin:end], now(), np.zeros((2, 2), np.int64)
             files = [np.frombuffer(self._file(i), np.uint8) for i in ids.tolist()]
+            self.times.add(FETCH, start)
             addresses = np.array([file.ctypes.data for file in files])
             lengths = np.array([len(file) for file in files])
             try:
@@ -179,8 +206,11 @@ class FfcvRenderer:
                 cut_first,
                 filters,
                 outs,
+                spent,
             )
             self._idle.append(decoder)
+            self.times.add_ns(DECODE, *spent[0].tolist(), len(ids))
+            self.times.add_ns(CROP, *spent[1].tolist(), len(ids))
             for i in np.flatnonzero(~rendered).tolist():
                 self._pil.render_image(rows, begin + i, out)
 

@@ -16,6 +16,7 @@ from loaders.renderers.resample import CODES, resize_boxes
 from loaders.renderers.spread import spread
 from loaders.store.images import ImageError, open_image
 from loaders.store.source import EncodedSource
+from loaders.timing import CROP, DECODE, FETCH, StageTimes, now
 
 _RESAMPLING = {Filter.BILINEAR: Image.Resampling.BILINEAR, Filter.BICUBIC: Image.Resampling.BICUBIC}
 _IMAGES_A_TASK = 2
@@ -29,8 +30,8 @@ class PilRenderer:
 
     device_id: int | None = None
 
-    def __init__(self, source: EncodedSource, pool: ThreadPoolExecutor):
-        self.source, self.pool = source, pool
+    def __init__(self, source: EncodedSource, pool: ThreadPoolExecutor, times: StageTimes | None = None):
+        self.source, self.pool, self.times = source, pool, times or StageTimes()
 
     def render(self, rows: Rows, out: Mapping[str, np.ndarray]) -> None:
         """Fill out[view name], uint8 [copies * B, S, S, 3], with the crops that `rows` describes, copy-major.
@@ -47,18 +48,25 @@ class PilRenderer:
     def render_image(self, rows: Rows, b: int, out: Mapping[str, np.ndarray]) -> None:
         """The share of `render` that is image `b` of `rows`."""
         image = self.decode(int(rows.ids[b]))
+        begin = now()
         for v in rows.views:
             for row in range(b, len(v.boxes), len(rows.ids)):
                 out[v.view.name][row] = crop(image, v.boxes[row], v.view)
+        self.times.add(CROP, begin)
 
     def decode(self, i: int) -> Image.Image:
         """Image `i` as RGB. Raises RenderError."""
         try:
-            with open_image(io.BytesIO(self.source.jpeg(i))) as image:
+            begin = now()
+            file = self.source.jpeg(i)
+            begin = self.times.add(FETCH, begin)
+            with open_image(io.BytesIO(file)) as image:
                 height, width = self.source.sizes[i]
                 if image.size != (width, height):
                     raise ImageError(f"it is {image.width} x {image.height}, its source says {width} x {height}")
-                return image.convert("RGB")
+                pixels = image.convert("RGB")
+            self.times.add(DECODE, begin)
+            return pixels
         except (StoreError, ImageError, OSError, SyntaxError, ValueError) as e:
             raise RenderError(f"image {i} ({self._name_of(i)}) of {self.source.name}: {e}", image_id=i) from e
 
