@@ -252,6 +252,21 @@ def embed(run: Path, data: tuple[str, ...], out: Path | None, tap: str | None) -
 
 
 @main.command()
+@click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--compare", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Another run, beside it.")
+@_data
+@click.option("--out", type=click.Path(path_type=Path), help="The page [RUN/report.html].")
+@_in_users_words
+def report(run: Path, compare: Path | None, data: tuple[str, ...], out: Path | None) -> None:
+    """Write one self-contained HTML page about RUN: curves, crops, classes, embeddings. RUN may still be going."""
+    from fastssl.report.training import write_report
+
+    out = out or run / "report.html"
+    write_report(run, compare, data, out)
+    click.echo(out)
+
+
+@main.command()
 @click.argument("dump", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @_data
 @click.option("--gpus", type=click.IntRange(1), help="Ranks, one a GPU [as the run had].")

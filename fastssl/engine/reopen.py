@@ -16,24 +16,19 @@ from fastssl.engine.job import Job
 from fastssl.engine.run_dir import CHECKPOINTS, RESOLVED
 from fastssl.engine.stages import facts_of
 from fastssl.evaluation.subject import Subject
-from fastssl.methods.base import Stages
+from fastssl.methods.base import Method, Stages
 from fastssl.recipes import resolve
-from loaders.store.data import open_data
+from loaders.store.data import DataSets, open_data
 
 
 def open_run(run: Path, data: tuple[str, ...]) -> tuple[Subject, int]:
     """The networks of `run`'s last stage at its newest checkpoint, beside `data` (default: what the run was trained
     on), and the step they are from. A damaged checkpoint is passed over for the one before, with a line on stderr.
     Raises FastsslError where the run cannot be read or its recipe has changed."""
-    resolved, stages = _settings(run)
-    stage = stages[-1]
-    folder = run if len(stages) == 1 else run / stage.name
+    method, sources, folder = open_method(run, data)
     state = Checkpoints(folder / CHECKPOINTS).load_newest(lambda text: print(f"warning: {text}", file=sys.stderr))
     if state is None:
         raise CheckpointError(f"{run} has no checkpoint yet")
-
-    sources = open_data(data or tuple(resolved["run"]["data"]))
-    method = stage.method.build(facts_of(sources, resolved["seed"]), {})
     nets = method.nets()
     for name, module in nets.saved().items():
         module.load_state_dict(state["nets"][name])
@@ -41,6 +36,16 @@ def open_run(run: Path, data: tuple[str, ...]) -> tuple[Subject, int]:
     for module in nets.modules().values():
         module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Subject(method, nets, sources, device=device, threads=len(os.sched_getaffinity(0))), state["step"]
+
+
+def open_method(run: Path, data: tuple[str, ...]) -> tuple[Method, DataSets, Path]:
+    """The method of `run`'s last stage beside `data` (default: what the run was trained on), and the stage's folder.
+    Needs no checkpoint. Raises as `open_run` does."""
+    resolved, stages = _settings(run)
+    stage = stages[-1]
+    sources = open_data(data or tuple(resolved["run"]["data"]))
+    method = stage.method.build(facts_of(sources, resolved["seed"]), {})
+    return method, sources, run if len(stages) == 1 else run / stage.name
 
 
 def job_to_replay(dump: Path, data: tuple[str, ...], device: Literal["cpu", "cuda"] | None, world: int | None) -> Job:
