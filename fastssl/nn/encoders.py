@@ -1,23 +1,89 @@
-"""Trunks as configuration: what a recipe writes down, and how it becomes a module."""
+"""Trunks as configuration: what a recipe writes down, and how it becomes a module.
+
+Each has the conventions of the code that it is named after: where that pads, what its norms start at, how it draws its
+weights. All that have `base_width` become small ones below 64: `ResNet(10, stem="cifar", base_width=16)` suits small
+images on one CPU core.
+"""
 
 from dataclasses import dataclass
 
-from fastssl.nn.resnet import Depth, ResNetTrunk, Stem, resnet
+from fastssl.nn.initialisers import haiku_default, variance_scaling
+from fastssl.nn.resnet import BottleneckDepth, Depth, ResNetTrunk, ResNetV2Trunk, resnet, sknext
+from fastssl.nn.stem import Stem, same_max_pool
 from fastssl.nn.wide_resnet import WideResNetTrunk, wide_resnet
+
+Trunk = ResNetTrunk | ResNetV2Trunk | WideResNetTrunk
 
 
 @dataclass(frozen=True)
 class ResNet:
-    """`fastssl.nn.resnet.resnet`. `ResNet(10, stem="cifar", base_width=16)` suits small images on one CPU core."""
+    """PAWS's, and torchvision's where `width` is 1."""
 
     depth: Depth = 50
     width: int = 1
     stem: Stem = "imagenet"
     base_width: int = 64
 
-    def build(self, in_channels: int = 3) -> ResNetTrunk:
+    def build(self, in_channels: int = 3) -> Trunk:
         """[N, in_channels, H, W] -> [N, num_features], an attribute of the module."""
-        return resnet(self.depth, self.width, self.stem, in_channels, base_width=self.base_width)
+        return resnet(self.depth, self.width, stem=self.stem, in_channels=in_channels, base_width=self.base_width)
+
+
+@dataclass(frozen=True)
+class SimclrResNet:
+    """SimCLRv2's. Its batch norms keep the biased running variance; ours, like torch's, the unbiased one."""
+
+    depth: Depth = 50
+    width: int = 1
+    selective_kernel: bool = False
+    stem: Stem = "imagenet"
+    base_width: int = 64
+
+    def build(self, in_channels: int = 3) -> Trunk:
+        """[N, in_channels, H, W] -> [N, num_features], an attribute of the module."""
+        return resnet(
+            self.depth, self.width, self.selective_kernel, stem=self.stem, in_channels=in_channels,
+            base_width=self.base_width, max_pool=same_max_pool, every_group_projects=True, zero_gamma=True,
+            init=variance_scaling,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ByolResNet:
+    """BYOL's and SemPPL's, but for what convolutions of stride 2 pad: here both ends alike, there the far end more."""
+
+    depth: Depth = 50
+    width: int = 1
+    selective_kernel: bool = False  # SKNet's own, from depth 50: SemPPL's SK encoder
+    stem: Stem = "imagenet"
+    base_width: int = 64
+
+    def build(self, in_channels: int = 3) -> Trunk:
+        """[N, in_channels, H, W] -> [N, num_features], an attribute of the module."""
+        network = sknext if self.selective_kernel else resnet
+        return network(
+            self.depth, self.width, stem=self.stem, in_channels=in_channels, base_width=self.base_width,
+            max_pool=same_max_pool, every_group_projects=True,
+            zero_gamma=self.depth >= 50,  # not in Haiku's blocks without bottleneck
+            init=haiku_default,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class S4lResNet:
+    """S4L's ResNet v2; MOAM's has width 4."""
+
+    depth: BottleneckDepth = 50
+    width: int = 1
+    stem: Stem = "imagenet"
+    base_width: int = 64
+
+    def build(self, in_channels: int = 3) -> Trunk:
+        """[N, in_channels, H, W] -> [N, num_features], an attribute of the module."""
+        return resnet(
+            self.depth, self.width, preactivation=True, stem=self.stem, in_channels=in_channels,
+            base_width=self.base_width,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -27,9 +93,9 @@ class WideResNet:
     depth: int = 28
     widen: int = 2
 
-    def build(self, in_channels: int = 3) -> WideResNetTrunk:
+    def build(self, in_channels: int = 3) -> Trunk:
         """[N, in_channels, H, W] -> [N, num_features], an attribute of the module."""
         return wide_resnet(self.depth, self.widen, in_channels)
 
 
-Encoder = ResNet | WideResNet
+Encoder = ResNet | SimclrResNet | ByolResNet | S4lResNet | WideResNet
