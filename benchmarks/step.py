@@ -53,6 +53,7 @@ from loaders.loader import Loader, bind
 from loaders.store.data import open_data
 
 HORIZON = Horizon(steps_per_epoch=1_000, total_steps=100_000)  # a run's first steps are timed: the rate hardly moves
+MIN_ROUNDS = 2
 MUST = {("fastssl", "authors"): 2.5}  # on a CPU; plain bfloat16 and compiling alone were measured at about 2.4
 
 
@@ -65,16 +66,19 @@ class Problem:
     facts: Facts
     peer_trunk: Callable[[], peers.WideResNet | peers.ResNet50]
     device: torch.device
+    dtype: torch.dtype = torch.float32
     seed: int = 0
 
     def ours(self) -> tuple[Method, Nets]:
         torch.manual_seed(self.seed)
         method = self.config.build(self.facts, {})
-        return method, method.nets()
+        nets = method.nets()
+        nets.online.to(self.device, self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return method, nets
 
     def peer(self) -> peers.PawsNet:
         """The peers' network with the same weights."""
-        net = peers.PawsNet(self.peer_trunk(), self.config.out_features, self.config.prediction)
+        net = peers.PawsNet(self.peer_trunk(), self.config.out_features, self.config.prediction).to(self.dtype)
         net.load_state_dict(self.ours()[1].online.state_dict())
         return net
 
@@ -85,8 +89,7 @@ class Problem:
         columns = batch.parts["support"].columns
         assert columns is not None
         c = self.config
-        dtype = batch.parts["support"].x["support"].dtype
-        return peers.smoothed(columns.repeat(c.support_views), c.classes_global, c.label_smoothing, dtype)
+        return peers.smoothed(columns.repeat(c.support_views), c.classes_global, c.label_smoothing, self.dtype)
 
     def views_of(self, batch: Batch) -> list[Tensor]:
         unlabelled = batch.parts["unlabelled"].x
@@ -153,7 +156,6 @@ def plain_compiled(problem: Problem, batch: Batch) -> Contender:
 
 def ours(problem: Problem, batch: Batch, how: How) -> Contender:
     method, nets = problem.ours()
-    nets.online.to(problem.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     stage = Stage("step", problem.config, Steps(HORIZON.total_steps))
     training_step = TrainingStep(stage, how, method, nets, method.optimizer(nets), problem.device)
     if training_step.must_prepare:
@@ -161,7 +163,7 @@ def ours(problem: Problem, batch: Batch, how: How) -> Contender:
     return Contender(
         nets.online,
         lambda batch: batch,
-        lambda batch: method.loss(nets, batch)["total"],
+        lambda batch: method.loss(training_step._trained, batch)["total"],
         lambda step, batch: training_step(step, HORIZON, batch)["total"],
     )
 
@@ -231,14 +233,14 @@ def copied(batch: Batch) -> Batch:
 
 
 def noise_batch(problem: Problem) -> Batch:
-    """A batch of normal noise, of the recipe's shapes."""
+    """A batch of normal noise, of the shapes that the loader would make."""
     generator = torch.Generator(problem.device).manual_seed(problem.seed)
     parts = {}
     for stream in problem.config.build(problem.facts, {}).plan().streams:
         x = {
             view.name: torch.randn(
                 view.copies * stream.batch_global, problem.facts.channels, view.size, view.size,
-                generator=generator, device=problem.device,
+                generator=generator, device=problem.device, dtype=problem.dtype,
             ).contiguous(memory_format=torch.channels_last)
             for view in stream.views
         }  # fmt: skip
@@ -265,24 +267,33 @@ class Measured:
 
 
 def measure(
-    problem: Problem, batch: Batch, builds: dict[str, Build], rounds: int, seconds: float
+    problem: Problem,
+    batch: Batch,
+    builds: dict[str, Build],
+    rounds: int,
+    seconds: float,
+    ends: float = float("inf"),
 ) -> dict[str, Measured]:
-    """Every contender in turns, `rounds` windows of about `seconds` each. Each round starts with another one."""
-    clock = gpu_window if problem.device.type == "cuda" else cpu_window
+    """Every contender in turns, `rounds` windows of about `seconds` each; each round starts with another one. After
+    `ends`, on the clock of `time.perf_counter`, no round begins but the first ones."""
+    window = gpu_window if problem.device.type == "cuda" else cpu_window
     steps, measured = {}, {}
     for name, build in builds.items():
         start = time.perf_counter()
         steps[name] = stepping(build(problem, batch), batch)
-        clock(steps[name], 0.0)
+        window(steps[name], 0.0)
         measured[name] = Measured([], time.perf_counter() - start)
-        clock(steps[name], 0.0)  # what only a second step settles
-        print(f"{problem.name}: {name} ready after {time.perf_counter() - start:.0f} s", file=sys.stderr)
+        print(f"{problem.name}: {name} ready after {measured[name].first_step_s:.0f} s", file=sys.stderr, flush=True)
     names = list(builds)
     for k in range(rounds):
+        if k >= MIN_ROUNDS and time.perf_counter() > ends:
+            break
         for name in names[k % len(names) :] + names[: k % len(names)]:
-            clock(steps[name], 0.0)  # its weights and buffers come back into the caches
-            measured[name].steps_per_s.append(clock(steps[name], seconds))
+            window(steps[name], 0.0)  # its weights and buffers come back into the caches
+            measured[name].steps_per_s.append(window(steps[name], seconds))
             gc.collect()
+            if problem.device.type == "cuda":
+                torch.cuda.empty_cache()
     return measured
 
 
@@ -393,7 +404,7 @@ def main() -> None:
     parser.add_argument("--cifar10", default=os.environ.get("FASTSSL_TEST_CIFAR10"), metavar="DIR")
     parser.add_argument("--imagenet", default=sample and f"{sample}/imagenet-sample", metavar="DIR")
     arguments = parser.parse_args()
-    rounds, seconds = (5, 1.5) if arguments.quick else (7, 6.0)
+    rounds, seconds, budget_s = (5, 1.0, 150.0) if arguments.quick else (7, 6.0, float("inf"))
 
     device = torch.device("cpu")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -405,7 +416,7 @@ def main() -> None:
     results = []
     for problem, data in problems:
         batch = next(real_batches(problem, data)) if data else noise_batch(problem)
-        results.append(summary(problem, measure(problem, batch, CONTENDERS, rounds, seconds)))
+        results.append(summary(problem, measure(problem, batch, CONTENDERS, rounds, seconds, start + budget_s)))
         results[-1]["problem"]["pixels"] = "real" if data else "noise"
         show(results[-1])
     result: dict[str, Any] = {
@@ -413,7 +424,7 @@ def main() -> None:
         "others": {r["problem"]["name"]: r for r in results[1:]},
         "settings": {
             **settings(device),
-            "windows": rounds,
+            "windows": len(results[0]["windows"]["fastssl"]),
             "window_s": seconds,
             "took_s": round(time.perf_counter() - start, 1),
         },

@@ -30,15 +30,9 @@ MIN_SPREAD = 1e-3  # a few roundings to bfloat16 of similarities
 CPU = torch.device("cpu")
 
 
-def in_dtype(batch, dtype):
-    for part in batch.parts.values():
-        part.x = {view: x.to(dtype) for view, x in part.x.items()}
-    return batch
-
-
 def small(problem, **changes):
     config = replace(problem.config, precision="fp32", batch_global=3, classes_global=3, images_per_class=2, **changes)
-    return replace(problem, config=config)
+    return replace(problem, config=config, dtype=torch.float64)
 
 
 def wrn():
@@ -56,10 +50,9 @@ def rn50():
     return small(problem, **views)
 
 
-def loss_and_gradients(build, problem, dtype):
-    batch = in_dtype(benchmark.noise_batch(problem), dtype)
+def loss_and_gradients(build, problem):
+    batch = benchmark.noise_batch(problem)
     contender = build(problem, batch)
-    contender.net.to(dtype)
     loss = contender.loss(contender.formed(batch))
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in contender.net.named_parameters()}
@@ -72,11 +65,11 @@ PEERS = (benchmark.authors, benchmark.plain)
 def test_eager_losses_and_gradients_are_equal_in_float64(make):
     """A contender that left out a view, a term of the loss or a gradient would win for nothing."""
     problem = make()
-    loss, gradients = loss_and_gradients(benchmark.fastssl_eager, problem, torch.float64)
+    loss, gradients = loss_and_gradients(benchmark.fastssl_eager, problem)
     largest = max(float(g.abs().max()) for g in gradients.values())
     assert largest > 1e-3
     for peer in PEERS:
-        peer_loss, peer_gradients = loss_and_gradients(peer, problem, torch.float64)
+        peer_loss, peer_gradients = loss_and_gradients(peer, problem)
         assert abs(loss - peer_loss) < 1e-9
         assert gradients.keys() == peer_gradients.keys()
         for name, gradient in gradients.items():
@@ -84,7 +77,8 @@ def test_eager_losses_and_gradients_are_equal_in_float64(make):
 
 
 def test_eager_losses_are_equal_in_float32():
-    ours, *theirs = (loss_and_gradients(build, wrn(), torch.float32)[0] for build in (benchmark.fastssl_eager, *PEERS))
+    problem = replace(wrn(), dtype=torch.float32)
+    ours, *theirs = (loss_and_gradients(build, problem)[0] for build in (benchmark.fastssl_eager, *PEERS))
     assert all(abs(ours - loss) < 1e-4 for loss in theirs)
 
 
@@ -93,11 +87,10 @@ def test_updates_and_running_statistics_are_equal(peer):
     """After three steps at a changing rate: both LARS, momentum included, and the order of batch-norm passes."""
     problem = replace(wrn(), peer_trunk=lambda: peers.WideResNet(10, 1))
     problem = replace(problem, config=replace(problem.config, encoder=WideResNet(10, 1)))
-    batch = in_dtype(benchmark.noise_batch(problem), torch.float64)
+    batch = benchmark.noise_batch(problem)
     after = []
     for build in (benchmark.fastssl_eager, peer):
         contender = build(problem, batch)
-        contender.net.to(torch.float64)
         formed = contender.formed(batch)
         for step in (0, 400, 900):
             contender.step(step, formed)
