@@ -12,6 +12,7 @@ import secrets
 import subprocess
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,30 +30,28 @@ from tools.faults.repetition import repetition, whole_run
 @click.option("--seed", type=int, help="Of the moments [another each time].")
 @click.option("--json", "file", type=click.Path(path_type=Path), help="Where every repetition is noted.")
 def main(kinds: tuple[str, ...], times: int, in_a_row: int, seed: int | None, file: Path | None) -> None:
-    kinds = kinds or tuple(KINDS)
+    left_out = {kind: why for kind in kinds or KINDS if (why := missing(kind))}
+    for kind, why in left_out.items():
+        click.echo(f"{kind}: left out: {why}")
     seed = secrets.randbits(32) if seed is None else seed
     repetitions: list[dict[str, Any]] = []
     notes = {"commit": commit(), "cpu": cpu_model(), "seed": seed, "in_a_row": in_a_row, "repetitions": repetitions}
     num_failed = 0
     with tempfile.TemporaryDirectory(prefix="fastssl-whole-") as folder:
         whole = whole_run(Path(folder))
-        for kind in kinds:
-            if why := missing(kind):
-                click.echo(f"{kind}: left out: {why}")
-                continue
-            for number in range(times):
-                start_s = time.monotonic()
-                try:
-                    what, failed = repetition(kind, whole, f"{seed} {kind} {number}", in_a_row), False
-                except (AssertionError, subprocess.SubprocessError) as error:
-                    what, failed = [str(error)], True
-                took_s = time.monotonic() - start_s
-                num_failed += failed
-                verdict = "FAILED" if failed else "the same"
-                click.echo(f"{kind} {number + 1}/{times}, {took_s:.0f} s, {verdict}: {'; '.join(what)}")
-                repetitions.append({"kind": kind, "failed": failed, "what": what, "s": round(took_s, 1)})
-                if file is not None:
-                    file.write_text(json.dumps(notes, indent=1) + "\n")
+        for number, kind in product(range(times), [kind for kind in kinds or KINDS if kind not in left_out]):
+            start_s = time.monotonic()
+            try:
+                what, failed = repetition(kind, whole, f"{seed} {kind} {number}", in_a_row), False
+            except (AssertionError, subprocess.SubprocessError) as error:
+                what, failed = [str(error)], True
+            took_s = time.monotonic() - start_s
+            num_failed += failed
+            verdict = "FAILED" if failed else "the same"
+            click.echo(f"{kind} {number + 1}/{times}, {took_s:.0f} s, {verdict}: {'; '.join(what)}")
+            repetitions.append({"kind": kind, "failed": failed, "what": what, "s": round(took_s, 1)})
+            if file is not None:
+                file.write_text(json.dumps(notes, indent=1) + "\n")
     raise SystemExit(num_failed > 0)
 
 
