@@ -124,7 +124,8 @@ def stop_rank(scene: Scene) -> str:
 
 def _signal(signum: signal.Signals, pids: list[int]) -> None:
     for pid in pids:
-        os.kill(pid, signum)
+        with suppress(ProcessLookupError):  # its run has just finished
+            os.kill(pid, signum)
 
 
 # ------------------------------------------------------------------------------------------------- the disk

@@ -118,9 +118,12 @@ def _command_line(pid: int) -> str:
 
 
 def threads(pid: int) -> list[str]:
-    """The state of each of a process's threads, as one letter."""
-    stats = Path(f"/proc/{pid}/task").glob("*/stat")
-    return [stat.read_text().rpartition(")")[2].split()[0] for stat in stats]
+    """The state of each of a process's threads, as one letter; none of one that is gone."""
+    try:
+        stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+    return [stat.rpartition(")")[2].split()[0] for stat in stats]
 
 
 def cpus() -> list[int]:
