@@ -43,9 +43,9 @@ def code_digest() -> str:
 
 
 def _settings(job: Job) -> str:
-    """All that decides what is computed and where it goes; not the paths of data, which hosts may mount elsewhere."""
-    plain = to_plain(job)
-    return json.dumps({key: plain[key] for key in plain if key not in ("data", "stage_to", "command")}, sort_keys=True)
+    """All that decides what is computed; not paths, for hosts may mount folders elsewhere."""
+    paths = ("data", "out", "stage_to", "init_from", "replay", "command")
+    return json.dumps({key: value for key, value in to_plain(job).items() if key not in paths}, sort_keys=True)
 
 
 def _data(data: DataSets) -> str:
