@@ -11,39 +11,19 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from contextlib import closing
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from fastssl.engine.stages import facts_of
 from fastssl.recipes import resolve
-from loaders.loader import Bound, Loader, bind
+from fastssl.report.pictures import crops
+from loaders.loader import Bound, bind
 from loaders.plan.plan import Plan
-from loaders.plan.views import Pixels, Shuffled, Stream
+from loaders.plan.views import Shuffled, Stream
 from loaders.store.data import open_data
 
 GAP, LABEL, ENLARGED, HEIGHT = 6, 60, 8, 128  # pixels; pixels; times; pixels of a crop in the sheet
-
-
-def crops(bound: Bound, stream: str, step: int, renderer: str, num_images: int) -> list[list[np.ndarray]]:
-    """[image][crop] uint8 [S, S, 3]: every row of every view, normalisation undone."""
-    views = {view.name: view for view in bound.plan.plan.stream(stream).views}
-    with Loader(bound, renderer=renderer) as loader, closing(loader.batches(step, step + 1)) as batches:
-        part = next(batches).parts[stream]
-        images: list[list[np.ndarray]] = [[] for _ in range(num_images)]
-        for name, x in part.x.items():
-            rows = x.permute(0, 2, 3, 1).numpy().reshape(-1, len(part.ids), *x.shape[2:], x.shape[1])
-            for row in rows:
-                for i in range(num_images):
-                    images[i].append(colours(row[i], views[name].pixels))
-    return images
-
-
-def colours(x: np.ndarray, pixels: Pixels) -> np.ndarray:
-    """Finished float [S, S, C] -> uint8 [S, S, 3]."""
-    values = x * np.array(pixels.std, np.float32) + np.array(pixels.mean, np.float32)
-    return np.broadcast_to((values * 255).round().clip(0, 255).astype(np.uint8), (*x.shape[:2], 3))
 
 
 def lines(by_renderer: dict[str, list[list[np.ndarray]]], i: int) -> Iterator[tuple[str, list[np.ndarray]]]:
@@ -97,7 +77,9 @@ def main() -> None:
     bound = bound_to(arguments.recipe, arguments.changes, arguments.data, arguments.stream, arguments.images)
     stream = bound.plan.plan.epoch_of
     by_renderer = {
-        renderer: crops(bound, stream, arguments.step, renderer, arguments.images)
+        renderer: [
+            [crop for _, crop in image] for image in crops(bound, stream, arguments.step, renderer, arguments.images)
+        ]
         for renderer in arguments.renderers.split(",")
     }
     sheet(by_renderer, arguments.images).save(arguments.out)

@@ -56,17 +56,17 @@ def line_chart(
     marked: Marked | None = None,
 ) -> Html:
     """A figure with `title` above it; lines are named where there are several. `from_zero`: the y axis begins there.
-    A value that is not finite is a gap, a lone point a dot."""
+    The x axis begins at 0. A value that is not finite is a gap, a lone point a dot."""
     marked = marked or Marked()
     finite = [(x, y) for line in lines for x, y in zip(line.xs, line.ys, strict=True) if math.isfinite(y)]
     if not finite:
         return element("figure", element("figcaption", title, element("span", ": no value to show", class_="quiet")))
-    y_ticks = ticks(*_padded([y for _, y in finite] + [0.0] * from_zero))
+    ys = [y for _, y in finite] + [0.0] * from_zero
+    y_ticks = ticks(min(ys), max(ys))
     low, high = y_ticks[0], y_ticks[-1]
-    xs = [x for x, _ in finite]
-    left, right = min(xs), max(xs)
-    if left == right:
-        left, right = left - 0.5, right + 0.5
+    left = min(0.0, *(x for x, _ in finite))
+    right = max(x for x, _ in finite)
+    right = right if right > left else left + 1
 
     def across(x: float) -> float:
         return 100 * (x - left) / (right - left)
@@ -79,32 +79,33 @@ def line_chart(
         for y in y_ticks
     ]
     spans = [
-        element("rect", x=_pc(across(a)), width=_pc(max(0.4, across(b) - across(a))), y="0", height="100%", class_="span")
+        element("rect", x=_pc(across(a)), width=_pc(max(0.4, across(b) - across(a))), height="100%", class_="span")
         for a, b in marked.spans
     ]
     marks = [
         element("line", x1=_pc(across(x)), x2=_pc(across(x)), y1="0", y2="100%", class_="mark") for x in marked.at
     ] + [
-        element("text", text, x=_pc(across(x)), y="0", dx="3", dy="-3", class_="mark-name")
+        element("text", text, x=_pc(across(x)), y="0", dy="-3", class_="mark-name",
+                text_anchor="end" if across(x) > 75 else "start")
         for x, text in marked.at.items()
-    ]
+    ]  # fmt: skip
     paths, points = [], []
     for line in lines:
         runs = _runs(*thinned(line.xs, line.ys))
         d = " ".join("M" + " ".join(f"{10 * across(x):.4g} {10 * down(y):.4g}" for x, y in run) for run in runs)
-        dashed = " dashed" if line.dashed else ""
-        paths.append(element("path", d=d, class_=f"line s{line.colour}{dashed}"))
+        paths.append(element("path", d=d, class_=_look(line)))
         for run in runs:
             for x, y in run if dots or len(run) == 1 else ():
                 said = element("title", f"{line.name} {(y_format or number)(y)} at {x_name} {number(x)}")
-                points.append(element("circle", said, cx=_pc(across(x)), cy=_pc(down(y)), r="3", class_=f"f{line.colour}"))
-    inner = element(
-        "svg", *paths, viewBox="0 0 1000 1000", preserveAspectRatio="none", width="100%", height="100%"
-    )
+                place = {"cx": _pc(across(x)), "cy": _pc(down(y)), "r": "3"}
+                points.append(element("circle", said, class_=f"f{line.colour}", **place))
+    inner = element("svg", *paths, viewBox="0 0 1000 1000", preserveAspectRatio="none")
     y_axis = [element("text", (y_format or _tick_format(y_ticks))(y), x="100%", y=_pc(down(y)), dx="-6", dy="4",
                       text_anchor="end") for y in y_ticks]  # fmt: skip
-    x_ticks = [x for x in ticks(left, right) if left <= x <= right]
+    x_ticks = [x for x in ticks(left, right, 8 if wide else 4) if left <= x <= right]
     written = _tick_format(x_ticks)
+    if len(x_ticks) > 2 and across(x_ticks[-1]) - across(x_ticks[-2]) < (25 if wide else 35):
+        del x_ticks[-2]  # the last one says the unit too, and needs the room
     x_axis = [element("text", written(x) + (f" {x_name}" if i == len(x_ticks) - 1 else ""), x=_pc(across(x)), y="1.1em",
                       dy="2", text_anchor="end" if across(x) > 88 else "middle" if across(x) > 4 else "start")
               for i, x in enumerate(x_ticks)]  # fmt: skip
@@ -139,7 +140,8 @@ def bar_chart(title: object, bars: Sequence[Bar], *, colour: int = 0) -> Html:
 
 def _columns(title: object, bars: Sequence[Bar], most: float, colour: int) -> Html:
     step = 1000 / len(bars)
-    d = " ".join(f"M{i * step:.5g} 1000v{-1000 * b.value / most:.5g}h{step * 0.9:.4g}V1000z" for i, b in enumerate(bars))
+    tops = [1000 - 1000 * bar.value / most for bar in bars]
+    d = " ".join(f"M{i * step:.5g} 1000V{top:.5g}h{step * 0.9:.4g}V1000z" for i, top in enumerate(tops))
     drawn = element("svg", element("path", d=d, class_=f"f{colour}"), viewBox="0 0 1000 1000",
                     preserveAspectRatio="none")  # fmt: skip
     axis = [element("text", number(v), x="100%", y=_pc(y), dx="-6", dy="4", text_anchor="end")
@@ -152,19 +154,26 @@ def _columns(title: object, bars: Sequence[Bar], most: float, colour: int) -> Ht
 
 
 def scatter(points: Sequence[tuple[float, float]], groups: Sequence[int], names: Sequence[str], alt: str) -> Html:
-    """Points by group, coloured and shaped, each group's name written at its middle. Axes mean nothing."""
+    """Points by group, coloured and shaped; the groups are named above, and at their middles where there is room. Axes
+    mean nothing."""
     xs, ys = [x for x, _ in points], [y for _, y in points]
-    span = max(max(xs) - min(xs), max(ys) - min(ys)) or 1.0
-    middle_x, middle_y = (max(xs) + min(xs)) / 2, (max(ys) + min(ys)) / 2
-    placed = [(50 + 96 * (x - middle_x) / span, 50 - 96 * (y - middle_y) / span) for x, y in points]
-    drawn, labels = [], []
+    wide, high = max(xs) - min(xs) or 1.0, max(ys) - min(ys) or 1.0
+    placed = [(3 + 94 * (x - min(xs)) / wide, 3 + 94 * (max(ys) - y) / high) for x, y in points]
+    drawn, labels, named = [], [], []
+    taken: list[tuple[float, float]] = []
     for group, name in enumerate(names):
         own = [p for p, g in zip(placed, groups, strict=True) if g == group]
         if own:
             x, y = (sorted(values)[len(own) // 2] for values in zip(*own, strict=True))
-            labels.append(element("text", name, x=_pc(x), y=_pc(y), dy="4"))
+            if all(abs(x - x2) > 16 or abs(y - y2) > 6 for x2, y2 in taken):
+                taken.append((x, y))
+                labels.append(element("text", name, x=_pc(x), y=_pc(y), dy="4"))
+            sample = element("svg", _dot(group, 50, 50), width="10", height="10")
+            named.append(element("span", sample, name))
             drawn.append(element("g", element("title", name), *(_dot(group, x, y) for x, y in own)))
-    return element("svg", *drawn, *labels, class_="scatter", role="img", aria_label=alt)
+    shape = f"aspect-ratio:{min(max(wide / high, 0.7), 1.8):.3f}"
+    map_ = element("svg", *drawn, *labels, class_="scatter", style=shape, role="img", aria_label=alt)
+    return element("figure", element("div", *named, class_="key"), map_)
 
 
 def _dot(group: int, x: float, y: float) -> Html:
@@ -178,13 +187,15 @@ def _dot(group: int, x: float, y: float) -> Html:
 
 def key(lines: Sequence[Line]) -> Html:
     """What each line is."""
-    samples = [
-        element("svg", element("line", x1="0", x2="22", y1="5", y2="5",
-                               class_=f"line s{line.colour}{' dashed' if line.dashed else ''}"), width="22", height="10")
-        for line in lines
-    ]  # fmt: skip
-    spans = [element("span", s, line.name) for s, line in zip(samples, lines, strict=True)]
-    return element("div", *spans, class_="key")
+    named = []
+    for line in lines:
+        sample = element("line", x2="22", y1="5", y2="5", class_=_look(line))
+        named.append(element("span", element("svg", sample, width="22", height="10"), line.name))
+    return element("div", *named, class_="key")
+
+
+def _look(line: Line) -> str:
+    return f"line s{line.colour}" + (" dashed" if line.dashed else "")
 
 
 def ticks(low: float, high: float, about: int = 4) -> list[float]:
@@ -194,7 +205,8 @@ def ticks(low: float, high: float, about: int = 4) -> list[float]:
     raw = (high - low) / about
     power = 10.0 ** math.floor(math.log10(raw))
     step = power * next(m for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
-    return [round(i * step, 12) for i in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)]
+    decimals = 2 - math.floor(math.log10(step))  # i * step is off in its last bits
+    return [round(i * step, decimals) for i in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)]
 
 
 def thinned(xs: Sequence[float], ys: Sequence[float], most: int = MOST_POINTS) -> tuple[list[float], list[float]]:
@@ -220,11 +232,6 @@ def _runs(xs: Sequence[float], ys: Sequence[float]) -> list[list[tuple[float, fl
         elif runs[-1]:
             runs.append([])
     return [run for run in runs if run]
-
-
-def _padded(ys: Sequence[float]) -> tuple[float, float]:
-    low, high = min(ys), max(ys)
-    return (low, high) if high > low else (low - abs(low) / 10 - 1e-9, high + abs(high) / 10 + 1e-9)
 
 
 def _tick_format(values: Sequence[float]) -> Format:

@@ -15,7 +15,10 @@ NUM_COLOURS = 8  # --c0 to --c7
 
 
 class Html(str):
-    """Markup that is safe as it stands."""
+    """Markup that is safe as it stands; what is added to it is escaped unless it is Html as well."""
+
+    def __add__(self, other: str) -> Html:
+        return joined((self, other))
 
 
 def element(name: str, *children: object, **attributes: object) -> Html:
@@ -64,7 +67,8 @@ def facts(rows: Mapping[str, object]) -> Html:
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Html:
     """All rows; numbers are written by `number` and stand to the right."""
-    head = element("tr", *(element("th", name) for name in columns))
+    right = [all(_is_number(row[i]) for row in rows) for i in range(len(columns))]
+    head = element("tr", *(element("th", c, class_="num" if r else None) for c, r in zip(columns, right, strict=True)))
     body = [
         element("tr", *(element("td", _cell(value), class_="num" if _is_number(value) else None) for value in row))
         for row in rows
@@ -143,13 +147,13 @@ table{{border-collapse:collapse;font-size:.8rem;line-height:1.35;font-variant-nu
 th{{text-align:left;font-weight:600;vertical-align:bottom;color:var(--quiet)}}
 th,td{{padding:.22rem .9rem .22rem 0;white-space:nowrap}}
 thead th{{border-bottom:1px solid var(--rule)}} tbody tr+tr td{{border-top:1px solid var(--faint)}}
-td.num{{text-align:right}}
+.num{{text-align:right}}
 details{{margin:.5rem 0 1rem}} summary{{cursor:pointer;font-size:.8rem;color:var(--quiet);margin-bottom:.4rem}}
-.charts{{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,18rem),1fr));gap:1.4rem 1.8rem;
- margin:1rem 0}}
+.charts{{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,18rem),1fr));gap:1.6rem 1.8rem;
+ margin:1rem 0;align-items:end}}
 figure{{margin:0;min-width:0;break-inside:avoid}} figure.wide{{margin:1rem 0}}
-figcaption{{font-size:.92rem;line-height:1.35;margin-bottom:.35rem}}
-.key{{display:flex;flex-wrap:wrap;gap:.1rem 1rem;font-size:.76rem;color:var(--quiet);margin:.1rem 0 .4rem}}
+figcaption{{font-size:.92rem;line-height:1.35;margin-bottom:.65rem}}
+.key{{display:flex;flex-wrap:wrap;gap:.1rem 1rem;font-size:.76rem;color:var(--quiet);margin:-.35rem 0 .7rem}}
 .key span{{display:inline-flex;align-items:center;gap:.35rem}} .key svg{{flex:none}}
 .chart{{display:grid;grid-template-columns:3.1rem minmax(0,1fr);height:var(--h,10.5rem);
  grid-template-rows:minmax(0,1fr) 1.6rem}}
@@ -158,7 +162,7 @@ figure.wide .chart{{--h:15rem}}
 .chart .x{{grid-column:2}}
 svg text{{font-size:11px;fill:var(--quiet);font-variant-numeric:tabular-nums lining-nums}}
 .grid{{stroke:var(--rule);stroke-width:1}} .grid.zero{{stroke:var(--quiet)}}
-.line{{fill:none;stroke-width:1.6;stroke-linejoin:round;vector-effect:non-scaling-stroke}}
+.line{{fill:none;stroke-width:1.4;stroke-linejoin:round;vector-effect:non-scaling-stroke}}
 .dashed{{stroke-dasharray:5 3}}
 .mark{{stroke:var(--ink);stroke-width:1;stroke-dasharray:2 2}} text.mark-name{{fill:var(--ink)}}
 .span{{fill:var(--c1);opacity:.22}}
@@ -169,20 +173,21 @@ svg text{{font-size:11px;fill:var(--quiet);font-variant-numeric:tabular-nums lin
 .bars svg{{width:100%;height:.8rem;display:block}}
 {"".join(f".s{i}{{stroke:var(--c{i})}}.f{i}{{fill:var(--c{i})}}" for i in range(NUM_COLOURS))}
 .hollow{{fill:none;stroke-width:1.3}}
-.scatter{{width:100%;max-width:40rem;aspect-ratio:1;overflow:visible;display:block}}
+.scatter{{width:100%;max-width:40rem;overflow:visible;display:block}}
 .scatter text{{font-size:13px;font-weight:600;fill:var(--ink);text-anchor:middle;paint-order:stroke;
  stroke:var(--paper);stroke-width:4px;stroke-linejoin:round}}
 .scatter circle,.scatter rect{{opacity:.72}}
+.sheets{{display:flex;flex-wrap:wrap;gap:0 2.5rem}} .sheets>div{{min-width:0}}
 .crops{{display:grid;gap:3px;justify-content:start;margin:.5rem 0}}
 .crops img{{width:100%;display:block;aspect-ratio:1;border-radius:1px}} .pixels{{image-rendering:pixelated}}
 .crops span{{font:.72rem/1.2 ui-sans-serif,system-ui,sans-serif;color:var(--quiet);align-self:end}}
 .confusion td,.confusion th{{padding:0 .2rem;min-width:2rem;height:1.9rem;text-align:center;border:0}}
 .confusion tbody th{{text-align:right;padding-right:.6rem;vertical-align:middle;font-weight:400}}
-.confusion thead th{{border:0;font-weight:400}}
+.confusion thead th{{border:0;font-weight:400}} .confusion thead td{{border:0!important}}
 .confusion thead span{{writing-mode:vertical-rl;transform:rotate(180deg);max-height:8rem;display:inline-block}}
-.confusion td{{background:color-mix(in srgb,var(--c0) calc(var(--v,0)*1%),transparent);
+.confusion tbody td{{background:color-mix(in srgb,var(--c1) calc(var(--v,0)*1%),transparent);
  border:1px solid var(--faint)!important}}
-.confusion td.right{{background:color-mix(in srgb,var(--c2) calc(var(--v,0)*1%),transparent)}}
+.confusion td.right{{background:color-mix(in srgb,var(--c0) calc(var(--v,0)*1%),transparent)}}
 @media (max-width:34rem){{
  body{{font-size:16px}} main{{padding-top:1.4rem}} h1{{font-size:1.6rem}} .figures b{{font-size:2.3rem}}
  dl{{grid-template-columns:1fr}} dd{{margin-bottom:.4rem}}

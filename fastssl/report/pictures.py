@@ -22,7 +22,7 @@ from fastssl.evaluation.soft_nn import TAU, soft_nn
 from fastssl.evaluation.subject import Subject, eval_mode
 from fastssl.methods.base import Method
 from fastssl.report.charts import Bar, bar_chart, scatter
-from fastssl.report.page import Html, element, joined, numbers_behind, paragraph, table
+from fastssl.report.page import Html, element, numbers_behind, paragraph, table
 from loaders.loader import Bound, Loader, bind
 from loaders.plan.plan import Plan, StreamFacts
 from loaders.plan.views import Balanced, Pixels, Sequential, Shuffled, Stream, parse_subset
@@ -67,7 +67,7 @@ def colours(x: np.ndarray, pixels: Pixels) -> np.ndarray:
 def contact_sheet(method: Method, data: DataSets) -> Html:
     """A few images of each stream: as they are evaluated, then every view that one training step makes of them."""
     plan = method.plan()
-    return joined(_sheet(stream, method, plan.seed, data) for stream in plan.streams)
+    return element("div", *(_sheet(stream, method, plan.seed, data) for stream in plan.streams), class_="sheets")
 
 
 def _sheet(stream: Stream, method: Method, seed: int, data: DataSets) -> Html:
@@ -86,7 +86,8 @@ def _sheet(stream: Stream, method: Method, seed: int, data: DataSets) -> Html:
         for view, crop in image
     ]
     shape = f"grid-template-columns:repeat({len(images[0])},minmax(0,5.2rem))"
-    return element("h3", f"Stream {stream.name}") + element("div", *heads, *tiles, class_="crops", style=shape)
+    sheet = element("div", *heads, *tiles, class_="crops", style=shape)
+    return element("div", element("h3", f"Stream {stream.name}"), sheet)
 
 
 def _image(crop: np.ndarray, alt: str) -> Html:
@@ -166,8 +167,8 @@ def embedded(subject: Subject, source: Source, ids: np.ndarray, taps: Sequence[s
     ):
         for batch in batches:
             for tap in taps:
-                values = subject.method.embed(subject.nets, batch.parts[name].x[view.name], tap)
-                found[tap].append(values.float().cpu())
+                z_ND = subject.method.embed(subject.nets, batch.parts[name].x[view.name], tap)
+                found[tap].append(z_ND.float().cpu())
             batch.release()
     values = {tap: torch.cat(rows) for tap, rows in found.items()}
     if not all(torch.isfinite(v).all() for v in values.values()):
@@ -261,7 +262,8 @@ def _confusion(subject: Subject, seen: Embedded, num_validation: int) -> Html:
     counts_KK = pairs.reshape(num_classes, num_classes)
     correct, total = int(np.trace(counts_KK)), len(seen.ids)
     of = f"{total:,} of {num_validation:,}" if total < num_validation else f"{total:,}"
-    said = paragraph(f"Classified by {how}: {correct:,} of {of} validation images right, {100 * correct / total:.1f} %.")
+    share = f"{100 * correct / total:.1f}\u00a0%"
+    said = paragraph(f"Classified by {how}: {correct:,} of {of} validation images right, {share}.")
     off_KK = counts_KK - np.diag(np.diag(counts_KK))
     worst = [divmod(int(i), num_classes) for i in off_KK.ravel().argsort()[::-1][:12] if off_KK.ravel()[i]]
     rows = [(names[t], names[p], int(counts_KK[t, p]), int(counts_KK[t].sum())) for t, p in worst]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
 from fastssl.config import ConfigError, FastsslError, differences
 from fastssl.engine.checkpoint import write_atomically
 from fastssl.engine.reopen import open_method, open_run
+from fastssl.evaluation.subject import Subject
+from fastssl.record import duration
 from fastssl.report import pictures
 from fastssl.report.charts import Line, Marked, line_chart
-from fastssl.report.history import History, StageHistory, read_history
+from fastssl.report.history import STALL_PACE, STALL_WAIT_SHARE, History, StageHistory, read_history
 from fastssl.report.page import Html, element, facts, joined, number, numbers_behind, page, paragraph, section, table
 from loaders.errors import LoaderError
 
@@ -64,7 +67,7 @@ def training_page(history: History, other: History | None, data: tuple[str, ...]
     )  # fmt: skip
 
 
-def _subject(history: History, data: tuple[str, ...]):
+def _subject(history: History, data: tuple[str, ...]) -> Subject:
     return open_run(history.path, data)[0]
 
 
@@ -88,13 +91,12 @@ def _pair(make: Callable[[], tuple[Html, Html]], lack: str) -> tuple[Html, Html]
 
 def _header(history: History, other: History | None) -> Html:
     resolved = history.resolved
-    beside = paragraph("Beside it, dashed: ", element("code", other.path), ".") if other else None
     return element(
         "header",
         element("h1", f"{resolved['recipe']}, seed {resolved['seed']}"),
         paragraph(_progress(history), quiet=True),
-        beside,
         element("div", *_headlines(history), class_="figures"),
+        None if other is None else _side_by_side(history, other),
         facts(_about(history)),
     )
 
@@ -114,7 +116,7 @@ def _progress(history: History) -> str:
 
 def _minutes(stage: StageHistory) -> str:
     minutes = stage.minutes[-1] if stage.minutes else 0.0
-    return f"{60 * minutes:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+    return duration(60 * minutes)
 
 
 def _headlines(history: History) -> list[Html]:
@@ -130,11 +132,22 @@ def _headlines(history: History) -> list[Html]:
         on = f"{behind['data']}, split {behind['split']}" if behind else "the validation images"
         count = f", {about['images']:,} images" if "images" in about else ""
         low, high = about.get("top1_ci95", (None, None))
-        interval = f"; 95 % interval {100 * low:.1f} to {100 * high:.1f}" if low is not None else ""
+        interval = f"; 95 % interval {100 * low:.1f} to {100 * high:.1f}" if low is not None else ""
         text = f"{readable(name)} on {on}{count}{interval}"
         when = "" if history.result is not None else f", at step {history.last.evaluations[-1]['step']:,}"
-        found.append(element("div", element("b", f"{100 * scores[name]:.1f} %"), text + when))
+        found.append(element("div", element("b", f"{100 * scores[name]:.1f} %"), text + when))
     return found
+
+
+def _side_by_side(history: History, other: History) -> Html:
+    """Both runs in a row each."""
+    names = [n for n in dict.fromkeys((*history.scores, *other.scores)) if n.endswith("top1")]
+    rows = [
+        (element("code", h.path), drawn, h.resolved["recipe"], h.resolved["seed"], h.last.step,
+         *(_percent(h.scores.get(n)) for n in names))
+        for h, drawn in ((history, "solid"), (other, "dashed"))
+    ]  # fmt: skip
+    return table(("run", "drawn", "recipe", "seed", "step", *(f"{readable(n)}, %" for n in names)), rows)
 
 
 def _about(history: History) -> dict[str, object]:
@@ -142,7 +155,8 @@ def _about(history: History) -> dict[str, object]:
     scores = history.scores
     labelled = scores.get("provenance", {}).get("labelled")
     rows: dict[str, object] = {"directory": element("code", history.path), "command": element("code", run["command"])}
-    rows |= {f"continued {i}": element("code", each["command"]) for i, each in enumerate(resolved.get("allowed", ()), 1)}
+    for i, each in enumerate(resolved.get("allowed", ()), 1):
+        rows[f"change {i}"] = element("code", each["command"])
     if labelled:
         rows["labels"] = f"{labelled['split']}: {labelled['count']:,} images of {labelled['classes']} classes"
     rows["data"] = ", ".join(run["data"])
@@ -174,13 +188,14 @@ def _curves(name: str, stages: list[Runs], draw: Callable[[Runs], Html]) -> Html
         if len(stages) > 1:
             body.append(element("h3", f"Stage {stage.name}"))
         if stage.settings["do"] == "produce":
-            body.append(paragraph(f"Stage {stage.name} trains nothing: it writes down what a network says of each image."))
+            body.append(paragraph("This stage trains nothing: it writes down what a network says of each image."))
         elif not stage.steps and len(runs) == 1:
             body.append(paragraph("Nothing is logged yet."))
         else:
             body.append(draw(runs))
         if stage.num_unreadable:
-            body.append(paragraph(f"{stage.num_unreadable} damaged lines of metrics.jsonl are passed over.", quiet=True))
+            text = f"Damaged lines of metrics.jsonl, which are passed over: {stage.num_unreadable}."
+            body.append(paragraph(text, quiet=True))
     return section(name, CONTENTS[name], *body)
 
 
@@ -206,17 +221,13 @@ def _losses(runs: Runs) -> Html:
 def _rates(runs: Runs) -> Html:
     names = _both(runs, lambda stage: stage.rates)
     lines = [
-        replace_name(line, f"{line.name}, {name}" if len(names) > 1 else line.name)
+        replace(line, name=f"{line.name}, {name}") if len(names) > 1 else line
         for i, name in enumerate(names)
         for line in _overlaid(runs, name, 2 * i)
     ]
     chart = line_chart("Learning rate" + (" of each parameter group" if len(names) > 1 else ""), lines,
                        x_name="epochs", from_zero=True, wide=True)  # fmt: skip
     return chart + _behind_steps(runs, names)
-
-
-def replace_name(line: Line, name: str) -> Line:
-    return Line(name, line.xs, line.ys, line.colour, line.dashed)
 
 
 def _behind_steps(runs: Runs, names: list[str]) -> Html:
@@ -304,7 +315,8 @@ def _throughput(runs: Runs) -> Html:
 
     stage = runs[0][1]
     restarts = stage.first_windows[1:]
-    at = {stage.minutes[i - 1]: f"restart {k}" for k, i in enumerate(restarts, 1)}
+    word = "restart " if len(restarts) < 6 else ""
+    at = {stage.minutes[i - 1]: f"{word}{k}" for k, i in enumerate(restarts, 1)}
     marked = Marked(at, [stall.minutes for stall in stage.stalls])
     pace = line_chart(
         "Images a second over minutes of training", over_minutes(lambda r: r["time"]["images_per_s"]), x_name="min",
@@ -314,10 +326,11 @@ def _throughput(runs: Runs) -> Html:
         "Share of the time spent waiting for data, %", over_minutes(lambda r: 100 * r["time"]["wait_share"]),
         x_name="min", from_zero=True, wide=True, marked=Marked(at, marked.spans),
     )  # fmt: skip
-    rows = [
-        (r["step"], round(m, 2), r["time"]["images_per_s"], round(100 * r["time"]["wait_share"], 1), r["time"].get("step_s"))
-        for r, m in zip(stage.steps, stage.minutes, strict=True)
-    ]
+    rows = []
+    for r, minutes in zip(stage.steps, stage.minutes, strict=True):
+        time = r["time"]
+        wait_pc = round(100 * time["wait_share"], 1)
+        rows.append((r["step"], round(minutes, 2), time["images_per_s"], wait_pc, time.get("step_s")))
     columns = ("step", "minutes", "images/s", "waiting, %", "s a step")
     return joined([
         paragraph(_restarts(stage), " ", _stalls(stage)),
@@ -331,19 +344,24 @@ def _restarts(stage: StageHistory) -> str:
     steps = [stage.steps[i - 1]["step"] for i in stage.first_windows[1:]]
     if not steps:
         return "No restart is to be seen."
-    after = f"after step {steps[0]:,}" if len(steps) == 1 else f"after steps {', '.join(f'{s:,}' for s in steps)}"
-    times = "once" if len(steps) == 1 else f"{len(steps)} times"
-    return f"Continued {times}, {after}; steps that were lost and done again are drawn once."
+    after = ", ".join(f"{step:,}" for step in steps[:8]) + (", ..." if len(steps) > 8 else "")
+    times = "once" if len(steps) == 1 else f"{len(steps):,} times"
+    return f"Continued {times}, where step {after} is the last one logged before; what was done twice is drawn once."
 
 
 def _stalls(stage: StageHistory) -> str:
     if not stage.stalls:
-        return "No stall: no window waited for data more than a quarter of its time or went at less than half the pace."
-    waited = sum(stall.wait_share > 0.25 for stall in stage.stalls)
+        return (
+            f"No stall: no window waited for data more than {STALL_WAIT_SHARE:.0%} of its time or went at less than "
+            f"{STALL_PACE:.0%} of the median pace."
+        )
+    waited = sum(stall.wait_share > STALL_WAIT_SHARE for stall in stage.stalls)
     steps = ", ".join(f"{stall.step:,}" for stall in stage.stalls[:8]) + (", ..." if len(stage.stalls) > 8 else "")
+    count = "1 stall" if len(stage.stalls) == 1 else f"{len(stage.stalls):,} stalls"
     return (
-        f"{len(stage.stalls)} stalls, shaded, in the windows that end at step {steps}: {waited} waited for data more "
-        "than a quarter of the time, the others went at less than half the median pace."
+        f"{count}, shaded, in the windows that end at step {steps}: {waited:,} waited for data more than "
+        f"{STALL_WAIT_SHARE:.0%} of the time, {len(stage.stalls) - waited:,} went at less than {STALL_PACE:.0%} of the "
+        "median pace for another reason."
     )
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 from PIL import Image
 
+from fastssl.report.pictures import colours
 from loaders.loader import Loader
 from tools import contact_sheet
 
@@ -21,7 +22,7 @@ def test_a_sheet_shows_every_crop_of_every_renderer(tmp_path, monkeypatch):
     assert page.shape[:2] == (2 * 3 * tile, contact_sheet.LABEL + num_crops * tile)
     view = bound.plan.plan.streams[0].views[0]
     x = next(iter(part.x.values()))[1].permute(1, 2, 0).numpy()  # first copy, second image
-    crop = contact_sheet.colours(x, view.pixels)
+    crop = colours(x, view.pixels)
     shown = page[3 * tile :, contact_sheet.LABEL :][: contact_sheet.HEIGHT, : contact_sheet.HEIGHT]
     resized = Image.fromarray(np.ascontiguousarray(crop)).resize(shown.shape[:2], Image.Resampling.NEAREST)
     assert shown.std() > 0 and (shown == np.asarray(resized)).all()
