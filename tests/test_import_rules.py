@@ -64,7 +64,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "fastssl.profiling": (CONTRACT | {"fastssl.engine", "fastssl.datasets", "fastssl.recipes"}, {"torch"}),
     "fastssl.report": (
-        {"fastssl.config", "fastssl.methods.base", "fastssl.engine", "fastssl.evaluation", "loaders"},
+        CONTRACT | {"fastssl.engine", "fastssl.evaluation", "fastssl.record"},
         {"torch", "numpy", "PIL", "sklearn"},
     ),
     "fastssl.report.page": (set(), set()),
