@@ -39,6 +39,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "fastssl.converting": ({"fastssl.config", "loaders"}, {"rich"}),
     "fastssl.trackers": ({"fastssl.config"}, {"torch", "tensorboard", "wandb"}),
     "fastssl.record": ({"fastssl.config", "fastssl.trackers"}, {"rich"}),
+    "fastssl.devices": (set(), {"torch"}),
     "fastssl.dist": (set(), {"torch"}),
     "fastssl.launch": (
         {"fastssl.config", "fastssl.dist", "fastssl.engine", "fastssl.profiling.memory", "loaders"},
@@ -46,9 +47,9 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "fastssl.doctor": (set(), {"rich"}),
     "fastssl.submit": ({"fastssl.config", "fastssl.engine.job", "fastssl.launch"}, {"submitit"}),
-    "fastssl.nn": ({"fastssl.dist"}, {"torch"}),
+    "fastssl.nn": ({"fastssl.devices", "fastssl.dist"}, {"torch"}),
     "fastssl.nn.batch_norm_triton": (set(), {"torch", "triton"}),
-    "fastssl.optim": (set(), {"torch"}),
+    "fastssl.optim": ({"fastssl.devices"}, {"torch"}),
     "fastssl.optim.lars_triton": (set(), {"torch", "triton"}),
     "fastssl.methods": (
         {"fastssl.nn", "fastssl.optim", "fastssl.dist", "fastssl.config", "loaders.plan", "loaders.batch"},
@@ -62,7 +63,11 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         | {"fastssl.datasets", "fastssl.trackers"},
         {"torch", "numpy"},
     ),
-    "fastssl.profiling": (CONTRACT | {"fastssl.engine", "fastssl.datasets", "fastssl.recipes"}, {"torch"}),
+    "fastssl.profiling": (
+        CONTRACT | {"fastssl.engine", "fastssl.datasets", "fastssl.recipes"},
+        {"torch", "numpy", "PIL", "rich"},
+    ),
+    "fastssl.profiling.page": ({"fastssl.report.page", "fastssl.report.charts"}, {"rich"}),
     "fastssl.report": (
         CONTRACT | {"fastssl.engine", "fastssl.evaluation", "fastssl.record"},
         {"torch", "numpy", "PIL", "sklearn"},

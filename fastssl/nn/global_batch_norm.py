@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastssl import dist
+from fastssl.devices import runs_triton
 
 if TYPE_CHECKING:
     from fastssl.nn.batch_norm_triton import Mask
@@ -328,16 +329,11 @@ def _rounded(coefficients: Sequence[Tensor], x: Tensor) -> Tensor:
 def _on_kernels(*xs: Tensor) -> bool:
     """Whether `batch_norm_triton` takes the xs. (Compiled, torch generates kernels itself.)"""
     return not torch.compiler.is_compiling() and all(
-        _runs_triton(x.device)
+        runs_triton(x.device)
         and x.dtype != torch.float64
         and x.is_contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.contiguous_format)
         for x in xs
     )
-
-
-def _runs_triton(device: torch.device) -> bool:
-    """On GPUs from compute capability 8.0, the least that Triton supports."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 # The four functions that touch whole tensors; per-channel arguments and results [C] are float32 (float64 for float64).

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from fastssl.devices import runs_triton
+
 if TYPE_CHECKING:
     from fastssl.optim.lars_triton import Fused
 
@@ -191,8 +193,8 @@ def _make_engine(params_by_group: list[list[Tensor]]) -> Foreach | Fused:
 
 
 def _fits_kernels(params: list[Tensor]) -> bool:
-    """Whether these are float32 on CUDA and each fills its memory without gaps."""
-    return all(p.is_cuda and p.dtype == torch.float32 and p.stride() == _dense_stride(p) for p in params)
+    """Whether these are float32 on a GPU that runs Triton and each fills its memory without gaps."""
+    return all(runs_triton(p.device) and p.dtype == torch.float32 and p.stride() == _dense_stride(p) for p in params)
 
 
 def _decay_and_ratio(segment: _Segment, group: dict[str, Any]) -> Tensor:
