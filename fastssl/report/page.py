@@ -132,8 +132,8 @@ h3{{font-weight:600;font-size:1rem;margin:1.4rem 0 .3rem}}
 section{{margin-top:2.6rem;padding-top:1.4rem;border-top:1px solid var(--rule)}}
 p{{max-width:44rem;margin:.4rem 0 .8rem}}
 a{{color:inherit;text-decoration-color:var(--quiet);text-underline-offset:.2em}}
-.quiet,figcaption .quiet{{color:var(--quiet)}}
-nav,.key,table,dl,summary,svg text,code,.chip{{
+.quiet{{color:var(--quiet)}}
+nav,.key,table,dl,summary,svg text,code{{
  font-family:ui-sans-serif,system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}}
 nav{{display:flex;flex-wrap:wrap;gap:.1rem 1rem;font-size:.8rem;margin-bottom:2.2rem;color:var(--quiet)}}
 code{{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;font-size:.82em;overflow-wrap:anywhere}}
@@ -196,6 +196,6 @@ svg text{{font-size:11px;fill:var(--quiet);font-variant-numeric:tabular-nums lin
 @media print{{
  *{{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
  body{{font-size:10.5pt;background:none}} main{{max-width:none;padding:0}} nav,details:not([open]){{display:none}}
- h2,h3{{break-after:avoid}} tr{{break-inside:avoid}}
+ h2,h3{{break-after:avoid}} tr,.confusion{{break-inside:avoid}}
 }}
 """

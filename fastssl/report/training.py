@@ -10,7 +10,6 @@ from pathlib import Path
 from fastssl.config import ConfigError, FastsslError, differences
 from fastssl.engine.checkpoint import write_atomically
 from fastssl.engine.reopen import open_method, open_run
-from fastssl.evaluation.subject import Subject
 from fastssl.record import duration
 from fastssl.report import pictures
 from fastssl.report.charts import Line, Marked, line_chart
@@ -47,7 +46,7 @@ def write_report(run: Path, compare: Path | None, data: tuple[str, ...], out: Pa
 def training_page(history: History, other: History | None, data: tuple[str, ...]) -> Html:
     """The page. `data` stands in for what the run was trained on, for its pictures."""
     stages = [_beside(stage, history, other) for stage in history.stages]
-    tsne, confusion = _pair(lambda: pictures.embedding_pictures(_subject(history, data)), "No embeddings")
+    tsne, confusion = _embeddings(history, data)
     return page(
         f"{history.resolved['recipe']}, seed {history.resolved['seed']}",
         _header(history, other),
@@ -67,10 +66,6 @@ def training_page(history: History, other: History | None, data: tuple[str, ...]
     )  # fmt: skip
 
 
-def _subject(history: History, data: tuple[str, ...]) -> Subject:
-    return open_run(history.path, data)[0]
-
-
 def _if_any(make: Callable[[], Html], lack: str) -> Html:
     """What `make` draws, or why it cannot."""
     try:
@@ -79,11 +74,15 @@ def _if_any(make: Callable[[], Html], lack: str) -> Html:
         return paragraph(f"{lack}: {error}.")
 
 
-def _pair(make: Callable[[], tuple[Html, Html]], lack: str) -> tuple[Html, Html]:
+def _embeddings(history: History, data: tuple[str, ...]) -> tuple[Html, Html]:
+    """The map and the matrix of the newest checkpoint, or why there are none."""
     try:
-        return make()
+        subject, step = open_run(history.path, data)
+        tsne, confusion = pictures.embedding_pictures(subject)
     except (FastsslError, LoaderError) as error:
-        return paragraph(f"{lack}: {error}."), paragraph(f"No confusion matrix: {error}.")
+        return paragraph(f"No embeddings: {error}."), paragraph(f"No confusion matrix: {error}.")
+    of = paragraph(f"Of the networks after step {step:,}.", quiet=True)
+    return of + tsne, of + confusion
 
 
 # ------------------------------------------------------------------------------------------------------------ header
