@@ -20,6 +20,7 @@ from fastssl.datasets import KNOWN_SETS
 from loaders.errors import LoaderError
 
 DEFAULT_RECIPE = "paws.digits"
+PROFILED_RECIPE = "paws.rn50_100ep"
 
 
 def _in_users_words(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -280,6 +281,69 @@ def replay(dump: Path, data: tuple[str, ...], gpus: int | None, cpu_ranks: int |
     if gpus and cpu_ranks:
         raise ConfigError("--gpus and --cpu-ranks: give one of them")
     start(job_to_replay(dump, data, "cuda" if gpus else "cpu" if cpu_ranks else None, gpus or cpu_ranks))
+
+
+@main.command()
+@click.argument("recipe", default=PROFILED_RECIPE)
+@_data
+@click.option("--stage", "what", type=click.Choice(["loader", "step", "all"]), default="all", show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for what is written [runs/RECIPE-profile].")
+@click.option("--baseline", type=click.Path(path_type=Path), metavar="FILE", help="A profile.json; exit 1 if slower.")
+@click.option("--gpus", type=click.IntRange(1), help="Ranks, one a GPU.")
+@click.option("--cpu-ranks", type=click.IntRange(1), help="Ranks on CPUs [1].")
+@click.option(
+    "--step",
+    "how",
+    type=click.Choice(["eager", "eager-recompute", "compiled", "graphed"]),
+    help="How a step is done [compiled on a GPU, eager on a CPU].",
+)
+@click.option("--loader", default="auto", show_default=True, help="auto, ffcv, dali, pil or memory.")
+@click.option("--cache-gib", type=click.FloatRange(0), default=0.0, help="Memory for decoded support images [0].")
+@click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change a field of the recipe.")
+@click.option("--seconds", type=click.FloatRange(1), default=20.0, show_default=True, help="To measure for, about.")
+@click.option("--trace", is_flag=True, help="Also write trace.json: torch's profiler over three steps.")
+@_in_users_words
+def profile(
+    recipe: str,
+    data: tuple[str, ...],
+    what: str,
+    out: Path | None,
+    baseline: Path | None,
+    gpus: int | None,
+    cpu_ranks: int | None,
+    how: str | None,
+    loader: str,
+    cache_gib: float,
+    changes: tuple[str, ...],
+    seconds: float,
+    trace: bool,
+) -> None:
+    """Say where the time goes, what binds, and what 64 GPUs would do. Needs neither data nor a GPU: RECIPE (default:
+    paws.rn50_100ep) runs at a size that this machine can do."""
+    from fastssl.engine.job import Job
+    from fastssl.launch import start
+    from fastssl.profiling import profile as profiles
+    from fastssl.recipes import resolve
+
+    if gpus and cpu_ranks:
+        raise ConfigError("--gpus and --cpu-ranks: give one of them")
+    if trace and what == "loader":
+        raise ConfigError("--trace shows the step: leave --stage loader out")
+    job = Job(
+        recipe=recipe,
+        stages=resolve(recipe, changes),
+        changes=changes,
+        data=data,
+        out=out or Path("runs") / f"{recipe}-profile",
+        seed=0,
+        device="cuda" if gpus else "cpu",
+        world=gpus or cpu_ranks or 1,
+        how=how,  # type: ignore[arg-type]
+        loader=loader,
+        cache_gib=cache_gib,
+        command=shlex.join(["fastssl", *sys.argv[1:]]),
+    )
+    profiles.run(job, what, seconds, trace, baseline, start)  # type: ignore[arg-type]
 
 
 @main.command("convert-imagenet")

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -46,20 +46,22 @@ _BROKEN_WAIT_S = 1.0  # a rank that lost a peer ends this much after it, so that
 _FORWARDED = signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
+Work = Callable[[Job], Any]  # what every rank does, once all have met; it pickles
 
-def start(job: Job) -> dict[str, Any]:
-    """Run `job` on all its ranks and return its result. Raises FastsslError where the ranks cannot be had or end, of
-    which Stopped means that they saved and left on request."""
+
+def start(job: Job, work: Work = run) -> Any:
+    """Do `work` for `job`, by default train, on all its ranks and return the first rank's result. Raises FastsslError
+    where the ranks cannot be had or end, of which Stopped means that they saved and left on request."""
     if (started := launcher()) is not None:
         _check_world(job, *started)
         _check_memory(job)
         _end_with_agent()
-        return _one_of_many(job)
+        return _one_of_many(job, work)
     _check_memory(job)
     if job.device == "cuda" and job.world > torch.cuda.device_count():
         _show_how(lines(job))
         raise FastsslError(f"--gpus {job.world}: this host has {torch.cuda.device_count()}")
-    return run(job) if job.world == 1 else _started_here(job)
+    return work(job) if job.world == 1 else _started_here(job, work)
 
 
 def _check_memory(job: Job) -> None:
@@ -120,10 +122,10 @@ def _first_host(node_list: str) -> str:
         raise FastsslError(f"scontrol cannot read the node list {node_list}: set MASTER_ADDR yourself") from error
 
 
-def _one_of_many(job: Job) -> dict[str, Any]:
+def _one_of_many(job: Job, work: Work) -> Any:
     """As `_joined`, but an error ends the process: one rank of all says what is wrong, the others leave in silence."""
     try:
-        return _joined(job)
+        return _joined(job, work)
     except Stopped as stop:
         words = str(stop) if dist.is_main() else ""
         dist.shutdown()
@@ -138,13 +140,13 @@ def _one_of_many(job: Job) -> dict[str, Any]:
         os._exit(1)  # a regular exit may wait for peers, and these for messages of this rank
 
 
-def _joined(job: Job) -> dict[str, Any]:
+def _joined(job: Job, work: Work) -> Any:
     master = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
         dist.init("nccl" if job.device == "cuda" else "gloo", join_timeout_s=_join_s())
     except DistError as error:
         raise FastsslError(_why_not_joined(master, str(error))) from error
-    result = run(job)
+    result = work(job)
     dist.shutdown()
     return result
 
@@ -167,7 +169,7 @@ def _why_not_joined(master: str, error: str) -> str:
 # --------------------------------------------------------------------------------------------- ranks started here
 
 
-def _started_here(job: Job) -> dict[str, Any]:
+def _started_here(job: Job, work: Work) -> Any:
     """One process a rank, watched by torch's elastic agent in this process; the first that fails ends the others."""
     with TemporaryDirectory(prefix="fastssl-ranks-") as folder, _signals_forwarded(), _quiet():
         config = LaunchConfig(
@@ -184,7 +186,7 @@ def _started_here(job: Job) -> dict[str, Any]:
             signals_to_handle="SIGHUP,SIGQUIT",  # at these the agent ends the ranks and itself
         )
         try:
-            return elastic_launch(config, _worker)(job, os.getpid())[0]
+            return elastic_launch(config, _worker)(job, work, os.getpid())[0]
         except ChildFailedError as error:
             raise _failure(*error.get_first_failure()) from None
         except SignalException as error:
@@ -210,12 +212,12 @@ def _failure(rank: int, failure: ProcessFailure) -> Exception:
     return FastsslError(f"rank {rank} on {socket.gethostname()} died: {by}{hint}; {CONTINUES}")
 
 
-def _worker(job: Job, parent: int) -> dict[str, Any]:
+def _worker(job: Job, work: Work, parent: int) -> Any:
     """A rank in a process of its own: ends with its launcher, and leaves word of errors where the agent looks."""
     _end_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal interrupts all its processes; the launcher answers
     try:
-        return _joined(job)
+        return _joined(job, work)
     except Exception as error:
         get_error_handler().record_exception(error)
         sys.stdout.flush()

@@ -42,9 +42,9 @@ class StageTimes:
         row[2] += 1
         return until
 
-    def add_ns(self, stage: int, wall_ns: int, cpu_ns: int, num_stamps: int) -> None:
-        """Count what compiled code has measured in this thread by itself."""
-        self._row()[stage] += (wall_ns, cpu_ns, num_stamps)
+    def add_ns(self, stage: int, spent_ns: np.ndarray, num_stamps: int) -> None:
+        """Count what compiled code has measured in this thread by itself: wall and CPU."""
+        self._row()[stage] += (*spent_ns, num_stamps)
 
     def totals(self) -> np.ndarray:
         """float64 [stages, 3]: wall seconds, CPU seconds (both of all threads) and stamps so far."""

@@ -209,8 +209,8 @@ class FfcvRenderer:
                 spent,
             )
             self._idle.append(decoder)
-            self.times.add_ns(DECODE, *spent[0].tolist(), len(ids))
-            self.times.add_ns(CROP, *spent[1].tolist(), len(ids))
+            self.times.add_ns(DECODE, spent[0], len(ids))
+            self.times.add_ns(CROP, spent[1], len(ids))
             for i in np.flatnonzero(~rendered).tolist():
                 self._pil.render_image(rows, begin + i, out)
 

@@ -1,0 +1,439 @@
+"""From raw windows to what a profile says: rates, shares, what binds, and what other machines would do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median, quantiles
+from typing import Any
+
+from fastssl.datasets import KNOWN_SETS
+from fastssl.profiling import whatif
+from fastssl.profiling.cost import StepCost, ring_bytes
+from fastssl.profiling.measure import CLASSES
+from loaders.timing import STAGES
+
+FORMAT = 1  # of profile.json
+DECODED_BYTES = 607e3  # of an ImageNet photograph on average
+BUSY = 0.1  # of the time in which threads could run, that they waited for a core: wall times say little beyond it
+CACHES_GIB = (1, 16, 128)
+
+Windows = Sequence[Mapping[str, Any]]
+Found = Mapping[str, Any]  # a rank's `measure.Found` as a dict
+
+
+@dataclass(frozen=True)
+class Before:
+    """What is known before anything is measured.
+
+    cost, headline  of the step that is run (None where it cannot be traced), and of the 64-GPU job
+    batch_global    images of the epoch's stream in the step that is run; images_recipe in the recipe's own
+    per_image       images of each stream a step, in the recipe as it stands
+    recurring       streams whose images come back, which a cache of decoded images serves
+    """
+
+    identity: Mapping[str, Any]
+    cost: StepCost | None
+    headline: StepCost
+    device: str
+    world: int
+    epoch_of: str
+    batch_global: int
+    streams: Mapping[str, int]
+    recurring: tuple[str, ...]
+    mean_bytes: float
+    in_memory: bool
+    notes: tuple[str, ...] = ()
+
+
+def summarise(before: Before, everyone: Sequence[Found], complete: bool) -> dict[str, Any]:
+    """The profile, as JSON has it; what was not measured is None. `everyone`: a `measure.Found` a rank."""
+    main = everyone[0]
+    loader = _loader(before, everyone) if "warm" in main["loader"] else None
+    step = _step(before, everyone) if "synthetic" in main["steps"] else None
+    cost = _loader_cost(before, main["loader"]["warm"]) if loader else None
+    binding = _binding(before, loader, step, cost)
+    full_s = (step or {}).get("full_s")
+    stall = _stall(everyone) if full_s else None
+    rate = before.batch_global / full_s if full_s else _rate_without_full(before, loader, step)
+    equivalents = before.cost.image_equivalents / before.batch_global if before.cost else None
+    return {
+        "format": FORMAT,
+        "complete": complete,
+        "identity": dict(before.identity),
+        "unlabelled_images_per_s": rate,
+        "image_equivalents_per_s": rate * equivalents if rate and equivalents and step else None,
+        "stall_share": stall["share"] if stall else None,
+        "stall": stall,
+        "binding": binding,
+        "loader": loader,
+        "step": step,
+        "communication": _communication(before, everyone) if step and before.world > 1 else None,
+        "memory": _memory(everyone),
+        "overhead_share": _overhead(main),
+        "machine": _machine(main),
+        "here": _here(before, loader, step, cost),
+        "projection": _projection(before, cost, step),
+        "noise": _noise(before, main),
+        "notes": [*before.notes, *main["notes"]],
+    }
+
+
+# ------------------------------------------------------------------------------------------------------- the loader
+
+
+def _loader(before: Before, everyone: Sequence[Found]) -> dict[str, Any]:
+    """Rates of all ranks together; stages by stream of the first."""
+    windows = everyone[0]["loader"]
+    rates = {
+        kind: _spread([sum(w["images"] / w["wall_s"] for w in together) for together in
+                       zip(*(found["loader"][kind] for found in everyone), strict=False)])
+        for kind in ("warm", "one thread", "cold") if kind in windows
+    }  # fmt: skip
+    warm = windows["warm"]
+    stages = {stage: _stage_row([w for w in warm], stage, before.streams, before.epoch_of) for stage in STAGES}
+    kept = everyone[0]["probes"].get("still_cached")
+    return {
+        "images_per_s": rates["warm"],
+        "one_thread_images_per_s": rates.get("one thread"),
+        "cold_images_per_s": rates.get("cold"),
+        "cold": _cold_words(kept) if kept else "nothing is read from a disk" if before.in_memory else "not measured",
+        "threads": warm[0]["threads"] * before.world,
+        "cpu_s_per_image": sum(row["cpu_s_per_image"] for row in stages.values()),
+        "stages": stages,
+        "by_stream": {name: {stage: _per_image(warm, stage, name, 1) for stage in STAGES} for name in before.streams},
+    }
+
+
+def _cold_words(kept: Sequence[float | None]) -> str:
+    if any(share is None for share in kept):
+        return "the file system does not tell whether files left the cache"
+    most = max(share for share in kept if share is not None)
+    return "dropped before each window" if most < 0.1 else f"the system kept {most:.0%} in memory: not a cold cache"
+
+
+def _per_image(windows: Windows, stage: str, stream: str, column: int) -> float:
+    """Seconds an image of `stream`; column 0 wall, 1 CPU."""
+    images = sum(w["images_by_stream"][stream] for w in windows)
+    return sum(w["stages"][stream][stage][column] for w in windows) / images if images else 0.0
+
+
+def _stage_row(windows: Windows, stage: str, streams: Mapping[str, int], epoch_of: str) -> dict[str, float | None]:
+    """A stage of all streams for one image of the epoch's, in the recipe's proportions."""
+    wall_s, cpu_s = (
+        sum(_per_image(windows, stage, name, column) * n for name, n in streams.items()) / streams[epoch_of]
+        for column in (0, 1)
+    )
+    return {
+        "cpu_s_per_image": cpu_s,
+        "wall_s_per_image": wall_s,
+        "images_per_s_per_core": 1 / cpu_s if cpu_s else None,
+    }
+
+
+def _loader_cost(before: Before, windows: Windows) -> whatif.LoaderCost:
+    def total(stages: Sequence[str], streams: Sequence[str]) -> float:
+        return sum(
+            _per_image(windows, stage, name, 1) * before.streams[name] for stage in stages for name in streams
+        ) / before.streams[before.epoch_of]  # fmt: skip
+
+    names = list(before.streams)
+    recurring = sum(before.streams[name] for name in before.recurring) / before.streams[before.epoch_of]
+    images = sum(before.streams.values()) / before.streams[before.epoch_of]
+    return whatif.LoaderCost(
+        cpu_s=total(STAGES, names),
+        serial_s=total(["plan"], names),
+        bytes_read=images * before.mean_bytes,
+        decode_s=total(["fetch", "decode"], before.recurring),
+        cached_bytes_read=recurring * before.mean_bytes,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- the step
+
+
+def _step(before: Before, everyone: Sequence[Found]) -> dict[str, Any]:
+    """Times of the slowest rank, counts of the first."""
+    main, counts = everyone[0], everyone[0]["counts"]
+
+    def typical(kind: str) -> float | None:
+        if kind not in main["steps"]:
+            return None
+        return max(median(s for w in found["steps"][kind] for s in w["step_s"]) for found in everyone)
+
+    synthetic_s, full_s = typical("synthetic"), typical("full")
+    assert synthetic_s is not None
+    of = "full" if full_s else "synthetic"
+    times = [s for w in main["steps"][of] for s in w["step_s"]]
+    ranks = [median(s for w in found["steps"][of] for s in w["step_s"]) for found in everyone]
+    probes, cost = main["probes"], before.cost
+    flop_s = sum(cost.flops.values()) / before.world / synthetic_s if cost else None
+    traffic = cost.traffic_bytes / synthetic_s if cost else None
+    return {
+        "how": counts["how"],
+        "synthetic_s": synthetic_s,
+        "cached_s": typical("cached"),
+        "full_s": full_s,
+        "first_step_s": counts["first_step_s"],
+        "percentiles_s": _percentiles(times),
+        "num_steps_timed": len(times),
+        "straggler_spread": (max(ranks) - min(ranks)) / median(ranks),
+        "cpu_s": median(w["cpu_s"] / max(1, len(w["step_s"])) for w in main["steps"]["synthetic"]),
+        "images_per_s": before.batch_global / synthetic_s,
+        "batch_global": before.batch_global,
+        "image_equivalents": cost.image_equivalents if cost else None,
+        "image_equivalents_per_s": cost.image_equivalents / synthetic_s if cost else None,
+        "flop_s": flop_s,
+        "peak_flop_s": probes["flop_s"],
+        "share_of_peak": flop_s / probes["flop_s"] if flop_s else None,
+        "traffic_bytes_s": traffic,
+        "copy_bytes_s": probes["copy_bytes_s"],
+        "share_of_memory_roofline": traffic / probes["copy_bytes_s"] if traffic else None,
+        "dispatches": counts.get("dispatches"),
+        "launches": counts.get("launches"),
+        "host_syncs": counts.get("host_syncs"),
+    }
+
+
+def _percentiles(times: Sequence[float]) -> dict[str, float]:
+    if len(times) < 2:
+        return {name: times[0] for name in ("p50", "p95", "p99")}
+    cuts = quantiles(times, n=100, method="inclusive")
+    return {"p50": cuts[49], "p95": cuts[94], "p99": cuts[98]}
+
+
+def _stall(everyone: Sequence[Found]) -> dict[str, Any]:
+    """The share of the step's time by which the full run is longer than the step on a batch that lies ready: copying is
+    what a batch in host memory costs, the rest is the loader's and is split as its threads spent their time. Windows
+    of one round are compared with each other; the reported share is the median over rounds."""
+    shares, copies = [], []
+    for k in range(min(len(found["steps"].get("full", ())) for found in everyone)):
+        seconds = {
+            kind: max(
+                sum(found["steps"][kind][k]["step_s"]) / len(found["steps"][kind][k]["step_s"]) for found in everyone
+            )
+            for kind in ("synthetic", "cached", "full")
+            if len(everyone[0]["steps"].get(kind, ())) > k
+        }
+        shares.append(1 - seconds["synthetic"] / seconds["full"])
+        copies.append((seconds.get("cached", seconds["synthetic"]) - seconds["synthetic"]) / seconds["full"])
+    share = max(0.0, median(shares))
+    copy = min(share, max(0.0, median(copies)))
+    spent = stage_seconds(everyone[0]["loader"]["beside the step"])
+    total = sum(spent.values()) or 1.0
+    by_stage = {stage: (share - copy) * s / total for stage, s in spent.items()}
+    waits = [w["wait_s"] for w in everyone[0]["steps"]["full"]]
+    waited = sum(map(sum, waits)) / (sum(sum(w["step_s"]) for w in everyone[0]["steps"]["full"]) or 1.0)
+    return {
+        "share": share,
+        "spread": (max(shares) - min(shares)) / 2,
+        "prepare": sum(v for stage, v in by_stage.items() if stage != "fetch"),
+        "fetch": by_stage["fetch"],
+        "copy": copy,
+        "by_stage": by_stage,
+        "waited_share": min(share, waited) if share else 0.0,
+    }
+
+
+def stage_seconds(windows: Windows) -> dict[str, float]:
+    """Wall seconds of all the loader's threads, by stage."""
+    return {stage: sum(s[stage][0] for w in windows for s in w["stages"].values()) for stage in STAGES}
+
+
+def _communication(before: Before, everyone: Sequence[Found]) -> dict[str, Any]:
+    """By class: messages and bytes of a rank and step (counted), and how much shorter the step is without them."""
+    cost, steps = before.cost, everyone[0]["steps"]
+    counted: dict[str, tuple[int, float]] = {}
+    if cost is not None:
+        for name, messages in (("statistics", cost.statistics), ("rows", cost.rows)):
+            moved = sum(ring_bytes(op, size, before.world) for op, (_, size) in messages.items())
+            counted[name] = sum(count for count, _ in messages.values()), moved
+        counted["gradients"] = math.ceil(cost.gradient_bytes / (25 << 20)), cost.gradient_ring_bytes  # DDP's buckets
+    found: dict[str, Any] = {}
+    for name in CLASSES:
+        exposed = None
+        if f"without {name}" in steps:
+            pairs = zip(steps["synthetic"], steps[f"without {name}"], strict=False)
+            exposed = _spread([_mean(a["step_s"]) - _mean(b["step_s"]) for a, b in pairs])
+        messages = dict(zip(("messages", "bytes"), counted.get(name, (None, None)), strict=True))
+        found[name] = {**messages, "exposed_s": exposed}
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------- what binds
+
+
+def _binding(
+    before: Before, loader: Mapping[str, Any] | None, step: Mapping[str, Any] | None, cost: whatif.LoaderCost | None
+) -> dict[str, Any]:
+    """The resource that limits the rate, the loader's dearest stage, and both in a sentence."""
+    prepared = loader["images_per_s"]["median"] if loader else None
+    trained = step["images_per_s"] if step else None
+    if loader is None and step is None:
+        return {"resource": None, "stage": None, "cores_needed": None, "sentence": "nothing was measured yet"}
+    stage = max(STAGES, key=lambda s: loader["stages"][s]["wall_s_per_image"]) if loader else None
+    cores = cost.cores_for(trained) if cost and trained else None
+    threads = f"{loader['threads']} core{'s' * (loader['threads'] > 1)}" if loader else ""
+    if trained is None:
+        sentence = f"the loader by itself: {threads} prepare {_n(prepared)} images/s, most of it {stage}"
+        return {"resource": "loader", "stage": stage, "cores_needed": None, "sentence": sentence}
+    assert step is not None
+    limit = _limit_of(step)
+    if prepared is None:
+        sentence = f"the step by itself: {_n(trained)} images/s, {limit}"
+        return {"resource": "step", "stage": None, "cores_needed": None, "sentence": sentence}
+    would = "no number of cores would do, for planning alone is slower" if cores is None else (
+        f"{cores} core{'s' * (cores > 1)} would do"
+    )  # fmt: skip
+    if prepared < trained:
+        assert loader is not None
+        row = loader["stages"]["fetch"]
+        disk = stage == "fetch" and row["wall_s_per_image"] > 2 * row["cpu_s_per_image"]
+        sentence = (
+            f"the {'disk' if disk else 'loader'}: {threads} prepare {_n(prepared)} images/s, most of it {stage}; "
+            f"the step could take {_n(trained)}; {'a faster disk or a cache' if disk else would}"
+        )
+        return {"resource": "disk" if disk else "loader", "stage": stage, "cores_needed": cores, "sentence": sentence}
+    sentence = f"the step: it takes {_n(trained)} images/s, {limit}; {threads} prepare {_n(prepared)}, {would}"
+    return {"resource": "step", "stage": stage, "cores_needed": cores, "sentence": sentence}
+
+
+def _limit_of(step: Mapping[str, Any]) -> str:
+    if step["share_of_peak"] is None:
+        return "on a network whose arithmetic cannot be counted"
+    return (
+        f"at {step['share_of_peak']:.0%} of the measured peak FLOP/s and {step['share_of_memory_roofline']:.0%} of the "
+        "memory's"
+    )
+
+
+def _n(rate: float | None) -> str:
+    return "?" if rate is None else f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+
+
+def _rate_without_full(
+    before: Before, loader: Mapping[str, Any] | None, step: Mapping[str, Any] | None
+) -> float | None:
+    """Where the two were not run together: the step's, else the loader's."""
+    if step:
+        return step["images_per_s"]
+    return loader["images_per_s"]["median"] if loader else None
+
+
+# ------------------------------------------------------------------------------------------------------- elsewhere
+
+
+def _here(
+    before: Before, loader: Mapping[str, Any] | None, step: Mapping[str, Any] | None, cost: whatif.LoaderCost | None
+) -> dict[str, Any] | None:
+    if loader is None or cost is None:
+        return None
+    trained = step["images_per_s"] if step else math.inf
+    known = KNOWN_SETS[before.identity["dataset"]]
+    recurring_bytes = known.num_images * DECODED_BYTES
+    caches = {f"{gib} GiB of decoded support": min(1.0, gib * 2**30 / recurring_bytes) for gib in CACHES_GIB}
+    tables = whatif.around(cost, trained, loader["threads"], _efficiency(loader), caches if before.recurring else {})
+    hours = None
+    if step:
+        rate = 1 / step["full_s"] * before.batch_global if step["full_s"] else trained
+        hours = 100 * known.num_images / rate / 3600
+    return {"hours_per_100_epochs": hours, "efficiency_of_a_core": _efficiency(loader), **_finite(tables)}
+
+
+def _efficiency(loader: Mapping[str, Any]) -> float:
+    """What a core is worth when all are busy, from the loader with one thread and with all."""
+    one = loader["one_thread_images_per_s"]
+    if one is None:
+        return 1.0
+    return min(1.0, loader["images_per_s"]["median"] / one["median"] / loader["threads"])
+
+
+def _projection(before: Before, cost: whatif.LoaderCost | None, step: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The 64-GPU job, always: hours and what binds on a few machines, and over numbers of ranks."""
+    share = step["share_of_memory_roofline"] if step and before.device == "cuda" else None
+    images, epoch = 4096, KNOWN_SETS["imagenet"].num_images
+    usable = cost if cost is not None and before.identity["dataset"] == "imagenet" else None
+    rows = [whatif.described(before.headline, c, usable, images, epoch, share) for c in whatif.CLUSTERS]
+    measured = ["CPU seconds an image of the loader on this machine's cores"] if usable else []
+    measured += ["share of the memory roofline on this machine's GPU"] if share else []
+    modelled = [
+        "arithmetic, memory traffic, messages and bytes of a step, counted from the step's own code on fake tensors"
+    ]
+    modelled += [] if share else ["share of the memory roofline: published training rates, see each row's `assumed`"]
+    modelled += [] if usable else ["that the loader keeps up: it was not measured on ImageNet's views here"]
+    modelled += ["latency and bandwidth between GPUs: published or estimated"]
+    return {
+        "recipe": whatif.HEADLINE,
+        "ranks": whatif.HEADLINE_RANKS,
+        **{k: rows[0][k] for k in ("machine", "hours_per_100_epochs", "hours_low", "hours_high", "binding",
+                                   "unlabelled_images_per_s", "image_equivalents_per_s")},
+        "measured": measured,
+        "modelled": modelled,
+        "machines": rows,
+        "ranks_on_paper": whatif.over_ranks(before.headline, usable, images, epoch),
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------- the machine
+
+
+def _memory(everyone: Sequence[Found]) -> dict[str, Any]:
+    return {
+        "peak_bytes": max((found["counts"].get("peak_bytes") or 0 for found in everyone), default=0) or None,
+        "resident_bytes": sum(found["counts"].get("most_resident_bytes") or 0 for found in everyone) or None,
+    }
+
+
+def _overhead(main: Found) -> float | None:
+    """Stamps of the loader's threads times what one costs, over the threads' time."""
+    windows = [w for kind in main["loader"].values() for w in kind]
+    stamps = sum(s[2] for w in windows for stream in w["stages"].values() for s in stream.values())
+    spent_s = sum(s[1] for w in windows for stream in w["stages"].values() for s in stream.values())
+    return stamps * main["probes"]["stamp_s"] / spent_s if spent_s else None
+
+
+def _machine(main: Found) -> dict[str, Any]:
+    """How much of it was ours: of the time in which this process could run, how much it waited for a core."""
+    rounds = main["probes"].get("rounds", [])
+    waited, ran = (sum(r[key] for r in rounds) for key in ("waited_for_core_s", "cpu_s"))
+    share = waited / (waited + ran) if waited + ran else None
+    return {"waited_for_core_share": share, "quiet": share is not None and share < BUSY, "rounds": len(rounds)}
+
+
+def _noise(before: Before, main: Found) -> dict[str, Any]:
+    """What a later profile is compared with: values that load on the machine moves least, each with all windows.
+
+    CPU seconds, over the speed that fixed work had beside each window; counts; wall seconds too, which count only where
+    the machine was quiet both times.
+    """
+    kept: dict[str, Any] = {"cpu": {}, "counts": {}, "wall": {}}
+    for window in main["loader"].get("warm", ()):
+        speed = window["probe"]["cpu_s_per_call"]
+        for stage in STAGES:
+            cpu_s = sum(stream[stage][1] for stream in window["stages"].values())
+            kept["cpu"].setdefault(stage, []).append(cpu_s / window["images"] / speed)
+        kept["wall"].setdefault("loader", []).append(window["wall_s"] / window["images"])
+    for kind in ("synthetic", "full"):
+        kept["wall"] |= {f"step, {kind}": [_mean(w["step_s"]) for w in main["steps"].get(kind, ())]}
+    kept["counts"] = {
+        k: main["counts"][k] for k in ("dispatches", "launches", "host_syncs", "peak_bytes") if main["counts"].get(k)
+    }
+    return kept
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": median(values), "least": min(values), "most": max(values), "windows": len(values)}
+
+
+def _finite(tables: Any) -> Any:
+    """JSON has no infinities."""
+    if isinstance(tables, dict):
+        return {k: _finite(v) for k, v in tables.items()}
+    if isinstance(tables, list):
+        return [_finite(v) for v in tables]
+    return None if isinstance(tables, float) and not math.isfinite(tables) else tables
