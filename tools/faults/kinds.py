@@ -51,7 +51,7 @@ def kill_launcher(scene: Scene) -> str:
         command.kill(process.pid)
         killed_s = time.monotonic()
     gone_s = time.monotonic() - killed_s
-    assert process.returncode == -signal.SIGKILL
+    assert process.returncode == -signal.SIGKILL, scene.log()
     return f"the launcher, whose ranks were gone after {gone_s:.1f} s"
 
 
