@@ -77,6 +77,19 @@ def test_contenders_take_turns_and_the_report_has_its_form():
     benchmark.show(result)
 
 
+def test_no_contender_settles_how_another_compiles():
+    """Catches plain compiled PyTorch that is timed recomputing what only we recompute."""
+    problem, seen = gpu.toy_problem(CPU), []
+
+    def settles(problem, batch):
+        seen.append(torch._functorch.config.aggressive_recomputation)
+        torch._functorch.config.aggressive_recomputation = True
+        return benchmark.plain(problem, batch)
+
+    benchmark.measure(problem, benchmark.noise_batch(problem), {"one": settles, "other": settles}, 1, 0.0)
+    assert seen == [False, False] and not torch._functorch.config.aggressive_recomputation
+
+
 def test_windows_count_whole_steps():
     """Catches a window that leaves out its last step's time, or that never ends."""
     rate = benchmark.cpu_window(lambda: time.sleep(0.02), 0.05)
