@@ -113,6 +113,7 @@ class Loader:
         self.threads = min(threads or num_cpus, num_cpus)
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="fastssl-render")
         self._times = {name: StageTimes() for name in bound.sources}
+        self._elapsed_s = {name: np.zeros(2) for name in bound.sources}  # rendering, finishing
         self.history: deque[Prepared] = deque(maxlen=_HISTORY)
         self._renderers = {
             name: make_renderer(renderer, source, self._pool, self.threads, self.device, self._times[name])
@@ -202,7 +203,8 @@ class Loader:
                 begin = time.perf_counter()
                 batch = self._batch(step)
                 totals = np.stack([times.totals() for times in self._times.values()])
-                self.history.append(Prepared(step, time.perf_counter() - begin, totals))
+                elapsed_s = np.stack(list(self._elapsed_s.values()))
+                self.history.append(Prepared(step, time.perf_counter() - begin, totals, elapsed_s))
                 put(batch)
             put(_DONE)
         except BaseException as error:  # handed to the consumer, which raises it
@@ -271,7 +273,9 @@ class Loader:
         return crops
 
     def _part(self, stream: str, step: int, slot: _Slot) -> Part:
+        begin = time.perf_counter()
         rows, crops = self._rendered(stream, step, slot)
+        rendered = time.perf_counter()
         x = {}
         for v in rows.views:
             crop, shape = crops[v.view.name], (len(v.view.turns), *crops[v.view.name].shape)
@@ -281,6 +285,7 @@ class Loader:
             else:
                 out = _finished_on_gpu(v, crop, torch.empty(shape, device=self.device))
             x[v.view.name] = out.flatten(0, 1).permute(0, 3, 1, 2)
+        self._elapsed_s[stream] += (rendered - begin, time.perf_counter() - rendered)
         return Part(
             x=x,
             ids=torch.from_numpy(rows.ids),

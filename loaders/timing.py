@@ -65,18 +65,36 @@ class StageTimes:
 
 @dataclass(frozen=True)
 class Prepared:
-    """One batch: wall seconds from the first plan to the last finish, and each stream's totals at its end, float64
-    [streams, stages, 3]; differences between batches are what each took."""
+    """One batch: wall seconds from the first plan to the last finish, and each stream's totals at its end; differences
+    between batches are what each took.
+
+    totals    float64 [streams, stages, 3], as `StageTimes.totals`
+    elapsed_s float64 [streams, 2], of planning and rendering, and of finishing: threads work on one of these at a time,
+              and some of them idle towards its end, which no thread counts
+    """
 
     step: int
     wall_s: float
     totals: np.ndarray
+    elapsed_s: np.ndarray
+
+    def by_stage(self, before: Prepared) -> np.ndarray:
+        """Wall seconds float64 [stages] that the loader spent since `before`: they add up to what its batches took. What
+        threads do side by side is divided as they spent their time."""
+        wall_s = (self.totals - before.totals)[:, :, 0]
+        rendered_s, finished_s = (self.elapsed_s - before.elapsed_s).T
+        side_by_side = wall_s[:, [FETCH, DECODE, CROP]]
+        shares = side_by_side / np.maximum(side_by_side.sum(1, keepdims=True), 1e-12)
+        parts = np.zeros_like(wall_s)
+        parts[:, PLAN], parts[:, FINISH] = wall_s[:, PLAN], finished_s
+        parts[:, [FETCH, DECODE, CROP]] = shares * np.maximum(rendered_s - wall_s[:, PLAN], 0.0)[:, None]
+        return parts.sum(0)
 
 
 def stamp_s() -> float:
-    """What one stamp costs here, in seconds."""
+    """What one stamp costs here, in seconds of CPU."""
     times, stamp, count = StageTimes(), now(), 2000
-    begin = time.perf_counter()
+    begin = time.thread_time()
     for _ in range(count):
         stamp = times.add(PLAN, stamp)
-    return (time.perf_counter() - begin) / count
+    return (time.thread_time() - begin) / count

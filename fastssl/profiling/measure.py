@@ -38,7 +38,6 @@ from fastssl.profiling.probes import (
     gemm_flop_s,
     let_go,
     resident_bytes,
-    waited_for_core_s,
 )
 from fastssl.profiling.workload import files_of, stand_ins, usable
 from loaders.batch import Batch
@@ -136,15 +135,9 @@ class _Measuring:
         yield
         done = 0
         while dist.broadcast_object(self._goes_on(done)):
-            waited_s, cpu_s, begin = waited_for_core_s(), time.process_time(), time.perf_counter()
+            found.probes.setdefault("rounds", []).append(vars(self.probe.run(self.threads, PROBE_S)))
             for measure in kinds:
                 measure()
-            spent = {
-                "waited_for_core_s": waited_for_core_s() - waited_s,
-                "cpu_s": time.process_time() - cpu_s,
-                "wall_s": time.perf_counter() - begin,
-            }
-            found.probes.setdefault("rounds", []).append(spent)
             done += 1
             yield
         found.counts["resident_bytes"], found.counts["most_resident_bytes"] = resident_bytes()
@@ -211,8 +204,9 @@ def loader_window(loader: Loader, skip: int) -> dict[str, Any]:
     """What the loader's last batches took, but for the first `skip` of them: the time in which it worked, not that in
     which it waited for somebody to take a batch."""
     history = list(loader.history)
-    counted, plan = history[skip:], loader.bound.plan.plan
-    totals = history[-1].totals - history[skip - 1].totals if skip else history[-1].totals
+    assert skip
+    counted, plan, last, before = history[skip:], loader.bound.plan.plan, history[-1], history[skip - 1]
+    totals = last.totals - before.totals
     streams = [stream.name for stream in plan.streams]
     per_rank = {s.name: s.batch_global // loader.world for s in plan.streams}
     return {
@@ -220,6 +214,7 @@ def loader_window(loader: Loader, skip: int) -> dict[str, Any]:
         "images_by_stream": {name: n * len(counted) for name, n in per_rank.items()},
         "wall_s": sum(one.wall_s for one in counted),
         "prepare_s": [one.wall_s for one in counted],
+        "by_stage_s": dict(zip(STAGES, last.by_stage(before).tolist(), strict=True)),
         "threads": loader.threads,
         "stages": {name: dict(zip(STAGES, totals[k].tolist(), strict=True)) for k, name in enumerate(streams)},
     }

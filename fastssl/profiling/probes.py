@@ -57,6 +57,7 @@ class Speed:
 
     calls_per_s: float
     cpu_s_per_call: float
+    waited_share: float  # of the threads' time, that they had no core
 
 
 class CoreProbe:
@@ -74,8 +75,8 @@ class CoreProbe:
             begin = time.perf_counter()
             done = list(pool.map(lambda _: self._work(begin + seconds), range(threads)))
             wall_s = time.perf_counter() - begin
-        calls = sum(count for count, _ in done)
-        return Speed(calls / wall_s, sum(cpu_s for _, cpu_s in done) / calls)
+        calls, cpu_s = sum(count for count, _ in done), sum(cpu_s for _, cpu_s in done)
+        return Speed(calls / wall_s, cpu_s / calls, max(0.0, 1 - cpu_s / (threads * wall_s)))
 
     def _work(self, until: float) -> tuple[int, float]:
         out, only = np.empty((1, 224, 224, 3), np.uint8), np.zeros(1, np.int64)
@@ -84,17 +85,6 @@ class CoreProbe:
             resize_boxes(self._image, only, self._boxes, True, 0, out)
             count += 1
         return count, time.thread_time() - begin
-
-
-def waited_for_core_s() -> float:
-    """Seconds that this process's threads, those that ended not among them, were ready to run and had no core."""
-    total_ns = 0
-    for task in Path("/proc/self/task").iterdir():
-        try:
-            total_ns += int((task / "schedstat").read_text().split()[1])
-        except (OSError, ValueError, IndexError):  # the thread is gone, or the kernel does not say
-            continue
-    return total_ns / 1e9
 
 
 def resident_bytes() -> tuple[int, int]:

@@ -18,6 +18,7 @@ FORMAT = 1  # of profile.json
 DECODED_BYTES = 607e3  # of an ImageNet photograph on average
 BUSY = 0.1  # of the time in which threads could run, that they waited for a core: wall times say little beyond it
 CACHES_GIB = (1, 16, 128)
+DDP_BUCKET_BYTES = 25 << 20  # torch's default
 
 Windows = Sequence[Mapping[str, Any]]
 Found = Mapping[str, Any]  # a rank's `measure.Found` as a dict
@@ -237,27 +238,24 @@ def _stall(everyone: Sequence[Found]) -> dict[str, Any]:
 
 
 def stage_seconds(windows: Windows) -> dict[str, float]:
-    """Wall seconds of all the loader's threads, by stage."""
-    return {stage: sum(s[stage][0] for w in windows for s in w["stages"].values()) for stage in STAGES}
+    """What the loader spent by stage, in seconds that add up to the windows' own."""
+    return {stage: sum(w["by_stage_s"][stage] for w in windows) for stage in STAGES}
 
 
 def _communication(before: Before, everyone: Sequence[Found]) -> dict[str, Any]:
     """By class: messages and bytes of a rank and step (counted), and how much shorter the step is without them."""
     cost, steps = before.cost, everyone[0]["steps"]
-    counted: dict[str, tuple[int, float]] = {}
+    found: dict[str, Any] = {name: {"messages": None, "bytes": None, "exposed_s": None} for name in CLASSES}
     if cost is not None:
         for name, messages in (("statistics", cost.statistics), ("rows", cost.rows)):
             moved = sum(ring_bytes(op, size, before.world) for op, (_, size) in messages.items())
-            counted[name] = sum(count for count, _ in messages.values()), moved
-        counted["gradients"] = math.ceil(cost.gradient_bytes / (25 << 20)), cost.gradient_ring_bytes  # DDP's buckets
-    found: dict[str, Any] = {}
+            found[name] |= {"messages": sum(count for count, _ in messages.values()), "bytes": moved}
+        buckets = math.ceil(cost.gradient_bytes / DDP_BUCKET_BYTES)
+        found["gradients"] |= {"messages": buckets, "bytes": cost.gradient_ring_bytes}
     for name in CLASSES:
-        exposed = None
         if f"without {name}" in steps:
             pairs = zip(steps["synthetic"], steps[f"without {name}"], strict=False)
-            exposed = _spread([_mean(a["step_s"]) - _mean(b["step_s"]) for a, b in pairs])
-        messages = dict(zip(("messages", "bytes"), counted.get(name, (None, None)), strict=True))
-        found[name] = {**messages, "exposed_s": exposed}
+            found[name]["exposed_s"] = _spread([_mean(a["step_s"]) - _mean(b["step_s"]) for a, b in pairs])
     return found
 
 
@@ -394,11 +392,10 @@ def _overhead(main: Found) -> float | None:
 
 
 def _machine(main: Found) -> dict[str, Any]:
-    """How much of it was ours: of the time in which this process could run, how much it waited for a core."""
-    rounds = main["probes"].get("rounds", [])
-    waited, ran = (sum(r[key] for r in rounds) for key in ("waited_for_core_s", "cpu_s"))
-    share = waited / (waited + ran) if waited + ran else None
-    return {"waited_for_core_share": share, "quiet": share is not None and share < BUSY, "rounds": len(rounds)}
+    """How much of it was ours: of the time in which as many threads as we may use could run, how much they had to wait."""
+    waits = [r["waited_share"] for r in main["probes"].get("rounds", [])]
+    share = median(waits) if waits else None
+    return {"waited_for_core_share": share, "quiet": share is not None and share < BUSY, "rounds": len(waits)}
 
 
 def _noise(before: Before, main: Found) -> dict[str, Any]:

@@ -38,7 +38,7 @@ SIZED = ("batch_global", "classes_global", "images_per_class")  # fields of a me
 STAND_INS = 24  # different JPEGs
 STAND_IN_SIZE = 406, 467  # mean height and width of ImageNet's
 _QUALITY = 92  # and grain that make files of about ImageNet's mean, 110 KB
-_GRAIN = 11.0
+_GRAIN = 16.0
 
 
 def sized(stage: Stage, most: int | None, world: int, fixed: bool) -> Stage:
