@@ -79,8 +79,8 @@ class Prepared:
     elapsed_s: np.ndarray
 
     def by_stage(self, before: Prepared) -> np.ndarray:
-        """Wall seconds float64 [stages] that the loader spent since `before`: they add up to what its batches took. What
-        threads do side by side is divided as they spent their time."""
+        """Wall seconds float64 [stages] that the loader spent since `before`: they add up to what its batches took.
+        What threads do side by side is divided as they spent their time."""
         wall_s = (self.totals - before.totals)[:, :, 0]
         rendered_s, finished_s = (self.elapsed_s - before.elapsed_s).T
         side_by_side = wall_s[:, [FETCH, DECODE, CROP]]

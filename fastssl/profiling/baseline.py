@@ -16,9 +16,9 @@ from typing import Any
 from fastssl.config import FastsslError, differences
 from fastssl.profiling.summary import FORMAT
 
-LEAST_SHARE = 0.08  # a change below it is never called a regression: pages and frequencies differ from start to start
+LEAST_SHARE = 0.10  # a change below it is never called a regression: pages and frequencies differ from start to start
 SIGMAS = 3.0
-OF_ALL = 0.03  # stages below this share of the loader's CPU are not compared: they are mostly noise
+OF_ALL = 0.10  # stages below this share of the loader's CPU count with the others only: they are mostly noise
 
 
 class Regression(FastsslError):
@@ -54,10 +54,15 @@ def check_comparable(before: Mapping[str, Any], identity: Mapping[str, Any]) -> 
 def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
     """Every value that both have."""
     old, new = before["noise"], after["noise"]
-    found = [_change(f"CPU of {name}", old["cpu"][name], new["cpu"][name]) for name in _stages(old, new)]
+    found = []
+    if old["cpu"] and new["cpu"]:
+        parts = {name: (old["cpu"][name], new["cpu"][name]) for name in _stages(old, new)}
+        parts["the loader"] = _together(old["cpu"]), _together(new["cpu"])
+        for name, (earlier, later) in parts.items():
+            found.append(_change(f"CPU of {name}", [earlier, old["speed"]], [later, new["speed"]]))
     if before["machine"]["quiet"] and after["machine"]["quiet"]:
         names = [name for name in old["wall"] if old["wall"][name] and new["wall"].get(name)]
-        found += [_change(f"wall time of {name}", old["wall"][name], new["wall"][name]) for name in names]
+        found += [_change(f"wall time of {name}", [old["wall"][name]], [new["wall"][name]]) for name in names]
     for name in old["counts"].keys() & new["counts"].keys():
         found.append(Change(name.replace("_", " "), _over(new["counts"][name], old["counts"][name]), 0.01))
     return found
@@ -78,9 +83,16 @@ def _stages(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return [name for name, value in values.items() if name in new["cpu"] and value > OF_ALL * total]
 
 
-def _change(name: str, old: Sequence[float], new: Sequence[float]) -> Change:
-    noise = math.hypot(_noise(old), _noise(new))
-    return Change(name, _over(_typical(new), _typical(old)), max(LEAST_SHARE, SIGMAS * noise))
+def _together(stages: Mapping[str, Sequence[float]]) -> list[float]:
+    """Of all stages, window by window."""
+    return [sum(values) for values in zip(*stages.values(), strict=True)]
+
+
+def _change(name: str, old: Sequence[Sequence[float]], new: Sequence[Sequence[float]]) -> Change:
+    """Of a value's windows, or of the ratio of a value and another, each with windows of its own."""
+    noise = math.hypot(*(_noise(windows) for windows in (*old, *new)))
+    before, after = (_typical(value) / (_typical(unit[0]) if unit else 1.0) for value, *unit in (old, new))
+    return Change(name, _over(after, before), max(LEAST_SHARE, SIGMAS * noise))
 
 
 def _over(new: float, old: float) -> float:

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -44,6 +45,7 @@ from loaders.batch import Batch
 from loaders.loader import Bound, Loader, bind
 from loaders.plan.plan import Plan
 from loaders.store.data import TRAIN, open_data
+from loaders.store.source import is_encoded
 from loaders.timing import STAGES, stamp_s
 
 What = Literal["loader", "step", "all"]
@@ -133,7 +135,7 @@ class _Measuring:
             stepping = _Stepping(self)
             kinds += stepping.kinds()
         yield
-        done = 0
+        done, self.rounds_begin = 0, time.monotonic()
         while dist.broadcast_object(self._goes_on(done)):
             found.probes.setdefault("rounds", []).append(vars(self.probe.run(self.threads, PROBE_S)))
             for measure in kinds:
@@ -146,7 +148,7 @@ class _Measuring:
 
     def _goes_on(self, done: int) -> bool:
         spent_s = time.monotonic() - self.begin
-        another_s = spent_s / max(1, done)
+        another_s = (time.monotonic() - self.rounds_begin) / max(1, done)
         return done < MOST_ROUNDS and (done == 0 or spent_s + another_s < self.asked.seconds or done < LEAST_ROUNDS
                                        and spent_s < 2 * self.asked.seconds)  # fmt: skip
 
@@ -155,17 +157,19 @@ class _Measuring:
     def _loader_kinds(self, alone: Bound) -> list[Callable[[], None]]:
         self.batches = 2
 
-        def window(kind: str, threads: int, before: Callable[[], None] = lambda: None) -> Callable[[], None]:
+        def window(
+            kind: str, threads: int, before: Callable[[], None] = lambda: None, renderer: str = self.job.loader
+        ) -> Callable[[], None]:
             def measure() -> None:
                 before()
                 probe = self.probe.run(threads, PROBE_S)
-                one = self._loader_window(alone, threads)
+                one = self._loader_window(alone, threads, renderer)
                 one["probe"] = vars(probe)
                 self.found.loader.setdefault(kind, []).append(one)
 
             return measure
 
-        first = self._loader_window(alone, self.threads)  # not kept: it compiles
+        first = self._loader_window(alone, self.threads, self.job.loader)  # not kept: it compiles
         per_batch_s = np.median(first["prepare_s"])
         self.batches = dist.broadcast_object(int(np.clip(WINDOW_S / per_batch_s, 2, 50)))
         kinds = [window("warm", self.threads)]
@@ -173,6 +177,9 @@ class _Measuring:
             kinds.append(window("one thread", 1))
         if self.files:
             kinds.append(window("cold", self.threads, self._drop))
+        if self.asked.what == "loader" and any(is_encoded(source) for source in alone.sources.values()):
+            others = ["pil", "ffcv"] if find_spec("ffcv") else ["pil"]
+            kinds += [window(f"as {name}", self.threads, renderer=name) for name in others if name != self.job.loader]
         return kinds
 
     def _drop(self) -> None:
@@ -180,22 +187,22 @@ class _Measuring:
         kept = let_go(self.files[:1000])
         self.found.probes.setdefault("still_cached", []).append(kept)
 
-    def _loader_window(self, bound: Bound, threads: int) -> dict[str, Any]:
+    def _loader_window(self, bound: Bound, threads: int, renderer: str) -> dict[str, Any]:
         """`self.batches` batches of the loader alone, after a few that do not count."""
         num = self.batches + WARM_UP
-        with self.loader(bound, threads) as loader, closing(loader.batches(0, num)) as batches:
+        with self.loader(bound, threads, renderer) as loader, closing(loader.batches(0, num)) as batches:
             for batch in batches:
                 batch.release()
             return loader_window(loader, WARM_UP)
 
-    def loader(self, bound: Bound, threads: int) -> Loader:
+    def loader(self, bound: Bound, threads: int, renderer: str | None = None) -> Loader:
         return Loader(
             bound,
             rank=dist.rank(),
             world=dist.world_size(),
             device=self.device,
             threads=threads,
-            renderer=self.job.loader,
+            renderer=renderer or self.job.loader,
             cache_bytes=int(self.job.cache_gib * 2**30),
         )
 

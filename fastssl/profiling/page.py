@@ -201,7 +201,7 @@ def _here_section(here: Mapping[str, Any] | None) -> Html | None:
         return None
     columns = ["", "loader, images/s", "together, images/s", "binds"]
     found: list[Html] = []
-    for name in ("cores", "disks", "caches"):
+    for name in ("cores", "loaders", "disks", "caches"):
         if here[name]:
             kept = [[r["what"], r["loader_images_per_s"], r["images_per_s"], r["binding"]] for r in here[name]]
             found += [element("h3", f"With other {name}"), table(columns, kept)]

@@ -74,7 +74,7 @@ def summarise(before: Before, everyone: Sequence[Found], complete: bool) -> dict
         "memory": _memory(everyone),
         "overhead_share": _overhead(main),
         "machine": _machine(main),
-        "here": _here(before, loader, step, cost),
+        "here": _here(before, main["loader"], loader, step, cost),
         "projection": _projection(before, cost, step),
         "noise": _noise(before, main),
         "notes": [*before.notes, *main["notes"]],
@@ -323,7 +323,11 @@ def _rate_without_full(
 
 
 def _here(
-    before: Before, loader: Mapping[str, Any] | None, step: Mapping[str, Any] | None, cost: whatif.LoaderCost | None
+    before: Before,
+    windows: Mapping[str, Windows],
+    loader: Mapping[str, Any] | None,
+    step: Mapping[str, Any] | None,
+    cost: whatif.LoaderCost | None,
 ) -> dict[str, Any] | None:
     if loader is None or cost is None:
         return None
@@ -331,7 +335,10 @@ def _here(
     known = KNOWN_SETS[before.identity["dataset"]]
     recurring_bytes = known.num_images * DECODED_BYTES
     caches = {f"{gib} GiB of decoded support": min(1.0, gib * 2**30 / recurring_bytes) for gib in CACHES_GIB}
-    tables = whatif.around(cost, trained, loader["threads"], _efficiency(loader), caches if before.recurring else {})
+    others = {kind[3:]: _loader_cost(before, found) for kind, found in windows.items() if kind.startswith("as ")}
+    tables = whatif.around(
+        cost, trained, loader["threads"], _efficiency(loader), caches if before.recurring else {}, others
+    )
     hours = None
     if step:
         rate = 1 / step["full_s"] * before.batch_global if step["full_s"] else trained
@@ -392,7 +399,7 @@ def _overhead(main: Found) -> float | None:
 
 
 def _machine(main: Found) -> dict[str, Any]:
-    """How much of it was ours: of the time in which as many threads as we may use could run, how much they had to wait."""
+    """How much of it was ours: the share of time in which a thread for each CPU that we may use had to wait for it."""
     waits = [r["waited_share"] for r in main["probes"].get("rounds", [])]
     share = median(waits) if waits else None
     return {"waited_for_core_share": share, "quiet": share is not None and share < BUSY, "rounds": len(waits)}
@@ -401,15 +408,15 @@ def _machine(main: Found) -> dict[str, Any]:
 def _noise(before: Before, main: Found) -> dict[str, Any]:
     """What a later profile is compared with: values that load on the machine moves least, each with all windows.
 
-    CPU seconds, over the speed that fixed work had beside each window; counts; wall seconds too, which count only where
+    CPU seconds, and those of fixed work beside each window; counts; wall seconds too, which count only where
     the machine was quiet both times.
     """
-    kept: dict[str, Any] = {"cpu": {}, "counts": {}, "wall": {}}
+    kept: dict[str, Any] = {"speed": [], "cpu": {}, "counts": {}, "wall": {}}
     for window in main["loader"].get("warm", ()):
-        speed = window["probe"]["cpu_s_per_call"]
+        kept["speed"].append(window["probe"]["cpu_s_per_call"])
         for stage in STAGES:
             cpu_s = sum(stream[stage][1] for stream in window["stages"].values())
-            kept["cpu"].setdefault(stage, []).append(cpu_s / window["images"] / speed)
+            kept["cpu"].setdefault(stage, []).append(cpu_s / window["images"])
         kept["wall"].setdefault("loader", []).append(window["wall_s"] / window["images"])
     for kind in ("synthetic", "full"):
         kept["wall"] |= {f"step, {kind}": [_mean(w["step_s"]) for w in main["steps"].get(kind, ())]}

@@ -224,11 +224,17 @@ def over_ranks(cost: StepCost, loader: LoaderCost | None, images: int, images_an
 
 
 def around(
-    loader: LoaderCost, step_images_per_s: float, cores: int, efficiency: float, caches: Mapping[str, float]
+    loader: LoaderCost,
+    step_images_per_s: float,
+    cores: int,
+    efficiency: float,
+    caches: Mapping[str, float],
+    loaders: Mapping[str, LoaderCost],
 ) -> dict[str, list[dict[str, Any]]]:
-    """What this machine would do with other cores, disks and caches: images a second and what binds.
+    """What this machine would do with other cores, loaders, disks and caches: images a second and what binds.
 
-    `efficiency`: what a core is worth when all are busy. `caches`: share of recurring images kept, by name.
+    `efficiency`: what a core is worth when all are busy. `caches`: share of recurring images kept, by name. `loaders`:
+    what others were measured to cost.
     """
 
     def row(name: str, cost: LoaderCost, cores: float, disk_bytes_s: float = math.inf) -> dict[str, Any]:
@@ -244,6 +250,7 @@ def around(
     disks = {"hard disk, 150 MB/s": 150e6, "SATA SSD, 500 MB/s": 500e6, "network, 1.2 GB/s": 1.2e9, "NVMe, 5 GB/s": 5e9}
     return {
         "cores": [row(f"{n} cores", loader, n) for n in (1, 2, 4, 8, 16, 32, 64)],
+        "loaders": [row(name, cost, cores) for name, cost in loaders.items()],
         "disks": [row(name, loader, cores, rate) for name, rate in disks.items()] if loader.bytes_read else [],
         "caches": [row(name, loader.with_cache(share), cores) for name, share in caches.items()],
     }

@@ -88,18 +88,16 @@ def steps(bound, step_s):
         return (time.perf_counter() - begin) / BATCHES, loader_window(loader, 3)
 
 
-@pytest.mark.parametrize("stage", ["fetch", "decode", "finish"])
-def test_a_sleep_is_blamed_on_its_stage(slow, stage):
-    """The truth is the wall time of the same steps with and without the sleep, in turns. Catches a stage measured in CPU
-    seconds (a sleep has none), a stamp on the wrong side of a call, and seconds of two threads side by side counted
-    like those of one that the others wait for."""
+def blamed_and_true(slow, stage, sleep_s):
+    """Five windows without and with a sleep in `stage`, in turns: the share of a step's wall time that it took, and what
+    the profiler adds to each stage as such a share; a number a pair of windows."""
     source, bound, pauses = slow
     truths, blamed = [], {name: [] for name in STAGES}
     for _ in range(5):
         windows = []
-        for extra_s in (0.0, 2 * SLEEP_S):
+        for extra_s in (0.0, 2 * sleep_s):
             for name in pauses:
-                pauses[name] = SLEEP_S + extra_s * (name == stage)
+                pauses[name] = sleep_s + extra_s * (name == stage)
             source.pause_s = pauses["fetch"]
             windows.append(steps(bound, 0.001))
         (short_s, short), (long_s, long) = windows
@@ -107,10 +105,22 @@ def test_a_sleep_is_blamed_on_its_stage(slow, stage):
         for name in STAGES:
             added_s = (long["by_stage_s"][name] - short["by_stage_s"][name]) / BATCHES
             blamed[name].append(added_s / long_s)
-    spread = (max(truths) - min(truths)) / 2
-    assert median(truths) > 0.3
+    return truths, blamed
+
+
+@pytest.mark.parametrize("stage", ["fetch", "decode", "finish"])
+def test_a_sleep_is_blamed_on_its_stage(slow, stage):
+    """The truth is the wall time of the same steps with and without the sleep, in turns. Catches a stage measured in
+    CPU seconds (a sleep has none), a stamp on the wrong side of a call, and seconds of two threads side by side counted
+    like those of one that the others wait for. Where waking up takes long, on a busy machine, sleeps must be longer."""
+    for sleep_s in (SLEEP_S, 8 * SLEEP_S):
+        truths, blamed = blamed_and_true(slow, stage, sleep_s)
+        spread = (max(truths) - min(truths)) / 2
+        if spread < 0.05:
+            break
     assert median(blamed[stage]) == pytest.approx(median(truths), abs=0.02 + spread)
     assert max(abs(median(blamed[name])) for name in STAGES if name != stage) < 0.02 + spread
+    assert median(truths) > 0.3
 
 
 def test_seconds_by_stage_add_up_to_what_batches_took(slow):
@@ -277,6 +287,7 @@ def noise(finish=1.0, scatter=0.02, seed=0):
         return (level * (1 + np.abs(rng.normal(0, scatter, 5)))).tolist()  # load only ever adds
 
     return {
+        "speed": windows(1e-3),
         "cpu": {"plan": windows(0.01), "decode": windows(2.0), "finish": windows(finish)},
         "wall": {"loader": windows(1.0 if seed == 0 else 3.0)},
         "counts": {"dispatches": 1964},
