@@ -57,44 +57,38 @@ def kill_launcher(scene: Scene) -> str:
 
 def kill_in_write(scene: Scene) -> str:
     """SIGKILL to all in the middle of a checkpoint's write."""
-    remains = {path: path.stat().st_mtime_ns for path in _partial(scene)}
+    begun_ns = time.time_ns()
     with scene.training() as (process, ranks):
-        partial = _stopped_in_write(scene, process, ranks, remains)
-        num_bytes = sum(path.stat().st_size for path in partial.iterdir())
+        partial = _stopped_in_write(scene, process, ranks, begun_ns)
+        num_bytes = _unfinished(scene, begun_ns)[partial]
         command.kill(process.pid, *ranks)
     assert partial.exists() and not (partial.parent / partial.name[1:].removesuffix(".partial")).exists()
     return f"{partial.name}, {num_bytes:,} bytes of it there"
 
 
-def _stopped_in_write(
-    scene: Scene, process: subprocess.Popen, ranks: list[int], remains: dict[Path, int]
-) -> Path:
-    """Stop the ranks such that an unfinished checkpoint lies there, beside what `remains` of others; its folder."""
+def _stopped_in_write(scene: Scene, process: subprocess.Popen, ranks: list[int], begun_ns: int) -> Path:
+    """Stop the ranks such that an unfinished checkpoint lies there; its folder."""
+    least_bytes = scene.random.choice((0, 1))  # before anything is written, or after
     while process.poll() is None:
-        if not _new_partial(scene, remains):
+        if max(_unfinished(scene, begun_ns).values(), default=-1) < least_bytes:
             time.sleep(0.0002)  # a write takes milliseconds
             continue
-        time.sleep(scene.random.uniform(0, 0.004))
         _signal(signal.SIGSTOP, ranks)
         command.wait_until(lambda: all(set(threads(pid)) <= {"T", "Z"} for pid in ranks), timeout_s=20)
-        if found := _new_partial(scene, remains):
-            return found[0]
+        if found := _unfinished(scene, begun_ns):
+            return next(iter(found))
         _signal(signal.SIGCONT, ranks)
     raise TooLate
 
 
-def _new_partial(scene: Scene, remains: dict[Path, int]) -> list[Path]:
-    found = []
-    for path in _partial(scene):
+def _unfinished(scene: Scene, begun_ns: int) -> dict[Path, int]:
+    """The folders of checkpoints that have been begun since `begun_ns` and not finished, with the bytes in them."""
+    found = {}
+    for path in scene.run_dir.glob("checkpoints/.step-*.partial"):
         with suppress(FileNotFoundError):  # it has just been finished
-            if path.stat().st_mtime_ns != remains.get(path):
-                found.append(path)
+            if path.stat().st_mtime_ns > begun_ns:
+                found[path] = sum(file.stat().st_size for file in path.iterdir())
     return found
-
-
-def _partial(scene: Scene) -> list[Path]:
-    """The folders of checkpoints that are being written, or were when a run was killed."""
-    return list(scene.run_dir.glob("checkpoints/.step-*.partial"))
 
 
 def terminate(scene: Scene) -> str:
@@ -146,7 +140,7 @@ def fill_disk(scene: Scene) -> str:
                 time.sleep(0.005)
         scene.expect(process, 1, "No space left on device")
         num_bytes = ballast.stat().st_size
-        assert "cannot write checkpoint" in scene.log() and not _partial(scene)
+        assert "cannot write checkpoint" in scene.log() and not _unfinished(scene, 0)
         ballast.unlink()
         return f"{num_bytes:,} bytes of ballast; {scene.finish()}"
 
@@ -220,8 +214,7 @@ def requeue(scene: Scene) -> str:
     with slurm.cluster() as environment:
 
         def answer(*words: str) -> str:
-            options = {"cwd": scene.folder, "env": environment, "text": True, "check": True}
-            return subprocess.run(words, stdout=subprocess.PIPE, **options).stdout.strip()
+            return subprocess.check_output(words, cwd=scene.folder, env=environment, text=True).strip()
 
         environment = environment | {"PYTHONPATH": str(command.ROOT)}
         options = ("--parsable", f"--ntasks={RANKS}", "--requeue", "--open-mode=append", f"--output={log}")

@@ -31,9 +31,11 @@ def repetition(kind: str, whole: Path, seed: str, num_faults: int = 1) -> list[s
     for _ in range(TRIES):
         scene = Scene(Path(tempfile.mkdtemp(prefix=f"fastssl-{kind}-")), whole, moments, num_faults)
         try:
-            happened = []
+            happened: list[str] = []
             while len(happened) < num_faults and not scene.finished():
                 happened.append(KINDS[kind](scene))
+                if not scene.finished():
+                    happened[-1] += f", after step {command.steps_logged(scene.run_dir)}"
             if not scene.finished():
                 happened[-1] += f"; {scene.finish()}"
             scene.compare()

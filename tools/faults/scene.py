@@ -95,7 +95,7 @@ class Scene:
         found = re.search(r"^  continues +from step (\d+)$", log, re.MULTILINE)
         resumed = int(found[1]) if found else 0
         assert done - resumed <= MOST_AGAIN, f"{done} steps were done, and it went on from {resumed}:\n{log}"
-        return f"stopped after step {done}, went on from {resumed}"
+        return f"{done} steps done, went on from {resumed}"
 
     def compare(self) -> None:
         """AssertionError unless last checkpoint and metrics are, bit for bit, those of the whole run."""
