@@ -80,8 +80,9 @@ def refuse_job(job: Job, card_bytes: float | None) -> None:
     for stage in job.stages:
         known = KNOWN_SETS[stage.method.dataset]
         facts = Facts(known.num_classes, known.channels, job.seed)
-        if stage.do != "train":
-            continue
+        streams = stage.method.build(facts, {}).plan().streams if stage.do == "train" else ()
+        if not streams or any(s.batch_global % job.world for s in streams if not isinstance(s.order, Sequential)):
+            continue  # batches that the ranks cannot share are refused for that
         try:
             refuse_what_cannot_fit(stage, facts, job.world, job.how or default_how(torch.device("cuda")), card_bytes)
         except ConfigError as error:
