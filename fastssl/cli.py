@@ -254,7 +254,7 @@ def embed(run: Path, data: tuple[str, ...], out: Path | None, tap: str | None) -
 
 @main.command()
 @click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("--compare", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Another run, beside it.")
+@click.option("--compare", type=click.Path(path_type=Path, exists=True, file_okay=False), help="A run beside it.")
 @_data
 @click.option("--out", type=click.Path(path_type=Path), help="The page [RUN/report.html].")
 @_in_users_words
