@@ -6,6 +6,7 @@ import random
 import shutil
 import tempfile
 from pathlib import Path
+from subprocess import SubprocessError
 
 from tests.end_to_end import command
 from tools.faults.kinds import KINDS
@@ -42,7 +43,7 @@ def repetition(kind: str, whole: Path, seed: str, num_faults: int = 1) -> list[s
         except TooLate:
             shutil.rmtree(scene.folder)
             continue
-        except AssertionError as error:
+        except (AssertionError, SubprocessError) as error:
             raise AssertionError(f"{error}\n{scene.folder} is kept") from error
         shutil.rmtree(scene.folder)
         return happened

@@ -116,7 +116,6 @@ def _command_line(pid: int) -> str:
         return ""
 
 
-
 def threads(pid: int) -> list[str]:
     """The state of each of a process's threads, as one letter; none of one that is gone."""
     try:
