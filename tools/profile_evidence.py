@@ -87,7 +87,8 @@ def cpu_s_an_image(window: dict[str, Any]) -> float:
 
 def cost_of(window: dict[str, Any], bytes_read: float = 0.0) -> whatif.LoaderCost:
     serial_s = sum(stream["plan"][1] for stream in window["stages"].values()) / window["images"]
-    return whatif.LoaderCost(cpu_s_an_image(window), serial_s, bytes_read)
+    finish_s = sum(stream["finish"][1] for stream in window["stages"].values()) / window["images"]
+    return whatif.LoaderCost(cpu_s_an_image(window), serial_s, bytes_read, finish_s=finish_s)
 
 
 def rate(window: dict[str, Any]) -> float:
@@ -194,7 +195,7 @@ def disk(bench: Bench) -> None:
             bench.source.bytes_s = share * rate(free) * mean_bytes
             cost = replace(cost_of(free), bytes_read=mean_bytes)
             got = cost.cpu_s * rate(free)  # the cores it had
-            said.append(min(share * rate(free), cost.images_per_s(got)[0]))
+            said.append(cost.images_per_s(got, bench.source.bytes_s, threads=2)[0])
             true.append(rate(bench.window()))
             bench.source.bytes_s = float("inf")
         show(f"a disk of {share:.0%} of what the loader takes", said, true)

@@ -148,6 +148,7 @@ def _loader_cost(before: Before, windows: Windows) -> whatif.LoaderCost:
         bytes_read=images * before.mean_bytes,
         decode_s=total(["fetch", "decode"], before.recurring),
         cached_bytes_read=recurring * before.mean_bytes,
+        finish_s=total(["finish"], names),
     )
 
 

@@ -3,7 +3,8 @@
 The closed form: every resource alone would allow so many images a second, and the least of these is the answer.
 
     loader   cores it gets / CPU seconds an image; planning is one thread's
-    disk     bytes a second / bytes an image; and where few threads read, each can only decode or wait at a time
+    disk     bytes a second / bytes an image, idle while a batch is finished; where few threads read, each can only
+             decode or wait at a time
     step     memory traffic / bandwidth, at the share of the roofline that such GPUs reach, plus the wait for messages
 
 What is measured: the loader's CPU seconds an image by stage, and where a GPU is at hand its share of the roofline. What
@@ -37,6 +38,7 @@ class LoaderCost:
     serial_s       of one thread, during which the others wait: planning
     decode_s       the part of cpu_s that a cache of decoded images saves of the recurring streams
     bytes_read     of files
+    finish_s       the part of cpu_s after rendering, during which nothing is read
     cached_bytes_read  the part of them that such a cache saves
     """
 
@@ -45,6 +47,7 @@ class LoaderCost:
     bytes_read: float
     decode_s: float = 0.0
     cached_bytes_read: float = 0.0
+    finish_s: float = 0.0
 
     def with_cache(self, share: float) -> LoaderCost:
         """With `share` of the recurring images kept decoded."""
@@ -54,12 +57,15 @@ class LoaderCost:
             bytes_read=self.bytes_read - share * self.cached_bytes_read,
         )
 
-    def images_per_s(self, cores: float, disk_bytes_s: float = math.inf) -> tuple[float, str]:
-        """Images a second, and what binds: "loader" or "disk". `cores` may be a fraction: what threads get of them."""
+    def images_per_s(
+        self, cores: float, disk_bytes_s: float = math.inf, threads: float | None = None
+    ) -> tuple[float, str]:
+        """Images a second, and what binds: "loader" or "disk". `cores` may be a fraction: what `threads` (None: as
+        many) get of them; reading takes a thread but no core."""
         read_s = self.bytes_read / disk_bytes_s
-        prepared = 1 / (self.serial_s + (self.cpu_s - self.serial_s + read_s) / cores)
-        read = 1 / read_s if read_s else math.inf
-        return (read, "disk") if read < prepared else (prepared, "loader")
+        rendered_s = (self.cpu_s - self.serial_s - self.finish_s) / cores + read_s / (threads or cores)
+        took_s = self.serial_s + max(rendered_s, read_s) + self.finish_s / cores
+        return 1 / took_s, "disk" if read_s > rendered_s else "loader"
 
     def cores_for(self, images_per_s: float) -> int | None:
         """Cores that prepare so many; None where planning alone would not keep up."""
@@ -238,7 +244,7 @@ def around(
     """
 
     def row(name: str, cost: LoaderCost, cores: float, disk_bytes_s: float = math.inf) -> dict[str, Any]:
-        prepared, binding = cost.images_per_s(cores * efficiency, disk_bytes_s)
+        prepared, binding = cost.images_per_s(cores * efficiency, disk_bytes_s, cores)
         rate = min(prepared, step_images_per_s)
         return {
             "what": name,
