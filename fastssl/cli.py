@@ -182,6 +182,8 @@ def train(
     if dry_run:
         click.echo(describe(job))
         return
+    if missing := job.missing_inputs():
+        raise ConfigError(f"{recipe} builds on another run: give {' and '.join(missing)}")
     jobs = [replace(job, seed=seed, out=out or Path("runs") / f"{recipe}-seed{seed}") for seed in chosen]
     if submit:
         from fastssl.submit import submit as submit_to_slurm

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import fastssl.methods
 from fastssl.config import ConfigError, has_path, suggest, with_value
-from fastssl.methods.base import Span, Stage, Stages, parse_span
+from fastssl.methods.base import Ref, Span, Stage, Stages, parse_span
 
 PARSERS = {Span: parse_span, Span | None: lambda text: None if text == "none" else parse_span(text)}
 _ALIASES = {"epochs": "length", "steps": "length"}
@@ -67,6 +67,8 @@ def _stage_with(stage: Stage, key: str, text: str) -> Stage | None:
     if key in _ALIASES:
         return with_value(stage, _ALIASES[key], f"{text}{key}", PARSERS)
     first = key.partition(".")[0]
+    if key in stage.needs and stage.needs[key].stage is None:
+        return replace(stage, needs={**stage.needs, key: Ref(path=text)})
     if first in _FIXED:
         return None
     if has_path(stage.method, first):

@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 # room -> (rooms of ours, libraries) that it may import; the longest matching name rules; a room may import itself
-CONTRACT = {"fastssl.config", "fastssl.dist", "fastssl.methods.base", "loaders"}
+CONTRACT = {"fastssl.config", "fastssl.dist", "fastssl.methods.base", "fastssl.weights", "loaders"}
 PIXELS = {"loaders.plan", "loaders.store", "loaders.errors", "loaders.timing"}
 RULES: dict[str, tuple[set[str], set[str]]] = {
     "loaders.errors": (set(), set()),
@@ -34,6 +34,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "loaders.loader": ({"loaders"}, {"numpy", "torch"}),
     "loaders.__init__": ({"loaders"}, set()),
     "fastssl.config": (set(), set()),
+    "fastssl.weights": ({"fastssl.config"}, {"torch", "safetensors"}),
     "fastssl.datasets": (set(), set()),
     "fastssl.clock": (set(), set()),
     "fastssl.converting": ({"fastssl.config", "loaders"}, {"rich"}),
@@ -52,7 +53,8 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "fastssl.optim": ({"fastssl.devices"}, {"torch"}),
     "fastssl.optim.lars_triton": (set(), {"torch", "triton"}),
     "fastssl.methods": (
-        {"fastssl.nn", "fastssl.optim", "fastssl.dist", "fastssl.config", "loaders.plan", "loaders.batch"},
+        {"fastssl.nn", "fastssl.optim", "fastssl.dist", "fastssl.config", "fastssl.weights"}
+        | {"loaders.plan", "loaders.batch"},
         {"torch"},
     ),
     "fastssl.recipes": ({"fastssl.config", "fastssl.methods"}, set()),
@@ -60,7 +62,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "fastssl.engine": (
         CONTRACT
         | {"fastssl.nn.recompute", "fastssl.clock", "fastssl.record", "fastssl.evaluation", "fastssl.recipes"}
-        | {"fastssl.datasets", "fastssl.trackers"},
+        | {"fastssl.datasets", "fastssl.trackers", "fastssl.weights"},
         {"torch", "numpy"},
     ),
     "fastssl.profiling": (

@@ -100,6 +100,17 @@ class Checkpoints:
             raise CheckpointError(f"no checkpoint in {self.folder} can be read; start afresh in another --out")
         return None
 
+    def newest_whole(self, warn: Callable[[str], None]) -> Path:
+        """The folder of the newest one whose bytes are those that were written; `warn` is told of others passed over.
+        Raises CheckpointError where there is none."""
+        for step in reversed(self.steps()):
+            try:
+                verified_sha256(self.path(step))
+                return self.path(step)
+            except CheckpointError as error:
+                warn(f"{error}; passed over")
+        raise CheckpointError(f"{self.folder} holds no checkpoint that is whole")
+
     def newest(self) -> Path:
         """The newest one's folder. Raises CheckpointError where there is none."""
         steps = self.steps()

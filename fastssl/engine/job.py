@@ -53,6 +53,18 @@ class Job:
         data = "".join(f" --data {spec}" for spec in self.data if spec != "digits")
         return [f"fastssl evaluate {self.out} --protocol knn{data}", f"fastssl embed {self.out}{data}"]
 
+    def missing_inputs(self) -> list[str]:
+        """What the user must still say to give the stages their inputs."""
+        first, missing = self.stages[0], []
+        for stage in self.stages:
+            for name, ref in stage.needs.items():
+                if ref.stage is None and ref.path is None:
+                    if name != "init":
+                        missing.append(f"--set {name}=PATH")
+                    elif stage is not first or self.init_from is None:
+                        missing.append("--init-from PATH")
+        return missing
+
     def __post_init__(self) -> None:
         check_trackers(self.log_to)
         for name in {name for stage in self.stages for name in stage.evaluate}:

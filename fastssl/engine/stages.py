@@ -25,13 +25,12 @@ from fastssl.engine.checkpoint import (
     STATE,
     Checkpoints,
     read_json,
-    read_state,
     sha256_of,
     verified_sha256,
     write_atomically,
 )
 from fastssl.engine.job import Job, threads_per_rank, versions
-from fastssl.engine.run_dir import CHECKPOINTS, PRODUCED, RESULT, claim, finished
+from fastssl.engine.run_dir import CHECKPOINTS, PRODUCED, RESOLVED, RESULT, claim, finished
 from fastssl.engine.run_lock import held
 from fastssl.engine.same_everywhere import check_same_everywhere
 from fastssl.engine.signals import Agreement, StopRequest
@@ -40,8 +39,9 @@ from fastssl.engine.train import Trainer
 from fastssl.engine.watchdog import Progress, Watchdog
 from fastssl.evaluation import load_protocol
 from fastssl.evaluation.subject import Subject
-from fastssl.methods.base import Artefact, Facts, Method, Nets, Ref, Stage
+from fastssl.methods.base import Artefact, Facts, Method, Stage
 from fastssl.record import Recorder, result_lines
+from fastssl.weights import read_weights
 from loaders.loader import Bound, Loader, bind
 from loaders.store import staging
 from loaders.store.data import LABELLED, VALIDATION, DataSets, open_data, search_folders
@@ -96,7 +96,7 @@ def _all_stages(
     results: dict[str, dict[str, Any]] = {}
     for stage in job.stages:
         folder = job.folder(stage)
-        inputs = {name: _input(ref, artefacts) for name, ref in stage.needs.items()}
+        inputs = _inputs(stage, artefacts)
         results[stage.name] = _StageRun(job, stage, folder, data, inputs, device, threads, stop).finish()
         if any(ref.stage == stage.name for later in job.stages for ref in later.needs.values()):
             artefacts[stage.name] = _made(stage, folder)
@@ -110,7 +110,7 @@ def _replayed(job: Job, data: DataSets, device: torch.device, threads: int) -> d
     (stage,) = (stage for stage in job.stages if stage.name == name)
     earlier = {ref.stage for ref in stage.needs.values() if ref.stage is not None}
     artefacts = {each.name: _made(each, job.folder(each)) for each in job.stages if each.name in earlier}
-    inputs = {key: _input(ref, artefacts) for key, ref in stage.needs.items()}
+    inputs = _inputs(stage, artefacts)
     return _StageRun(job, stage, job.folder(stage), data, inputs, device, threads, StopRequest()).replay()
 
 
@@ -187,7 +187,7 @@ class _StageRun:
         if (state := checkpoints.load_newest(damaged.append)) is not None:
             trainer.load_state(state)
         elif self.job.init_from is not None and self.stage is self.job.stages[0]:
-            _load_weights(trainer.nets, self.job.init_from, damaged.append)
+            self.method.start_from(trainer.nets, read_weights(weights_file(self.job.init_from, damaged.append)))
 
         clock, evaluations = Clock(), []
 
@@ -234,7 +234,7 @@ class _StageRun:
         with self._loader() as loader:
             trainer = self._trainer(loader, "eager")
             if not replay.restored(trainer, dump["step"]) and self.job.init_from is not None:
-                _load_weights(trainer.nets, self.job.init_from, print)
+                self.method.start_from(trainer.nets, read_weights(weights_file(self.job.init_from, print)))
             return replay.replay(trainer, dump)
 
     def _replaced(self, loader: Loader) -> dict[str, dict[str, int]]:
@@ -312,14 +312,32 @@ class _StageRun:
         )
 
 
-def _input(ref: Ref, artefacts: Mapping[str, Artefact]) -> Artefact:
-    if ref.stage is not None:
-        return artefacts[ref.stage]
-    assert ref.path is not None
-    path = Path(ref.path)
-    if not path.is_file():
-        raise ConfigError(f"the recipe needs {path}, which is not there")
-    return Artefact(path, sha256_of(path))
+def _inputs(stage: Stage, artefacts: Mapping[str, Artefact]) -> dict[str, Artefact]:
+    """What `stage` needs, by name; but for weights to start from that `--init-from` gives."""
+    found = {}
+    for name, ref in stage.needs.items():
+        if ref.stage is not None:
+            found[name] = artefacts[ref.stage]
+        elif ref.path is not None:
+            path = weights_file(Path(ref.path), print)
+            found[name] = Artefact(path, sha256_of(path))
+    return found
+
+
+def weights_file(source: Path, warn: Callable[[str], None]) -> Path:
+    """The file in which a run, a checkpoint or a file itself holds its networks. `warn` is told of damaged checkpoints
+    that are passed over. Raises FastsslError where there is none."""
+    if not source.is_dir():
+        if not source.exists():
+            raise ConfigError(f"{source} is not there")
+        return source
+    if (source / STATE).exists():
+        verified_sha256(source)
+        return source / STATE
+    folder = source / CHECKPOINTS
+    if not folder.is_dir() and (source / RESOLVED).exists():  # a run of several stages: its last one
+        folder = source / read_json(source / RESOLVED)["stages"][-1]["name"] / CHECKPOINTS
+    return Checkpoints(folder).newest_whole(warn) / STATE
 
 
 def _made(stage: Stage, folder: Path) -> Artefact:
@@ -328,23 +346,3 @@ def _made(stage: Stage, folder: Path) -> Artefact:
         return Artefact(folder / PRODUCED, sha256_of(folder / PRODUCED))
     newest = Checkpoints(folder / CHECKPOINTS).newest()
     return Artefact(newest / STATE, verified_sha256(newest))
-
-
-def _load_weights(nets: Nets, source: Path, warn: Callable[[str], None]) -> None:
-    """Weights alone, from a run directory, a checkpoint or its state file, into `online`, every key of which must fit.
-    A target is an average of `online`, so it starts from the other run's, or where that had none stays as it is."""
-    if Checkpoints(source / CHECKPOINTS).steps():
-        state = Checkpoints(source / CHECKPOINTS).load_newest(warn)
-    else:
-        state = read_state(source / STATE if source.is_dir() else source)
-    assert state is not None
-    theirs, own = state["nets"]["online"], nets.online.state_dict()
-    wrong = [k for k in sorted(theirs.keys() | own.keys()) if k not in theirs or k not in own]
-    wrong += [k for k in sorted(theirs.keys() & own.keys()) if theirs[k].shape != own[k].shape]
-    if wrong:
-        raise ConfigError(
-            f"--init-from {source}: {len(wrong)} tensors do not fit, the first {wrong[0]}; nothing loaded"
-        )
-    nets.online.load_state_dict(theirs)
-    if nets.target is not None and "target" in state["nets"]:
-        nets.target.load_state_dict(state["nets"]["target"])

@@ -77,6 +77,7 @@ class Trainer:
         """Tensors and plain types: all that a later process needs to continue bitwise."""
         return {
             "step": self.step,
+            "about": self.method.about(),
             "nets": {name: module.state_dict() for name, module in self.nets.saved().items()},
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastssl.config import ConfigError
+from fastssl.config import ConfigError, to_plain
+from fastssl.weights import Weights, read_weights
 from loaders.batch import Batch
 from loaders.plan.plan import Plan
 from loaders.plan.views import View, parse_subset
@@ -101,6 +102,10 @@ class Artefact:
         """The stored tensors and plain values, on the CPU."""
         return torch.load(self.path, map_location="cpu", weights_only=True)
 
+    def weights(self) -> Weights:
+        """The networks in it, on the CPU. Raises WeightsError where it holds none."""
+        return read_weights(self.path)
+
 
 @dataclass
 class Nets:
@@ -166,9 +171,24 @@ class Method(ABC):
     def nets(self) -> Nets:
         """Freshly initialised modules on the CPU, whatever the inputs."""
 
-    def load_inputs(self, nets: Nets) -> None:  # noqa: B027
+    def about(self) -> dict[str, Any]:
+        """What stands beside the networks wherever they are stored: plain values, how to build and how to feed them."""
+        return {"method": type(self).__name__, "config": to_plain(self.config), "facts": to_plain(self.facts)}
+
+    def load_inputs(self, nets: Nets) -> None:
         """Put what `inputs` hold (weights to start from, a teacher's) into fresh `nets`, before any checkpoint of this
-        stage is loaded over them. `nets` itself must work without inputs: runs are opened again without."""
+        stage is loaded over them. `nets` itself must work without inputs: runs are opened again without. Here: the
+        input called "init"."""
+        if "init" in self.inputs:
+            self.start_from(nets, self.inputs["init"].weights())
+
+    def start_from(self, nets: Nets, weights: Weights) -> None:
+        """Put another run's weights into fresh `nets`: `--init-from`. Raises WeightsError where they do not fit, with
+        nothing loaded. Here: every tensor of `online` must fit. A target is an average of `online`, so it starts from
+        the other run's, or where that had none stays as it is."""
+        weights.load_whole(nets.online, "online")
+        if nets.target is not None and "target" in weights.nets:
+            weights.load_whole(nets.target, "target")
 
     @abstractmethod
     def optimizer(self, nets: Nets) -> Optimizer:
@@ -201,7 +221,8 @@ class Method(ABC):
 
 @dataclass(frozen=True)
 class Ref:
-    """Where an input comes from: an earlier stage of this run by name, or a path."""
+    """Where an input comes from: an earlier stage of this run by name, or a path (of a run, a checkpoint or a file).
+    With neither, the user must say: `--init-from PATH` for "init", `--set NAME=PATH` for others."""
 
     stage: str | None = None
     path: str | None = None

@@ -5,11 +5,15 @@ weights. All that have `base_width` become small ones below 64: `ResNet(10, stem
 images on one CPU core.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from fastssl.nn.global_batch_norm import GlobalBatchNorm
 from fastssl.nn.initialisers import haiku_default, variance_scaling
 from fastssl.nn.resnet import BottleneckDepth, Depth, ResNetTrunk, ResNetV2Trunk, resnet, sknext
-from fastssl.nn.stem import Stem, same_max_pool
+from fastssl.nn.resnet_v2 import S4L_NORM
+from fastssl.nn.stem import Norm, Stem, same_max_pool
 from fastssl.nn.wide_resnet import WideResNetTrunk, wide_resnet
 
 Trunk = ResNetTrunk | ResNetV2Trunk | WideResNetTrunk
@@ -24,9 +28,11 @@ class ResNet:
     stem: Stem = "imagenet"
     base_width: int = 64
 
-    def build(self, in_channels: int = 3) -> Trunk:
+    def build(self, in_channels: int = 3, norm: Norm = GlobalBatchNorm) -> Trunk:
         """[N, in_channels, H, W] -> [N, num_features], an attribute of the module."""
-        return resnet(self.depth, self.width, stem=self.stem, in_channels=in_channels, base_width=self.base_width)
+        return resnet(
+            self.depth, self.width, stem=self.stem, in_channels=in_channels, base_width=self.base_width, norm=norm
+        )
 
 
 @dataclass(frozen=True)
@@ -39,12 +45,12 @@ class SimclrResNet:
     stem: Stem = "imagenet"
     base_width: int = 64
 
-    def build(self, in_channels: int = 3) -> Trunk:
+    def build(self, in_channels: int = 3, norm: Norm = GlobalBatchNorm) -> Trunk:
         """[N, in_channels, H, W] -> [N, num_features], an attribute of the module."""
         return resnet(
             self.depth, self.width, self.selective_kernel, stem=self.stem, in_channels=in_channels,
             base_width=self.base_width, max_pool=same_max_pool, every_group_projects=True, zero_gamma=True,
-            init=variance_scaling,
+            init=variance_scaling, norm=norm,
         )  # fmt: skip
 
 
@@ -58,14 +64,14 @@ class ByolResNet:
     stem: Stem = "imagenet"
     base_width: int = 64
 
-    def build(self, in_channels: int = 3) -> Trunk:
+    def build(self, in_channels: int = 3, norm: Norm = GlobalBatchNorm) -> Trunk:
         """[N, in_channels, H, W] -> [N, num_features], an attribute of the module."""
         network = sknext if self.selective_kernel else resnet
         return network(
             self.depth, self.width, stem=self.stem, in_channels=in_channels, base_width=self.base_width,
             max_pool=same_max_pool, every_group_projects=True,
             zero_gamma=self.depth >= 50,  # not in Haiku's blocks without bottleneck
-            init=haiku_default,
+            init=haiku_default, norm=norm,
         )  # fmt: skip
 
 
@@ -78,11 +84,11 @@ class S4lResNet:
     stem: Stem = "imagenet"
     base_width: int = 64
 
-    def build(self, in_channels: int = 3) -> Trunk:
+    def build(self, in_channels: int = 3, norm: Norm = S4L_NORM) -> Trunk:
         """[N, in_channels, H, W] -> [N, num_features], an attribute of the module."""
         return resnet(
             self.depth, self.width, preactivation=True, stem=self.stem, in_channels=in_channels,
-            base_width=self.base_width,
+            base_width=self.base_width, norm=norm,
         )  # fmt: skip
 
 
@@ -93,9 +99,19 @@ class WideResNet:
     depth: int = 28
     widen: int = 2
 
-    def build(self, in_channels: int = 3) -> Trunk:
+    def build(self, in_channels: int = 3, norm: Norm = GlobalBatchNorm) -> Trunk:
         """[N, in_channels, H, W] -> [N, num_features], an attribute of the module."""
-        return wide_resnet(self.depth, self.widen, in_channels)
+        return wide_resnet(self.depth, self.widen, in_channels, norm)
 
 
 Encoder = ResNet | SimclrResNet | ByolResNet | S4lResNet | WideResNet
+
+
+def encoder_of(plain: Mapping[str, Any]) -> Encoder:
+    """The encoder that `fastssl.config.to_plain` wrote down. Raises ValueError where it is none of these."""
+    kinds = {kind.__name__: kind for kind in (ResNet, SimclrResNet, ByolResNet, S4lResNet, WideResNet)}
+    settings = dict(plain)
+    kind = kinds.get(settings.pop("type", ""))
+    if kind is None:
+        raise ValueError(f"no encoder {plain.get('type')!r}; there are {', '.join(kinds)}")
+    return kind(**settings)
