@@ -19,7 +19,7 @@ operators allow or, where `_on_kernels`, as `batch_norm_triton` needs.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,8 @@ from fastssl.devices import runs_triton
 
 if TYPE_CHECKING:
     from fastssl.nn.batch_norm_triton import Mask
+
+BatchNormMode = Literal["train", "local", "frozen"]
 
 
 class GlobalBatchNorm(_BatchNorm):
@@ -56,6 +58,7 @@ class GlobalBatchNorm(_BatchNorm):
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1, affine: bool = True) -> None:
         super().__init__(num_features, eps, momentum, affine)
         self.update_running_stats = True  # `frozen_running_stats` turns it off for a while
+        self.mode: BatchNormMode = "train"  # `set_batch_norm_mode` changes it
 
     def forward(self, input: Tensor) -> Tensor:
         return self.lockstep([input])[0]
@@ -74,7 +77,7 @@ class GlobalBatchNorm(_BatchNorm):
         for x, residual in zip(xs, residuals or (), strict=residuals is not None):
             if (residual.shape, residual.dtype) != (x.shape, x.dtype):
                 raise ValueError(f"{residual.dtype} {residual.shape} added to the norm of {x.dtype} {x.shape}")
-        if self.training and (dist.world_size() > 1 or torch.compiler.is_compiling() or _on_kernels(*xs)):
+        if self._by_batch and (self._num_ranks > 1 or torch.compiler.is_compiling() or _on_kernels(*xs)):
             return self._fused(xs, residuals or (), relu)
         ys = [self._by_torch(x) for x in xs]
         return [_finish(y, residual, relu) for y, residual in zip(ys, residuals or len(ys) * [None], strict=True)]
@@ -82,24 +85,34 @@ class GlobalBatchNorm(_BatchNorm):
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() not in (2, 4) or input.shape[1] != self.num_features:
             raise ValueError(f"expected [N, {self.num_features}] or [N, {self.num_features}, H, W], got {input.shape}")
-        if self.training and input.numel() == 0:
+        if self._by_batch and input.numel() == 0:
             raise ValueError("empty batch on this rank: batch norm needs at least one row on every rank")
-        if self.training and input.numel() == self.num_features and dist.world_size() == 1:
+        if self._by_batch and input.numel() == self.num_features and self._num_ranks == 1:
             raise ValueError("batch norm needs more than one row to have a variance")
 
+    @property
+    def _by_batch(self) -> bool:
+        """Whether the batch's statistics count now, and not the running ones."""
+        return self.training and self.mode != "frozen"
+
+    @property
+    def _num_ranks(self) -> int:
+        """Whose rows make the batch."""
+        return 1 if self.mode == "local" else dist.world_size()
+
     def _by_torch(self, x: Tensor) -> Tensor:
-        if self.training and self.update_running_stats:
+        if self._by_batch and self.update_running_stats:
             self.num_batches_tracked.add_(1)
-        unread = self.training and not self.update_running_stats
+        unread = self._by_batch and not self.update_running_stats
         running_mean_C, running_var_C = (None, None) if unread else (self.running_mean, self.running_var)
         return F.batch_norm(
-            x, running_mean_C, running_var_C, self.weight, self.bias, self.training, self.momentum, self.eps
+            x, running_mean_C, running_var_C, self.weight, self.bias, self._by_batch, self.momentum, self.eps
         )
 
     def _fused(self, xs: Sequence[Tensor], residuals: Sequence[Tensor], relu: bool) -> list[Tensor]:
         weight_C = self.weight if self.affine else torch.ones_like(self.running_mean)
         bias_C = self.bias if self.affine else torch.zeros_like(self.running_mean)
-        group_name = dist.statistics_group().group_name if dist.world_size() > 1 else None
+        group_name = dist.statistics_group().group_name if self._num_ranks > 1 else None
         # Dynamo takes no Function that has a jvp, and needs none.
         function = _Fused if torch.compiler.is_compiling() else _FusedForwardMode
         *ys, statistics = function.apply(self.eps, relu, group_name, len(xs), weight_C, bias_C, *xs, *residuals)
@@ -165,6 +178,28 @@ def frozen_running_stats(module: nn.Module) -> Iterator[None]:
     finally:
         for layer, value in zip(layers, before, strict=True):
             layer.update_running_stats = value
+
+
+def set_batch_norm_mode(module: nn.Module, mode: BatchNormMode) -> None:
+    """What the batch norms within `module` normalise by in training mode; weights and biases are trained in each.
+
+    - ``"train"``: the statistics of all ranks' rows, as always;
+    - ``"local"``: of this rank's rows alone, as networks that nobody synchronised. Results depend on the number of
+      ranks, and running statistics differ between ranks until `average_running_stats`;
+    - ``"frozen"``: the running statistics, which stay as they are.
+    """
+    for layer in module.modules():
+        if isinstance(layer, GlobalBatchNorm):
+            layer.mode = mode
+
+
+@torch.no_grad()
+def average_running_stats(module: nn.Module) -> None:
+    """Give all ranks the mean of their running statistics, in one message; every rank must call it."""
+    layers = [layer for layer in module.modules() if isinstance(layer, GlobalBatchNorm)]
+    running = [buffer for layer in layers for buffer in (layer.running_mean, layer.running_var)]
+    mean = dist.mean_over_ranks(torch.cat(running))
+    torch._foreach_copy_(running, mean.split([len(buffer) for buffer in running]))
 
 
 class _Statistics(NamedTuple):
