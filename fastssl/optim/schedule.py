@@ -1,6 +1,7 @@
 """Learning rates as pure functions of the step."""
 
 import math
+from collections.abc import Sequence
 
 
 def warmup_cosine(step: int, *, start: float, peak: float, final: float, warmup_steps: int, total_steps: int) -> float:
@@ -19,3 +20,11 @@ def warmup_cosine(step: int, *, start: float, peak: float, final: float, warmup_
         return final
     progress = (step - warmup_steps) / (total_steps - warmup_steps)
     return final + (peak - final) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def warmup_stairs(step: int, *, peak: float, factor: float, at_steps: Sequence[int], warmup_steps: int) -> float:
+    """A straight line from 0 to `peak` over `warmup_steps`, then `peak` times `factor` for each of `at_steps` that has
+    been reached."""
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    return peak * factor ** sum(step >= at for at in at_steps)
