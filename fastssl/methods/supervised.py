@@ -1,20 +1,27 @@
-"""Plain supervised training on the labelled images alone: the baseline that every other method must beat.
+"""Training a classifier on labelled images alone: the plain baseline, and the fine-tuning of what others pre-trained.
 
-Command    fastssl train supervised.digits
+Commands   fastssl train supervised.rn50_100pct --data PATH --gpus 8
+           fastssl train supervised.paws_rn50_finetune_10pct --init-from RUN --data PATH --gpus 8
+Published  ResNet-50: 76.6 % from scratch (SimCLRv2, arXiv 2006.10029); fine-tuned with 1 / 10 % of the labels, PAWS
+           66.5 / 75.5 % (2104.13963), SimCLRv2 57.9 / 68.4 %, SemPPL 68.5 / 76.0 % (2301.05158)
 
-Cross-entropy with label smoothing, SGD with Nesterov momentum, warm-up and cosine decay.
+Cross-entropy; SGD with Nesterov momentum, or LARS. Fine-tuning keeps the pre-trained trunk and, where `head` says so,
+the first layer of its projection head; the classifier above starts at zero. The whole network is trained.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import SGD
+from torch.optim import SGD, Optimizer
 
-from fastssl.config import ConfigError
+from fastssl import dist
+from fastssl.config import ConfigError, to_plain
 from fastssl.methods import paws
 from fastssl.methods.base import (
     Artefact,
@@ -24,6 +31,7 @@ from fastssl.methods.base import (
     Horizon,
     Method,
     Nets,
+    Ref,
     Span,
     Stage,
     Stages,
@@ -31,22 +39,75 @@ from fastssl.methods.base import (
     autocast,
     in_full,
 )
-from fastssl.nn.encoders import Encoder, ResNet
-from fastssl.optim.schedule import warmup_cosine
+from fastssl.nn.encoders import ByolResNet, Encoder, ResNet, SimclrResNet
+from fastssl.nn.global_batch_norm import (
+    BatchNormMode,
+    GlobalBatchNorm,
+    LockstepSequential,
+    average_running_stats,
+    set_batch_norm_mode,
+)
+from fastssl.optim.lars import Lars
+from fastssl.optim.schedule import warmup_cosine, warmup_stairs
+from fastssl.weights import Weights, WeightsError, load_whole
 from loaders.batch import Batch
+from loaders.plan.ops import Flip
 from loaders.plan.plan import Plan
-from loaders.plan.views import Shuffled, Stream, View, parse_subset
+from loaders.plan.views import (
+    IMAGENET,
+    UNIT,
+    Centre,
+    ClampedRrc,
+    DistortedBox,
+    Filter,
+    Rrc,
+    Shuffled,
+    Stream,
+    View,
+    parse_subset,
+)
+
+# What fine-tuning shows of ImageNet.
+_RANDOM_CROP = View("labelled", 224, Rrc((0.08, 1.0)), (Flip(),), IMAGENET)
+_CENTRE = View("eval", 224, Centre(resize=256), pixels=IMAGENET)
+
+
+@dataclass(frozen=True)
+class FirstLayer:
+    """The first layer of a projection head, kept below the classifier: linear, batch norm, ReLU. As wide as the
+    pre-training method made it."""
+
+    features: int
+    bias: bool
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """The rate falls along half a cosine to 0."""
+
+
+@dataclass(frozen=True)
+class StepDecay:
+    """The rate is multiplied by `factor` after each of `at`, counted from the start."""
+
+    at: tuple[Span, ...]
+    factor: float
 
 
 @dataclass(frozen=True)
 class SupervisedConfig(Config):
-    """Settings of the baseline; an epoch is a pass over the labelled images."""
+    """Settings of a classifier's training; an epoch is a pass over the labelled images."""
 
     view: View = paws.GLOBAL_VIEW
     encoder: Encoder = ResNet(50)
+    head: FirstLayer | None = None
+    batch_norm: BatchNormMode = "train"  # "local" is the one mode in which the number of ranks changes the results
     batch_global: int = 256
+    optimizer: Literal["sgd", "lars"] = "sgd"  # LARS in SimCLR's form, which adapts all but the classifier
     lr_peak: float = 0.1
+    lr_head: float | None = None  # the classifier's; None: lr_peak
     warmup: Span = Epochs(5)
+    schedule: Cosine | StepDecay = Cosine()
     momentum: float = 0.9
     weight_decay: float = 5e-4  # on kernels only
     label_smoothing: float = 0.1
@@ -56,16 +117,24 @@ class SupervisedConfig(Config):
 
 
 class Classifier(nn.Module):
-    """Trunk and linear classifier."""
+    """Trunk, the first projection layer where it is kept, and linear classifier."""
 
     def __init__(self, config: SupervisedConfig, facts: Facts):
         super().__init__()
         self.trunk = config.encoder.build(facts.channels)
-        self.fc = nn.Linear(self.trunk.num_features, facts.num_classes)
+        features = self.trunk.num_features
+        self.first = LockstepSequential()
+        if config.head is not None:
+            self.first.add_module("fc1", nn.Linear(features, config.head.features, config.head.bias))
+            self.first.add_module("bn1", GlobalBatchNorm(config.head.features))
+            self.first.add_module("relu1", nn.ReLU(inplace=True))
+            features = config.head.features
+        self.fc = nn.Linear(features, facts.num_classes)
+        set_batch_norm_mode(self, config.batch_norm)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [N, C, H, W] -> logits [N, num_classes]."""
-        return self.fc(self.trunk(x))
+        return self.fc(self.first(self.trunk(x)))
 
 
 class Supervised(Method):
@@ -87,31 +156,75 @@ class Supervised(Method):
     def nets(self) -> Nets:
         return Nets(Classifier(self.config, self.facts))
 
-    def optimizer(self, nets: Nets) -> SGD:
-        c = self.config
-        parameters = list(nets.online.parameters())
+    def start_from(self, nets: Nets, weights: Weights) -> None:
+        """From a pre-training run: its trunk and, for `head`, the first layer of its projection head; the classifier
+        becomes zero. From a classifier without projection head: all of it. Raises WeightsError, which says what to set,
+        where that does not fit; then nothing is loaded."""
+        net = nets.online
+        assert isinstance(net, Classifier)
+        check_same_input(weights, self.config.eval_view)
+        _check_encoder(weights, self.config.encoder)
+        projection = weights.part("projection")
+        if projection:
+            kept = ("fc1.", "bn1.") if self.config.head else ()
+            first = {name: tensor for name, tensor in projection.items() if name.startswith(kept)}
+        else:
+            first = weights.part("first")
+        _check_first_layer(weights, first, self.config.head)
+        classifier = {} if projection else weights.part("fc")  # beside a projection head it is a probe
+        if not classifier:
+            classifier = {name: torch.zeros_like(tensor) for name, tensor in net.fc.state_dict().items()}
+        if len(classifier["bias"]) != self.facts.num_classes:
+            raise WeightsError(
+                f"{weights.source} tells {len(classifier['bias'])} classes apart, the labelled data has "
+                f"{self.facts.num_classes}; nothing loaded"
+            )
+        parts = {"trunk": weights.part("trunk"), "first": first, "fc": classifier}
+        whole = {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+        load_whole(net, whole, weights.source)
+
+    def optimizer(self, nets: Nets) -> Optimizer:
+        """Four groups: kernels and the rest, of the encoder and of the classifier."""
+        c, net = self.config, nets.online
+        assert isinstance(net, Classifier)
+        encoder = [*net.trunk.parameters(), *net.first.parameters()]
         groups = [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": c.weight_decay},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+            {
+                "params": [p for p in parameters if (p.ndim > 1) == kernels],
+                "weight_decay": c.weight_decay if kernels else 0.0,
+                "lars_exclude": not kernels or parameters is not encoder,
+            }
+            for parameters in (encoder, list(net.fc.parameters()))
+            for kernels in (True, False)
         ]
+        if c.optimizer == "lars":
+            return Lars(groups, lr=c.lr_peak, momentum=c.momentum, form="simclr")
         return SGD(groups, lr=c.lr_peak, momentum=c.momentum, nesterov=True)
 
     def rates(self, step: int, horizon: Horizon) -> tuple[float, ...]:
-        rate = warmup_cosine(
-            step,
-            start=0.0,
-            peak=self.config.lr_peak,
-            final=0.0,
-            warmup_steps=horizon.steps(self.config.warmup),
-            total_steps=horizon.total_steps,
+        c = self.config
+        encoder = self._rate(c.lr_peak, step, horizon)
+        classifier = encoder if c.lr_head is None else self._rate(c.lr_head, step, horizon)
+        return encoder, encoder, classifier, classifier
+
+    def _rate(self, peak: float, step: int, horizon: Horizon) -> float:
+        schedule, warmup_steps = self.config.schedule, horizon.steps(self.config.warmup)
+        if isinstance(schedule, StepDecay):
+            at_steps = [span.steps(horizon.steps_per_epoch) for span in schedule.at]
+            return warmup_stairs(step, peak=peak, factor=schedule.factor, at_steps=at_steps, warmup_steps=warmup_steps)
+        return warmup_cosine(
+            step, start=0.0, peak=peak, final=0.0, warmup_steps=warmup_steps, total_steps=horizon.total_steps
         )
-        return rate, rate
 
     def loss(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:
         part, c = batch.parts["labelled"], self.config
         with autocast(batch.step.device, c.precision):
             logits = in_full(nets.online(part.x[c.view.name]))
         return {"total": F.cross_entropy(logits, part.labels, label_smoothing=c.label_smoothing)}
+
+    def after_step(self, nets: Nets, step: int, horizon: Horizon) -> None:
+        if self.config.batch_norm == "local" and dist.world_size() > 1:  # what is saved and evaluated must be of all
+            average_running_stats(nets.online)
 
     def embed(self, nets: Nets, x: Tensor, tap: str) -> Tensor:
         net = nets.online
@@ -120,25 +233,245 @@ class Supervised(Method):
             return in_full(net.trunk(x) if tap == "backbone" else net(x))
 
 
+# ------------------------------------------------------------------------------------------------ what does not fit
+
+
+def check_same_input(weights: Weights, view: View) -> None:
+    """Raise WeightsError where the networks were trained on pixels that were normalised otherwise than `view`'s."""
+    theirs, ours = _told(weights, "config", "eval_view", "pixels"), to_plain(view.pixels)
+    if theirs is not None and theirs != ours:
+        wanted = " ".join(
+            f"--set {setting}.pixels.{name}={','.join(map(str, theirs[name]))}"
+            for setting in ("view", "eval_view")
+            for name in ("mean", "std")
+        )
+        raise WeightsError(
+            f"{weights.source} was trained on pixels of mean {theirs['mean']} and std {theirs['std']}, this recipe has "
+            f"mean {ours['mean']} and std {ours['std']}: {wanted} would do as they did; nothing loaded"
+        )
+
+
+def _check_encoder(weights: Weights, encoder: Encoder) -> None:
+    """Also where all shapes agree: encoders of two names differ in what they pad."""
+    theirs, ours = _told(weights, "config", "encoder"), to_plain(encoder)
+    if theirs is None or theirs == ours:
+        return
+    says = f"{weights.source} has another encoder"
+    if theirs["type"] != ours["type"]:
+        raise WeightsError(f"{says}, {theirs['type']}, where this recipe has {ours['type']}; nothing loaded")
+    settings = " ".join(f"--set encoder.{name}={value}" for name, value in theirs.items() if value != ours.get(name))
+    raise WeightsError(f"{says}: {settings} would take it; nothing loaded")
+
+
+def _check_first_layer(weights: Weights, first: Mapping[str, Tensor], head: FirstLayer | None) -> None:
+    if head is None:
+        if first:
+            raise WeightsError(
+                f"{weights.source} classifies what a first projection layer makes, which this recipe has none of "
+                "(head); nothing loaded"
+            )
+        return
+    if "fc1.weight" not in first:
+        parts = sorted({name.partition(".")[0] for name in weights.nets["online"]})
+        raise WeightsError(
+            f"{weights.source} has no first projection layer to start from, but {', '.join(parts)}: --set head=none "
+            "starts from the trunk; nothing loaded"
+        )
+    features, bias = len(first["fc1.weight"]), "fc1.bias" in first
+    if (features, bias) != (head.features, head.bias):
+        raise WeightsError(
+            f"{weights.source} has another first projection layer: --set head.features={features} "
+            f"--set head.bias={bias} would take it; nothing loaded"
+        )
+
+
+def _told(weights: Weights, *path: str) -> Any:
+    """What the weights' makers said of them at `path`; None where they did not."""
+    value: Any = weights.about
+    for name in path:
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
 # ---------------------------------------------------------------------------------------------------------- recipes
 
 
 def digits() -> Stages:
     """The network, labels and crops of paws.digits, trained on the hundred labelled digits alone."""
-    return _beside(paws.digits(), batch_global=100, lr_peak=0.1, length=Epochs(400))
+    return (_stage(_beside(paws.digits(), batch_global=100, lr_peak=0.1), Epochs(400)),)
 
 
 def cifar10_small() -> Stages:
     """The network, labels and crops of paws.cifar10_small, trained on the 4,000 labelled images alone."""
-    return _beside(paws.cifar10_small(), batch_global=128, lr_peak=0.2, length=Epochs(2000))
+    return (_stage(_beside(paws.cifar10_small(), batch_global=128, lr_peak=0.2), Epochs(2000)),)
 
 
-def _beside(stages: Stages, batch_global: int, lr_peak: float, length: Epochs) -> Stages:
-    """The baseline of a PAWS recipe: everything that is not the method is the same."""
+def cifar10_finetune() -> Stages:
+    """A run of paws.cifar10_small, fine-tuned on its 4,000 labelled images from the first projection layer."""
+    method = replace(
+        _beside(paws.cifar10_small(), batch_global=128, lr_peak=0.05),
+        head=FirstLayer(128, bias=True),
+        warmup=Epochs(0),
+        label_smoothing=0.0,
+    )
+    return (finetune(method, Epochs(40)),)
+
+
+def rn50_100pct() -> Stages:
+    """ImageNet, ResNet-50 from scratch, 90 epochs; rates as SimCLR's authors gave them. SimCLRv2's: 76.6 %."""
+    return _imagenet_baseline("all", epochs=90)
+
+
+def rn50_10pct() -> Stages:
+    """As rn50_100pct with 10 % of the labels, as long as S4L trained its own (v2, other labels: 56.4 %)."""
+    return _imagenet_baseline("simclr-10", epochs=200, weight_decay=1e-3)
+
+
+def rn50_1pct() -> Stages:
+    """As rn50_100pct with 1 % of the labels, as long as S4L trained its own (v2, other labels: 25.1 %)."""
+    return _imagenet_baseline("simclr-1", epochs=1000, weight_decay=1e-2, lr_peak=0.01)
+
+
+def paws_rn50_finetune_10pct() -> Stages:
+    """PAWS's ResNet-50 (paws.rn50_*) with 10 % of the labels. Paper: 73.9 / 75.0 / 75.5 % after 100 / 200 / 300
+    epochs."""
+    return (finetune(paws_finetune("simclr-10"), Epochs(50)),)
+
+
+def paws_rn50_finetune_1pct() -> Stages:
+    """PAWS's ResNet-50 (paws.rn50_*_1pct) with 1 % of the labels. Paper: 63.8 / 66.1 / 66.5 % after 100 / 200 / 300
+    epochs."""
+    return (finetune(paws_finetune("simclr-1"), Epochs(50)),)
+
+
+def paws_rn50w2_finetune_10pct() -> Stages:
+    """As paws_rn50_finetune_10pct, twice as wide, after 200 epochs. Paper: 77.8 %."""
+    return (finetune(paws_finetune("simclr-10", width=2), Epochs(50)),)
+
+
+def paws_rn50w2_finetune_1pct() -> Stages:
+    """As paws_rn50_finetune_1pct, twice as wide, after 200 epochs. Paper: 69.6 %."""
+    return (finetune(paws_finetune("simclr-1", width=2), Epochs(50)),)
+
+
+def simclrv2_rn50_finetune_100pct() -> Stages:
+    """SimCLRv2's ResNet-50 with all labels, from the trunk. Paper: 76.3 %."""
+    return (finetune(simclrv2_finetune(SimclrResNet(50), "all"), Epochs(30)),)
+
+
+def simclrv2_rn50_finetune_10pct() -> Stages:
+    """SimCLRv2's ResNet-50 with 10 % of the labels. Paper: 68.4 %."""
+    return (finetune(simclrv2_finetune(SimclrResNet(50), "simclr-10"), Epochs(30)),)
+
+
+def simclrv2_rn50_finetune_1pct() -> Stages:
+    """SimCLRv2's ResNet-50 with 1 % of the labels. Paper: 57.9 %."""
+    return (finetune(simclrv2_finetune(SimclrResNet(50), "simclr-1"), Epochs(60)),)
+
+
+def simclrv2_rn152w3sk_finetune_10pct() -> Stages:
+    """SimCLRv2's largest, ResNet-152, 3 x wide, selective kernels, with 10 % of the labels. Paper: 80.1 %."""
+    return (finetune(simclrv2_finetune(SimclrResNet(152, 3, selective_kernel=True), "simclr-10"), Epochs(30)),)
+
+
+def simclrv2_rn152w3sk_finetune_1pct() -> Stages:
+    """As simclrv2_rn152w3sk_finetune_10pct with 1 % of the labels. Paper: 74.9 %."""
+    return (finetune(simclrv2_finetune(SimclrResNet(152, 3, selective_kernel=True), "simclr-1"), Epochs(60)),)
+
+
+def semppl_rn50_finetune_10pct() -> Stages:
+    """SemPPL's ResNet-50 with 10 % of the labels. Paper: 76.0 %."""
+    return (finetune(semppl_finetune("simclr-10"), Epochs(30)),)
+
+
+def semppl_rn50_finetune_1pct() -> Stages:
+    """SemPPL's ResNet-50 with 1 % of the labels. Paper: 68.5 %."""
+    return (finetune(semppl_finetune("simclr-1"), Epochs(30)),)
+
+
+def finetune(method: SupervisedConfig, length: Epochs, init: Ref | None = None) -> Stage:
+    """Train `method` from the weights `init`: by default those that `--init-from` names."""
+    return replace(_stage(method, length), name="finetune", needs={"init": init or Ref()})
+
+
+def paws_finetune(labels: str, width: int = 1) -> SupervisedConfig:
+    """The one setting in the authors' code; the paper chose among rates of .01 to .2 and 30 or 50 epochs, on 12
+    held-out training images a class."""
+    return SupervisedConfig(
+        dataset="imagenet",
+        eval_view=_CENTRE,
+        labels=labels,
+        view=_RANDOM_CROP,
+        encoder=ResNet(50, width),
+        head=FirstLayer(2048 * width, bias=True),
+        batch_norm="local",  # on four GPUs of 256 images each
+        batch_global=1024,
+        lr_peak=0.02,
+        warmup=Epochs(0),
+        weight_decay=0.0,
+        label_smoothing=0.0,
+    )
+
+
+def simclrv2_finetune(encoder: SimclrResNet, labels: str) -> SupervisedConfig:
+    """The paper's appendix B: with all labels from the trunk, else from the first projection layer."""
+    plain = encoder.width == 1 and not encoder.selective_kernel
+    return SupervisedConfig(
+        dataset="imagenet",
+        eval_view=replace(_CENTRE, pixels=UNIT, filter=Filter.BICUBIC_ALIASED),
+        labels=labels,
+        view=replace(_RANDOM_CROP, crop=DistortedBox((0.08, 1.0)), pixels=UNIT, filter=Filter.BICUBIC_ALIASED),
+        encoder=encoder,
+        head=None if labels == "all" else FirstLayer(2048 * encoder.width, bias=False),
+        batch_global=1024,
+        optimizer="lars",
+        lr_peak=0.16 if plain else 0.064,  # .005 and .002 times the root of the batch
+        warmup=Epochs(0),
+        weight_decay=0.0,
+        label_smoothing=0.0,
+    )
+
+
+def semppl_finetune(labels: str) -> SupervisedConfig:
+    """The paper chose on held-out training images among batches of 512 to 2,048 and, for a batch of 256, rates of .001
+    to .005 for the encoder and .025 to .5 for the classifier; these are from the middle."""
+    return SupervisedConfig(
+        dataset="imagenet",
+        eval_view=replace(_CENTRE, filter=Filter.BICUBIC),
+        labels=labels,
+        view=replace(_RANDOM_CROP, crop=ClampedRrc((0.08, 1.0)), filter=Filter.BICUBIC),
+        encoder=ByolResNet(50),
+        head=FirstLayer(4096, bias=True),
+        batch_global=1024,
+        lr_peak=0.01,
+        lr_head=0.4,
+        warmup=Epochs(0),
+        schedule=StepDecay((Epochs(18), Epochs(24)), 0.2),
+        weight_decay=0.0,
+        label_smoothing=0.0,
+    )
+
+
+def _imagenet_baseline(labels: str, epochs: int, weight_decay: float = 1e-4, lr_peak: float = 0.1) -> Stages:
+    method = SupervisedConfig(
+        dataset="imagenet",
+        eval_view=_CENTRE,
+        labels=labels,
+        view=_RANDOM_CROP,
+        encoder=ResNet(50),
+        lr_peak=lr_peak,
+        weight_decay=weight_decay,
+        label_smoothing=0.0,
+    )
+    return (_stage(method, Epochs(epochs)),)
+
+
+def _beside(stages: Stages, batch_global: int, lr_peak: float) -> SupervisedConfig:
+    """What trains on the labels of a PAWS recipe alone: everything that is not the method is the same."""
     (stage,) = stages
     theirs = stage.method
     assert isinstance(theirs, paws.PawsConfig)
-    ours = SupervisedConfig(
+    return SupervisedConfig(
         dataset=theirs.dataset,
         eval_view=theirs.eval_view,
         labels=theirs.labels,
@@ -148,15 +481,16 @@ def _beside(stages: Stages, batch_global: int, lr_peak: float, length: Epochs) -
         batch_global=batch_global,
         lr_peak=lr_peak,
     )
-    tenth = Epochs(length.count // 10)
-    return (
-        Stage(
-            name="train",
-            method=ours,
-            length=length,
-            evaluate=("classifier", "knn"),
-            evaluate_every=tenth,
-            log_every=Steps(100),
-            checkpoint_every=tenth,
-        ),
+
+
+def _stage(method: SupervisedConfig, length: Epochs) -> Stage:
+    tenth = Epochs(max(1, length.count // 10))
+    return Stage(
+        name="train",
+        method=method,
+        length=length,
+        evaluate=("classifier", "knn"),
+        evaluate_every=tenth,
+        log_every=Steps(100),
+        checkpoint_every=tenth,
     )
