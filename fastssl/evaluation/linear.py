@@ -1,0 +1,229 @@
+"""Linear probe: a linear classifier on frozen backbone features, its one setting chosen on held-out labelled images.
+
+Features are taken once, in eval mode, of the evaluation view: unlike most papers' linear evaluation, which trains the
+classifier on random crops, this one is trained WITHOUT augmentation, as probes of transfer usually are.
+
+Two solvers. Where labelled images x features x classes are at most 2^31, L-BFGS finds the optimum of L2-regularised
+logistic regression, and C is chosen (as for transfer in SimCLR, arXiv 2002.05709, B.8). Larger sets are learnt by SGD,
+thirteen learning rates in one pass over the data (as in DINOv2, arXiv 2304.07193, B.3), with the rest as in SemPPL's
+linear evaluation (arXiv 2301.05158).
+
+The choice is made on labelled images held out for it: the validation images give one number, with the chosen setting,
+of a classifier that was then trained on all labelled images.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastssl import dist
+from fastssl.config import ConfigError
+from fastssl.evaluation.cosine import full_fp32
+from fastssl.evaluation.subject import Subject
+from fastssl.evaluation.summary import wilson
+from loaders.plan.draws import mix, tag
+
+Solver = Literal["l-bfgs", "sgd"]
+
+LARGEST_FOR_LBFGS = 2**31  # images x features x classes: all of CIFAR-10 with 4,096 features
+CS = tuple(10.0**k for k in range(-5, 4))  # decades; SimCLR sweeps 1 / C from 1e5 down, in finer steps
+MAX_ITERATIONS = 1000
+RATES = tuple(10.0 ** (k / 3) for k in range(-9, 4))  # thirteen over four decades, as in DINOv2; for 256 images a step
+BATCH, EPOCHS, MOMENTUM = 1024, 100, 0.9  # SemPPL; Nesterov, cosine to 0, no warm-up, no weight decay
+HELD_OUT_PER_CLASS = 12  # as on PAWS's list of training images for such choices
+HELD_OUT_SHARE = 5  # one labelled image in so many, where that is fewer
+_QUERIES = 4096  # classified at a time
+
+
+def evaluate(subject: Subject) -> dict[str, Any]:
+    """`linear_top1` on the validation images, and how the classifier came about."""
+    tap = subject.method.taps[0]
+    labelled, validation = subject.labelled_and_validation(tap)
+    found = probe(
+        labelled.values,
+        labelled.labels,
+        labelled.ids,
+        validation.values,
+        subject.num_classes,
+        device=subject.device,
+    )
+    found = dist.broadcast_object(found)  # ranks round alike, but nothing promises it
+    correct, images = int((found.classes_Q == validation.labels).sum()), len(validation.labels)
+    about = {"tap": tap, "augmented": False, **found.about, "images": images, "top1_ci95": wilson(correct, images)}
+    return {"linear_top1": correct / images, "linear": about}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a probe says of the queries: `classes_Q` int64 on the CPU, and in plain values how it was trained."""
+
+    classes_Q: Tensor
+    about: dict[str, Any]
+
+
+def probe(
+    train_ND: Tensor,
+    labels_N: Tensor,
+    ids_N: Tensor,
+    queries_QD: Tensor,
+    num_classes: int,
+    *,
+    solver: Solver | None = None,
+    device: torch.device | str = "cpu",
+) -> Probe:
+    """Train on some of the N images with every setting, take the one (of equals the smallest) with the most of the
+    others right, train with it on all N, and classify the queries.
+
+    labels_N int64 without -1; ids_N int64 decide which images are held out. `solver` None: by size, as above. SGD
+    computes on `device`, L-BFGS on the CPU. Raises ConfigError where nothing can be held out, or there is one class.
+    """
+    held_N = held_out(labels_N, ids_N)
+    if not held_N.any():
+        raise ConfigError("a linear probe holds labelled images out to choose its settings: it needs two of a class")
+    if len(labels_N.unique()) < 2:
+        raise ConfigError("a linear probe needs labelled images of two classes at least")
+    if solver is None:
+        solver = "l-bfgs" if train_ND.numel() * num_classes <= LARGEST_FOR_LBFGS else "sgd"
+
+    def fitted(rows: Tensor | slice, values: Sequence[float]) -> Heads:
+        if solver == "l-bfgs":
+            return logistic_regression(train_ND[rows], labels_N[rows], num_classes, values)
+        return linear_heads(train_ND[rows], labels_N[rows], num_classes, values, device=device)
+
+    name, values = ("C", CS) if solver == "l-bfgs" else ("rate", RATES)
+    right_SH = fitted(~held_N, values).classes(train_ND[held_N]) == labels_N[held_N]
+    accuracies = right_SH.double().mean(dim=1).tolist()
+    chosen = values[accuracies.index(max(accuracies))]
+    (classes_Q,) = fitted(slice(None), [chosen]).classes(queries_QD)
+    about = {
+        "solver": solver,
+        "chosen": {name: chosen},
+        "held_out": {
+            "images": int(held_N.sum()),
+            "top1": {f"{value:.3g}": accuracy for value, accuracy in zip(values, accuracies, strict=True)},
+        },
+        "labelled_images": len(labels_N),
+        **({"max_iterations": MAX_ITERATIONS} if solver == "l-bfgs" else
+           {"batch": min(BATCH, len(labels_N)), "epochs": EPOCHS, "momentum": MOMENTUM}),
+    }  # fmt: skip
+    return Probe(classes_Q, about)
+
+
+def held_out(labels_N: Tensor, ids_N: Tensor) -> Tensor:
+    """Which of N images choose a setting, bool [N]: of every class 12, or a fifth (rounded up) where that is fewer; of
+    a single image none. Keyed by class and id, so the same for every network."""
+    held_N = np.zeros(len(labels_N), bool)
+    labels, keys = labels_N.numpy(), mix(tag("linear probe, held out"), labels_N.numpy(), ids_N.numpy())
+    for c in np.unique(labels):
+        rows = np.flatnonzero(labels == c)
+        if len(rows) > 1:
+            count = min(HELD_OUT_PER_CLASS, -(-len(rows) // HELD_OUT_SHARE))
+            held_N[rows[np.argsort(keys[rows], kind="stable")[:count]]] = True
+    return torch.from_numpy(held_N)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """S linear classifiers of the same D features: logits are `x @ weight.T + bias`.
+
+    weight_SKD  [S, K, D]
+    bias_SK     [S, K], -inf for a class that no labelled image had, where the solver leaves such classes out
+    """
+
+    weight_SKD: Tensor
+    bias_SK: Tensor
+
+    def classes(self, x_QD: Tensor) -> Tensor:
+        """The class of each head's largest logit, int64 [S, Q] on the CPU; -1 for a head that has diverged."""
+        whole_S = self.weight_SKD.isfinite().all(dim=(1, 2)) & ~self.bias_SK.isnan().any(dim=1)
+        like, found = self.weight_SKD, []
+        with full_fp32():
+            for x_qD in x_QD.split(_QUERIES):
+                logits_qSK = torch.einsum("qd,skd->qsk", x_qD.to(like), like) + self.bias_SK
+                found.append(torch.where(whole_S, logits_qSK.argmax(dim=2), -1).T.cpu())
+        return torch.cat(found, dim=1)
+
+
+def linear_heads(
+    train_ND: Tensor,
+    labels_N: Tensor,
+    num_classes: int,
+    rates: Sequence[float],
+    *,
+    batch: int = BATCH,
+    epochs: int = EPOCHS,
+    device: torch.device | str = "cpu",
+) -> Heads:
+    """One head for each of `rates`, each batch serving all: every head is what it would be if trained alone, and one
+    that diverges leaves the others as they are. On `device`, in the features' dtype.
+
+    Cross-entropy from zero, Nesterov momentum 0.9, rate x batch / 256 falling to 0 along a cosine; batches (at most all
+    N) in a keyed order, the last partial one of an epoch left out. Features are divided by their root mean square, so
+    that a rate means the same for any network; the heads returned take them as they are.
+    """
+    count, width = train_ND.shape
+    batch = min(batch, count)
+    steps_per_epoch = count // batch
+    total_steps = epochs * steps_per_epoch
+    scale = _root_mean_square(train_ND)
+    peak_S11 = torch.tensor(rates, dtype=train_ND.dtype, device=device)[:, None, None] * (batch / 256)
+    # The bias is the weight of one more feature, which is 1.
+    heads_SKE = torch.zeros(len(rates), num_classes, width + 1, dtype=train_ND.dtype, device=device)
+    velocity_SKE = torch.zeros_like(heads_SKE)
+    with full_fp32():
+        for step in range(total_steps):
+            epoch, at = divmod(step, steps_per_epoch)
+            if at == 0:
+                order_N = torch.from_numpy(np.argsort(mix(tag("linear probe"), epoch, np.arange(count)), kind="stable"))
+            rows_B = order_N[at * batch : (at + 1) * batch]
+            x_BE = F.pad(train_ND[rows_B].to(device) / scale, (0, 1), value=1.0)
+            target_BK = F.one_hot(labels_N[rows_B].to(device), num_classes)
+            p_SBK = torch.einsum("be,ske->sbk", x_BE, heads_SKE).softmax(dim=2)
+            gradient_SKE = torch.einsum("sbk,be->ske", p_SBK - target_BK, x_BE) / batch
+            velocity_SKE.mul_(MOMENTUM).add_(gradient_SKE)
+            cosine = (1 + math.cos(math.pi * step / total_steps)) / 2
+            heads_SKE -= cosine * peak_S11 * (gradient_SKE + MOMENTUM * velocity_SKE)
+    return Heads(heads_SKE[:, :, :-1] / scale, heads_SKE[:, :, -1])
+
+
+def logistic_regression(
+    train_ND: Tensor, labels_N: Tensor, num_classes: int, cs: Sequence[float], *, max_iterations: int = MAX_ITERATIONS
+) -> Heads:
+    """One head for each C of `cs`, ascending: scikit-learn's minimum of C x the summed cross-entropy + |weight|^2 / 2,
+    by L-BFGS in float64, each begun at the one before. The bias is free; a class without images gets -inf.
+
+    Features are divided by their root mean square, so that a C means the same for any network; the heads returned take
+    them as they are. Two classes at least must have images.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    scale = _root_mean_square(train_ND)
+    x_ND, labels = train_ND.double().numpy() / scale, labels_N.numpy()
+    model = LogisticRegression(max_iter=max_iterations, warm_start=True)
+    weight_SKD = torch.zeros(len(cs), num_classes, train_ND.shape[1], dtype=torch.float64)
+    bias_SK = torch.full((len(cs), num_classes), -math.inf, dtype=torch.float64)
+    for s, c in enumerate(cs):
+        model.C = c
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # stopping early is one more way to regularise
+            model.fit(x_ND, labels)
+        weight, bias = torch.from_numpy(model.coef_), torch.from_numpy(model.intercept_)
+        if len(model.classes_) == 2:  # it keeps the difference alone
+            weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
+        weight_SKD[s, model.classes_], bias_SK[s, model.classes_] = weight / scale, bias
+    return Heads(weight_SKD, bias_SK)
+
+
+def _root_mean_square(x_ND: Tensor) -> float:
+    """1 for features that are all 0."""
+    return float(torch.linalg.vector_norm(x_ND, dtype=torch.float64)) / math.sqrt(x_ND.numel()) or 1.0
