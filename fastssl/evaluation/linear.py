@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -48,48 +48,41 @@ def evaluate(subject: Subject) -> dict[str, Any]:
     """`linear_top1` on the validation images, and how the classifier came about."""
     tap = subject.method.taps[0]
     labelled, validation = subject.labelled_and_validation(tap)
-    found = probe(
-        labelled.values,
-        labelled.labels,
-        labelled.ids,
-        validation.values,
-        subject.num_classes,
-        device=subject.device,
-    )
-    found = dist.broadcast_object(found)  # ranks round alike, but nothing promises it
-    correct, images = int((found.classes_Q == validation.labels).sum()), len(validation.labels)
-    about = {"tap": tap, "augmented": False, **found.about, "images": images, "top1_ci95": wilson(correct, images)}
-    return {"linear_top1": correct / images, "linear": about}
+    held_N = held_out(labelled.labels, labelled.ids)
+    found = choose_head(labelled.values, labelled.labels, held_N, subject.num_classes, device=subject.device)
+    head, about = dist.broadcast_object(found)  # ranks round alike, but nothing promises it
+    correct = int((head.classes(validation.values) == validation.labels).sum())
+    images = len(validation.labels)
+    return {
+        "linear_top1": correct / images,
+        "linear": {"tap": tap, **about, "images": images, "top1_ci95": wilson(correct, images)},
+    }
 
 
-@dataclass(frozen=True)
-class Probe:
-    """What a probe says of the queries: `classes_Q` int64 on the CPU, and in plain values how it was trained."""
-
-    classes_Q: Tensor
-    about: dict[str, Any]
+def top1(classes_N: Tensor, labels_N: Tensor) -> float:
+    """Top-1 accuracy."""
+    return float((classes_N == labels_N).double().mean())
 
 
-def probe(
+def choose_head(
     train_ND: Tensor,
     labels_N: Tensor,
-    ids_N: Tensor,
-    queries_QD: Tensor,
+    held_N: Tensor,
     num_classes: int,
     *,
+    score: Callable[[Tensor, Tensor], float] = top1,
     solver: Solver | None = None,
     device: torch.device | str = "cpu",
-) -> Probe:
-    """Train on some of the N images with every setting, take the one (of equals the smallest) with the most of the
-    others right, train with it on all N, and classify the queries.
+) -> tuple[Heads, dict[str, Any]]:
+    """One head, and in plain values how it came about: with every setting a head is trained on the images not held out;
+    that of the best `score(classes, labels)` on those held out (of equals the smallest) is trained again, on all N.
 
-    labels_N int64 without -1; ids_N int64 decide which images are held out. `solver` None: by size, as above. SGD
-    computes on `device`, L-BFGS on the CPU. Raises ConfigError where nothing can be held out, or there is one class.
+    labels_N int64 without -1; held_N bool. `solver` None: by size, as above. SGD computes on `device`, L-BFGS on the
+    CPU; the head is on the CPU. Raises ConfigError where nothing is held out, or one class alone is learnt from.
     """
-    held_N = held_out(labels_N, ids_N)
     if not held_N.any():
         raise ConfigError("a linear probe holds labelled images out to choose its settings: it needs two of a class")
-    if len(labels_N.unique()) < 2:
+    if len(labels_N[~held_N].unique()) < 2:
         raise ConfigError("a linear probe needs labelled images of two classes at least")
     if solver is None:
         solver = "l-bfgs" if train_ND.numel() * num_classes <= LARGEST_FOR_LBFGS else "sgd"
@@ -100,22 +93,22 @@ def probe(
         return linear_heads(train_ND[rows], labels_N[rows], num_classes, values, device=device)
 
     name, values = ("C", CS) if solver == "l-bfgs" else ("rate", RATES)
-    right_SH = fitted(~held_N, values).classes(train_ND[held_N]) == labels_N[held_N]
-    accuracies = right_SH.double().mean(dim=1).tolist()
-    chosen = values[accuracies.index(max(accuracies))]
-    (classes_Q,) = fitted(slice(None), [chosen]).classes(queries_QD)
+    classes_SH = fitted(~held_N, values).classes(train_ND[held_N])
+    scores = [score(classes_H, labels_N[held_N]) for classes_H in classes_SH]
+    chosen = values[scores.index(max(scores))]
     about = {
         "solver": solver,
+        "augmented": False,
         "chosen": {name: chosen},
         "held_out": {
             "images": int(held_N.sum()),
-            "top1": {f"{value:.3g}": accuracy for value, accuracy in zip(values, accuracies, strict=True)},
+            score.__name__: {f"{value:.3g}": found for value, found in zip(values, scores, strict=True)},
         },
         "labelled_images": len(labels_N),
         **({"max_iterations": MAX_ITERATIONS} if solver == "l-bfgs" else
            {"batch": min(BATCH, len(labels_N)), "epochs": EPOCHS, "momentum": MOMENTUM}),
     }  # fmt: skip
-    return Probe(classes_Q, about)
+    return fitted(slice(None), [chosen]).cpu(), about
 
 
 def held_out(labels_N: Tensor, ids_N: Tensor) -> Tensor:
@@ -142,15 +135,19 @@ class Heads:
     weight_SKD: Tensor
     bias_SK: Tensor
 
+    def logits(self, x_QD: Tensor) -> Tensor:
+        """[S, Q, K], in the heads' dtype and on their device."""
+        with full_fp32():
+            return torch.einsum("qd,skd->sqk", x_QD.to(self.weight_SKD), self.weight_SKD) + self.bias_SK[:, None]
+
     def classes(self, x_QD: Tensor) -> Tensor:
         """The class of each head's largest logit, int64 [S, Q] on the CPU; -1 for a head that has diverged."""
         whole_S = self.weight_SKD.isfinite().all(dim=(1, 2)) & ~self.bias_SK.isnan().any(dim=1)
-        like, found = self.weight_SKD, []
-        with full_fp32():
-            for x_qD in x_QD.split(_QUERIES):
-                logits_qSK = torch.einsum("qd,skd->qsk", x_qD.to(like), like) + self.bias_SK
-                found.append(torch.where(whole_S, logits_qSK.argmax(dim=2), -1).T.cpu())
-        return torch.cat(found, dim=1)
+        classes_SQ = torch.cat([self.logits(x_qD).argmax(dim=2) for x_qD in x_QD.split(_QUERIES)], dim=1)
+        return torch.where(whole_S[:, None], classes_SQ, -1).cpu()
+
+    def cpu(self) -> Heads:
+        return Heads(self.weight_SKD.cpu(), self.bias_SK.cpu())
 
 
 def linear_heads(
