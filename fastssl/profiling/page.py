@@ -209,14 +209,15 @@ def _here_section(here: Mapping[str, Any] | None) -> Html | None:
 
 
 def _projection_section(projection: Mapping[str, Any]) -> Html:
-    columns = ["machine", "h / 100 epochs", "low", "high", "images/s", "compute ms", "messages ms", "loader ms",
-               "cores a GPU needed", "binds"]  # fmt: skip
+    columns = ["machine", "h / 100 epochs", "low", "high", "images/s", "compute, ms", "messages", "loader", "cores",
+               "binds"]  # fmt: skip
     return section(
         "64-gpus",
         f"{projection['recipe']} elsewhere",
         table(columns, [_projected(row) for row in projection["machines"]]),
         element("h3", "From 8 to 1,024 ranks, on paper"),
         table(columns, [_projected(row) for row in projection["ranks_on_paper"]]),
+        paragraph("Compute, messages, loader: ms of a step. Cores: a GPU's, that the loader would need.", quiet=True),
     )
 
 
@@ -226,23 +227,25 @@ def _assumed_section(profile: Profile) -> Html:
         "measured": "; ".join(projection["measured"]) or "nothing of it",
         "modelled": "; ".join(projection["modelled"]),
     }
-    columns = ["machine", "memory TB/s", "share of it: low", "middle", "high", "message µs", "bus GB/s", "cores a GPU",
-               "source"]  # fmt: skip
+    columns = ["machine", "memory TB/s", "share of it: low", "middle", "high", "message µs", "bus GB/s", "cores a GPU"]
+    clusters = [row["assumed"] for row in projection["machines"]]
     return section(
         "assumed",
         "What is measured and what is modelled",
         facts(how),
-        table(columns, [_assumed(row["assumed"]) for row in projection["machines"]]),
+        table(columns, [_assumed(cluster) for cluster in clusters]),
+        facts({cluster["name"]: cluster["source"] for cluster in clusters}),
         facts({name: str(value) for name, value in profile["identity"].items()}),
     )
 
 
 def _projected(row: Mapping[str, Any]) -> list[Any]:
-    ms = [None if row[key] is None else 1e3 * row[key] for key in ("compute_s", "messages_s", "loader_s")]
-    return [row["machine"], row["hours_per_100_epochs"], row["hours_low"], row["hours_high"],
-            row["unlabelled_images_per_s"], *ms, row["loader_cores_needed_per_gpu"], row["binding"]]  # fmt: skip
+    hours = [round(row[key], 2) for key in ("hours_per_100_epochs", "hours_low", "hours_high")]
+    ms = [None if row[key] is None else round(1e3 * row[key], 1) for key in ("compute_s", "messages_s", "loader_s")]
+    cores = row["loader_cores_needed_per_gpu"]
+    return [row["machine"], *hours, round(row["unlabelled_images_per_s"]), *ms, cores, row["binding"]]
 
 
 def _assumed(cluster: Mapping[str, Any]) -> list[Any]:
     return [cluster["name"], cluster["bandwidth_bytes_s"] / 1e12, *cluster["roofline"], 1e6 * cluster["message_s"],
-            cluster["bus_bytes_s"] / 1e9, cluster["cores"], cluster["source"]]  # fmt: skip
+            cluster["bus_bytes_s"] / 1e9, cluster["cores"]]  # fmt: skip

@@ -92,7 +92,7 @@ def prepare(job: Job, what: measure.What, seconds: float, trace: bool) -> tuple[
         batch_global=plan.stream(plan.epoch_of).batch_global,
         streams={s.name: s.batch_global for s in whole.streams},
         recurring=tuple(s.name for s in whole.streams if isinstance(s.order, Balanced)),
-        mean_bytes=_mean_bytes(sources),
+        files_bytes=_files_bytes(sources),
         in_memory=not job.data or not encoded,
         notes=tuple(notes),
     )
@@ -168,12 +168,11 @@ def cpu_model() -> str:
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _mean_bytes(sources: Sequence[Source]) -> float:
-    """Of an encoded image's file; 0 where images are arrays."""
-    sizes = [
+def _files_bytes(sources: Sequence[Source]) -> list[int]:
+    """Of the files of some encoded images; empty where images are arrays."""
+    return [
         len(source.jpeg(int(i)))
         for source in sources
         if is_encoded(source)
         for i in np.linspace(0, len(source) - 1, min(_SAMPLE, len(source))).astype(int)
     ]
-    return sum(sizes) / len(sizes) if sizes else 0.0

@@ -43,7 +43,7 @@ class Before:
     batch_global: int
     streams: Mapping[str, int]
     recurring: tuple[str, ...]
-    mean_bytes: float
+    files_bytes: Sequence[int]
     in_memory: bool
     notes: tuple[str, ...] = ()
 
@@ -142,13 +142,17 @@ def _loader_cost(before: Before, windows: Windows) -> whatif.LoaderCost:
     names = list(before.streams)
     recurring = sum(before.streams[name] for name in before.recurring) / before.streams[before.epoch_of]
     images = sum(before.streams.values()) / before.streams[before.epoch_of]
+    files = before.files_bytes
+    mean_bytes = sum(files) / len(files) if files else 0.0
     return whatif.LoaderCost(
         cpu_s=total(STAGES, names),
         serial_s=total(["plan"], names),
-        bytes_read=images * before.mean_bytes,
+        bytes_read=images * mean_bytes,
         decode_s=total(["fetch", "decode"], before.recurring),
-        cached_bytes_read=recurring * before.mean_bytes,
+        cached_bytes_read=recurring * mean_bytes,
         finish_s=total(["finish"], names),
+        batch=before.streams[before.epoch_of] // before.world,
+        sizes=tuple(file / mean_bytes for file in files) or (1.0,),
     )
 
 

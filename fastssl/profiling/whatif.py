@@ -3,17 +3,21 @@
 The closed form: every resource alone would allow so many images a second, and the least of these is the answer.
 
     loader   cores it gets / CPU seconds an image; planning is one thread's
-    disk     bytes a second / bytes an image, idle while a batch is finished; where few threads read, each can only
-             decode or wait at a time
+    disk     bytes a second / bytes an image, idle while a batch is finished
     step     memory traffic / bandwidth, at the share of the roofline that such GPUs reach, plus the wait for messages
 
 What is measured: the loader's CPU seconds an image by stage, and where a GPU is at hand its share of the roofline. What
-is modelled: everything about machines that are not here. `simulate` is for what means cannot tell, a queue between a
-loader and a step whose times scatter.
+is modelled: everything about machines that are not here.
+
+Two small simulations tell what means cannot, and were nearer to measured runs (`tools/profile_evidence.py`):
+`simulate`, of the queue between a loader and a step whose times scatter, and `render_s`, of threads that take turns at
+a disk and then decode.
 """
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -40,6 +44,8 @@ class LoaderCost:
     bytes_read     of files
     finish_s       the part of cpu_s after rendering, during which nothing is read
     cached_bytes_read  the part of them that such a cache saves
+    batch          images that are rendered before any is finished
+    sizes          files' bytes over their mean, of some: large ones keep the other threads waiting
     """
 
     cpu_s: float
@@ -48,6 +54,8 @@ class LoaderCost:
     decode_s: float = 0.0
     cached_bytes_read: float = 0.0
     finish_s: float = 0.0
+    batch: int = 64
+    sizes: tuple[float, ...] = (1.0,)
 
     def with_cache(self, share: float) -> LoaderCost:
         """With `share` of the recurring images kept decoded."""
@@ -58,19 +66,46 @@ class LoaderCost:
         )
 
     def images_per_s(
-        self, cores: float, disk_bytes_s: float = math.inf, threads: float | None = None
+        self, cores: float, disk_bytes_s: float = math.inf, threads: int | None = None
     ) -> tuple[float, str]:
         """Images a second, and what binds: "loader" or "disk". `cores` may be a fraction: what `threads` (None: as
         many) get of them; reading takes a thread but no core."""
+        rendering_s = (self.cpu_s - self.serial_s - self.finish_s) / cores
         read_s = self.bytes_read / disk_bytes_s
-        rendered_s = (self.cpu_s - self.serial_s - self.finish_s) / cores + read_s / (threads or cores)
-        took_s = self.serial_s + max(rendered_s, read_s) + self.finish_s / cores
-        return 1 / took_s, "disk" if read_s > rendered_s else "loader"
+        if read_s:
+            threads = threads or math.ceil(cores)
+            rendered_s = render_s([read_s * size for size in self.sizes], rendering_s * threads, threads, self.batch)
+        else:
+            rendered_s = rendering_s
+        took_s = self.serial_s + rendered_s + self.finish_s / cores
+        return 1 / took_s, "disk" if read_s > rendering_s else "loader"
 
     def cores_for(self, images_per_s: float) -> int | None:
         """Cores that prepare so many; None where planning alone would not keep up."""
         left_s = 1 / images_per_s - self.serial_s
         return None if left_s <= 0 else max(1, math.ceil((self.cpu_s - self.serial_s) / left_s))
+
+
+def render_s(read_s: Sequence[float], decode_s: float, threads: int, batch: int, a_task: int = 4) -> float:
+    """Seconds an image of batches, whose images `threads` threads take in tasks of `a_task`: each image is read, one at
+    a time over all threads, which takes as long as the next of `read_s`, over and over; then decoded and cropped, which
+    takes a thread `decode_s`."""
+    took_s, reads = 0.0, itertools.cycle(read_s)
+    num = -(-len(read_s) // batch)
+    for _ in range(num):
+        tasks = [min(a_task, batch - begin) for begin in range(0, batch, a_task)]
+        turns = [(0.0, thread, 0) for thread in range(threads)]  # (free since, thread, images left of its task)
+        disk_free = end = 0.0
+        while turns:
+            now, thread, left = heapq.heappop(turns)
+            if not left and not tasks:
+                continue
+            left = left or tasks.pop(0)
+            disk_free = max(disk_free, now) + next(reads)
+            end = max(end, disk_free + decode_s)
+            heapq.heappush(turns, (disk_free + decode_s, thread, left - 1))
+        took_s += end
+    return took_s / (num * batch)
 
 
 def simulate(prepare_s: Sequence[float], consume_s: Sequence[float], depth: int) -> float:
@@ -224,7 +259,7 @@ def over_ranks(cost: StepCost, loader: LoaderCost | None, images: int, images_an
     rows = []
     for ranks in (8, 16, 32, 64, 128, 256, 512, 1024):
         latency_s = base.message_s * max(1.0, math.log2(ranks) / math.log2(base.ranks))
-        cluster = replace(base, name=f"{ranks:,} H100-80G, 400 Gb/s a GPU", ranks=ranks, message_s=latency_s)
+        cluster = replace(base, name=f"{ranks:,} H100-80G", ranks=ranks, message_s=latency_s)
         rows.append(described(cost, cluster, loader, images, images_an_epoch))
     return rows
 
@@ -255,7 +290,7 @@ def around(
 
     disks = {"hard disk, 150 MB/s": 150e6, "SATA SSD, 500 MB/s": 500e6, "network, 1.2 GB/s": 1.2e9, "NVMe, 5 GB/s": 5e9}
     return {
-        "cores": [row(f"{n} cores", loader, n) for n in (1, 2, 4, 8, 16, 32, 64)],
+        "cores": [row(f"{n} core{'s' * (n > 1)}", loader, n) for n in (1, 2, 4, 8, 16, 32, 64)],
         "loaders": [row(name, cost, cores) for name, cost in loaders.items()],
         "disks": [row(name, loader, cores, rate) for name, rate in disks.items()] if loader.bytes_read else [],
         "caches": [row(name, loader.with_cache(share), cores) for name, share in caches.items()],

@@ -159,10 +159,19 @@ def test_two_cores_prepare_twice_as_much_but_for_planning():
     cost = whatif.LoaderCost(cpu_s=0.011, serial_s=0.001, bytes_read=100e3)
     assert cost.images_per_s(1) == (pytest.approx(1 / 0.011), "loader")
     assert cost.images_per_s(2) == (pytest.approx(1 / 0.006), "loader")
-    assert cost.images_per_s(2, disk_bytes_s=1e6) == (pytest.approx(1 / 0.101), "disk")
+    last_s = 0.01 / 64  # of each image, while the batch's last one is decoded
+    assert cost.images_per_s(2, disk_bytes_s=1e6) == (pytest.approx(1 / (0.101 + last_s)), "disk")
     finishing = replace(cost, finish_s=0.004)  # nothing is read meanwhile
-    assert finishing.images_per_s(2, disk_bytes_s=1e6) == (pytest.approx(1 / (0.001 + 0.1 + 0.002)), "disk")
+    last_s = 0.006 / 64
+    assert finishing.images_per_s(2, disk_bytes_s=1e6) == (pytest.approx(1 / (0.001 + 0.1 + last_s + 0.002)), "disk")
     assert cost.cores_for(100) == 2 and cost.cores_for(1000) is None  # planning alone takes 1 ms
+
+
+@pytest.mark.parametrize(("threads", "batch_ms"), [(1, 20), (2, 12), (4, 11)])
+def test_threads_take_turns_at_the_disk(threads, batch_ms):
+    """Four images, 2 ms to read and 3 to decode, by hand. One thread: 4 · 5. Two: read until 2 and 4, decoded at 5 and
+    7, read again until 7 and 9, decoded at 10 and 12. Four: read until 2, 4, 6 and 8, the last decoded at 11."""
+    assert whatif.render_s([0.002], 0.003, threads, 4, a_task=1) == pytest.approx(batch_ms / 4e3)
 
 
 def test_a_cache_saves_decoding_and_reading():
