@@ -1,16 +1,21 @@
 """What trained networks are worth: protocols, each a file here with an `evaluate(subject)`, found by its name."""
 
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Protocol
 
 from fastssl.config import ConfigError, suggest
 from fastssl.evaluation.subject import Subject
+from loaders.store.data import LABELLED, TRAIN, VALIDATION, parse_spec
+
+_OF_A_RUN = (TRAIN, "unlabelled", LABELLED, VALIDATION)
 
 
 class EvaluationProtocol(Protocol):
-    """A module of this package: `soft-nn` is soft_nn.py."""
+    """A module of this package: `soft-nn` is soft_nn.py. Where it measures on published sets, they are `SETS`, keys of
+    `--data`."""
 
     def evaluate(self, subject: Subject) -> Mapping[str, Any]:
         """Numbers by name, and under the protocol's own name the settings and the interval they came with.
@@ -29,6 +34,24 @@ def load_protocol(name: str) -> EvaluationProtocol:
 def protocol_names() -> list[str]:
     """Every protocol there is, as users write it."""
     return [name for name in _module_names() if hasattr(_module(name), "evaluate")]
+
+
+def divide(data: tuple[str, ...], protocols: Iterable[Any]) -> tuple[tuple[str, ...], dict[str, Path]]:
+    """`--data` values apart: the run's own, and the published sets that `protocols` measure on, by key. Raises
+    ConfigError for a key that is neither, and for a set that is given twice."""
+    asked = [key for protocol in protocols for key in getattr(protocol, "SETS", ())]
+    own, sets = [], {}
+    for spec in data:
+        key, path = parse_spec(spec)
+        if key is None or key in _OF_A_RUN:
+            own.append(spec)
+        elif key not in asked:
+            raise ConfigError(f"--data {spec}: no protocol asks for {key!r}{suggest(key, [*_OF_A_RUN, *asked])}")
+        elif key in sets:
+            raise ConfigError(f"--data {spec}: {key} is given twice")
+        else:
+            sets[key] = Path(path)
+    return tuple(own), sets
 
 
 def _module_names() -> list[str]:

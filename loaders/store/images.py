@@ -1,4 +1,4 @@
-"""Opening an image with Pillow, the careful way: two formats, a bounded size, no EXIF rotation, one kind of error."""
+"""Opening an image with Pillow, the careful way: few formats, a bounded size, no EXIF rotation, one kind of error."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class TooManyPixels(ImageError):
     """A decompression bomb, by its header."""
 
 
-def open_image(file: Path | io.BytesIO) -> Image.Image:
-    """Read the header of a JPEG or PNG of at most MAX_PIXELS pixels; the caller closes it. Raises ImageError."""
+def open_image(file: Path | io.BytesIO, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+    """Read the header of an image of at most MAX_PIXELS pixels; the caller closes it. Raises ImageError."""
     try:
-        image = Image.open(file, formats=FORMATS)
+        image = Image.open(file, formats=formats)
     except UnidentifiedImageError:
-        raise ImageError("not a JPEG or PNG") from None
+        raise ImageError(f"not a {' or '.join(formats)}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
         raise TooManyPixels(str(e)) from e
     except (OSError, SyntaxError, ValueError) as e:
