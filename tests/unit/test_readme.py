@@ -45,13 +45,12 @@ def test_two_set_up_commands_each_make_their_own_environment():
     assert len(commands) == 2
     train, test = (command.split(" && ")[1:] for command in commands)
     assert train == [".venv/bin/pip install -c constraints.txt -e .", ".venv/bin/fastssl train"]
-    assert test == [".venv/bin/pip install -c constraints.txt -e '.[test]'", ".venv/bin/python -m pytest"]
+    assert test == [".venv/bin/pip install -c constraints.txt -e '.[test]'", ".venv/bin/python -m pytest -n 2"]
     assert not re.search(r"pip install fastssl", README)
 
 
 def test_the_ten_lines_of_the_loaders_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert "/data/images" in code
+    (code,) = [code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "/data/images" in code]
     rng = np.random.default_rng(0)
     for i in range(64):
         Image.fromarray(rng.integers(0, 256, (24, 32, 3), np.uint8)).save(tmp_path / f"{i}.png")
