@@ -228,13 +228,15 @@ def _seeds(text: str) -> list[int]:
 def evaluate(run: Path, protocols: tuple[str, ...], data: tuple[str, ...]) -> None:
     """Score the encoder of RUN at its newest checkpoint; prints JSON."""
     from fastssl.engine.reopen import open_run
-    from fastssl.evaluation import load_protocol
+    from fastssl.evaluation import divide, load_protocol
 
     chosen = [load_protocol(name) for name in protocols]
-    subject, step = open_run(run, data)
+    own, sets = divide(data, chosen)
+    subject, step = open_run(run, own, sets)
     scores = {key: value for protocol in chosen for key, value in protocol.evaluate(subject).items()}
     command = shlex.join(["fastssl", *sys.argv[1:]])
-    click.echo(json.dumps({**scores, "step": step, "provenance": subject.provenance(), "command": command}, indent=2))
+    provenance = subject.provenance(subject.looked_at)
+    click.echo(json.dumps({**scores, "step": step, "provenance": provenance, "command": command}, indent=2))
 
 
 @main.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,10 +22,11 @@ from fastssl.recipes import resolve
 from loaders.store.data import DataSets, open_data
 
 
-def open_run(run: Path, data: tuple[str, ...]) -> tuple[Subject, int]:
+def open_run(run: Path, data: tuple[str, ...], sets: Mapping[str, Path] | None = None) -> tuple[Subject, int]:
     """The networks of `run`'s last stage at its newest checkpoint, beside `data` (default: what the run was trained
     on), and the step they are from. A damaged checkpoint is passed over for the one before, with a line on stderr.
-    Raises FastsslError where the run cannot be read or its recipe has changed."""
+    Raises FastsslError where the run cannot be read or its recipe has changed.
+    `sets` are Subject\'s."""
     method, sources, folder = open_method(run, data)
     state = Checkpoints(folder / CHECKPOINTS).load_newest(lambda text: print(f"warning: {text}", file=sys.stderr))
     if state is None:
@@ -35,7 +37,7 @@ def open_run(run: Path, data: tuple[str, ...]) -> tuple[Subject, int]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for module in nets.modules().values():
         module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return Subject(method, nets, sources, device=device, threads=len(os.sched_getaffinity(0))), state["step"]
+    return Subject(method, nets, sources, device=device, threads=len(os.sched_getaffinity(0)), sets=sets), state["step"]
 
 
 def open_method(run: Path, data: tuple[str, ...]) -> tuple[Method, DataSets, Path]:

@@ -5,9 +5,10 @@ Embeddings are computed once for each (role, tap), so protocols that look at the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from fastssl.config import ConfigError, FastsslError
 from fastssl.methods.base import Method, Nets
 from loaders.loader import Bound, Loader, bind
 from loaders.plan.plan import Plan
-from loaders.plan.views import All, Sequential, Stream, parse_subset
+from loaders.plan.views import All, Crop, Sequential, Stream, parse_subset
 from loaders.store.data import LABELLED, VALIDATION, DataSets
+from loaders.store.source import Source
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Features:
 class Subject:
     """A method's networks beside a run's data. A role is a source key; `labelled` means the images of that source whose
     labels the method sees, any other role all images of its source. `batch` counts images a rank.
+    `sets` are published sets to measure on, by key, not opened yet.
 
     Every rank must ask for the same features in the same order; all get all rows.
     """
@@ -53,10 +56,11 @@ class Subject:
         threads: int | None = None,
         batch: int = 512,
         renderer: str = "auto",
+        sets: Mapping[str, Path] | None = None,
     ):
         self.method, self.nets, self.data = method, nets, data
         self.device, self.threads, self.batch = torch.device(device), threads, batch
-        self.renderer = renderer
+        self.renderer, self.sets = renderer, sets or {}
         self._bound: dict[str, Bound] = {}
         self._features: dict[tuple[str, str], Features] = {}
 
@@ -68,29 +72,66 @@ class Subject:
         if tap not in self.method.taps:
             raise ConfigError(f"{type(self.method).__name__} has no tap {tap!r}; it has {', '.join(self.method.taps)}")
         if (role, tap) not in self._features:
-            self._features[role, tap] = self._embed(role, tap)
+            self._features[role, tap] = self._embed(self._bind(role), role, tap)
         return self._features[role, tap]
 
-    def labelled_and_validation(self, tap: str) -> tuple[Features, Features]:
-        """The labelled images and the validation images at `tap`, none without a label. Raises as `check` does."""
-        self.check()
+    def features_of(self, source: Source, tap: str, crop: Crop | None = None) -> Features:
+        """Every image of a source that is none of the run's, with the labels it has there; not kept. `crop` takes the
+        place of the evaluation view's. Raises ConfigError where the network takes images of other channels."""
+        if source.channels != self.method.facts.channels:
+            takes = f"the network takes images of {self.method.facts.channels}"
+            raise ConfigError(f"{source.name} has images of {source.channels} channels; {takes}")
+        view = self.method.config.eval_view
+        view = replace(view, crop=crop or view.crop)
+        stream = Stream("images", "images", (view,), Sequential(), self.batch * dist.world_size())
+        bound = bind(Plan((stream,), epoch_of="images", seed=0), DataSets({"images": source}))
+        return self._embed(bound, "images", tap)
+
+    def given(self, known: Iterable[str]) -> dict[str, Path]:
+        """Those of `sets` that are `known`. Raises ConfigError where there are none."""
+        known = list(known)
+        found = {key: self.sets[key] for key in known if key in self.sets}
+        if not found:
+            raise ConfigError(f"nothing to measure on: give --data KEY=PATH with KEY one of {', '.join(known)}")
+        return found
+
+    def labelled(self, tap: str) -> Features:
+        """The labelled images at `tap`, none without a label. Raises ConfigError where there are none."""
+        self._check_labelled()
         labelled = self.features(LABELLED, tap)
         known = labelled.labels >= 0
         if not known.all():
             labelled = Features(labelled.values[known], labelled.labels[known], labelled.ids[known])
-        return labelled, self.features(VALIDATION, tap)
+        return labelled
+
+    def labelled_and_validation(self, tap: str) -> tuple[Features, Features]:
+        """The labelled images and the validation images at `tap`, none without a label. Raises as `check` does."""
+        self.check()
+        return self.labelled(tap), self.features(VALIDATION, tap)
 
     def check(self) -> None:
         """Raises ConfigError where the data cannot be evaluated on, before anything is read of its images."""
-        if not self._num_labelled(LABELLED):
-            raise ConfigError("no image of the labelled data carries a label: give --data labelled=PATH")
+        self._check_labelled()
         missing = self._bind(VALIDATION).subsets[VALIDATION].count - self._num_labelled(VALIDATION)
         if missing:
             raise ConfigError(f"{missing} validation images carry no label, so nothing can be measured on them")
 
+    def _check_labelled(self) -> None:
+        if not self._num_labelled(LABELLED):
+            raise ConfigError("no image of the labelled data carries a label: give --data labelled=PATH")
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self._bind(LABELLED).sources[LABELLED].class_names
+
     @property
     def num_classes(self) -> int:
-        return self._bind(LABELLED).sources[LABELLED].num_classes
+        return len(self.class_names)
+
+    @property
+    def looked_at(self) -> tuple[str, ...]:
+        """The roles that anything was asked about so far."""
+        return tuple(self._bound)
 
     def provenance(self, roles: tuple[str, ...] = (LABELLED, VALIDATION)) -> dict[str, dict[str, Any]]:
         """Which images stand behind the numbers, by role; plain values."""
@@ -129,8 +170,8 @@ class Subject:
             self._bound[role] = bind(Plan((stream,), epoch_of=role, seed=0), self.data)
         return self._bound[role]
 
-    def _embed(self, role: str, tap: str) -> Features:
-        bound, view = self._bind(role), self.method.config.eval_view.name
+    def _embed(self, bound: Bound, role: str, tap: str) -> Features:
+        view = self.method.config.eval_view.name
         count, done = bound.subsets[role].count, 0
         values_ND, marks_N2 = torch.empty(count, 0), torch.empty(count, 2, dtype=torch.int64)
         loader = Loader(
