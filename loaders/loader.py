@@ -18,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ from loaders.renderers.cache import CachedRenderer
 from loaders.renderers.memory import MemoryRenderer
 from loaders.renderers.pil import PilRenderer
 from loaders.store.data import DataSets
+from loaders.store.masks import Masks
 from loaders.store.source import ArraySource, Source, is_encoded
 from loaders.store.subsets import Resolved, resolve
 from loaders.timing import FINISH, PLAN, Prepared, StageTimes, now
@@ -52,6 +53,7 @@ class Bound:
     sources: dict[str, Source]
     subsets: dict[str, Resolved]  # the images a stream draws from
     visible: dict[str, Resolved]  # those that show their label
+    masks: dict[str, Masks] = field(default_factory=dict)  # of the streams that have a view with a mask
 
     def truth(self, batch: Batch) -> dict[str, Tensor]:
         """Each stream's labels before any were hidden, on the batch's device."""
@@ -66,14 +68,17 @@ def bind(plan: Plan, data: DataSets) -> Bound:
     sources = {stream.name: data.get(stream.source) for stream in plan.streams}
     subsets = {stream.name: resolve(stream.ids, sources[stream.name], data.search) for stream in plan.streams}
     visible = {stream.name: resolve(stream.visible, sources[stream.name], data.search) for stream in plan.streams}
+    masked = [stream for stream in plan.streams if any(view.mask is not None for view in stream.views)]
+    masks = {stream.name: data.masks_of(stream.source) for stream in masked}
     facts = {}
     for name, source in sources.items():
         labels, shown = source.labels, visible[name].ids
         if shown is not None:
             labels = np.full_like(source.labels, -1)
             labels[shown] = source.labels[shown]
-        facts[name] = StreamFacts(subsets[name].ids, labels, source.sizes, source.num_classes)
-    return Bound(plan.bind(facts), sources, subsets, visible)
+        foreground = masks[name].foreground if name in masks else None
+        facts[name] = StreamFacts(subsets[name].ids, labels, source.sizes, source.num_classes, foreground)
+    return Bound(plan.bind(facts), sources, subsets, visible, masks)
 
 
 class Loader:
@@ -116,7 +121,9 @@ class Loader:
         self._elapsed_s = {name: np.zeros(2) for name in bound.sources}  # rendering, finishing
         self.history: deque[Prepared] = deque(maxlen=_HISTORY)
         self._renderers = {
-            name: make_renderer(renderer, source, self._pool, self.threads, self.device, self._times[name])
+            name: make_renderer(
+                renderer, source, self._pool, self.threads, self.device, self._times[name], bound.masks.get(name)
+            )
             for name, source in bound.sources.items()
         }
         self._cache_recurring(renderer, cache_bytes)
@@ -134,8 +141,8 @@ class Loader:
             if is_encoded(source):
                 if renderer == "dali":
                     raise StoreError("decoded images are kept for --loader ffcv and pil; DALI's pixels are its own")
-                budget_bytes = cache_bytes // len(recurring)
-                self._renderers[name] = CachedRenderer(source, self._pool, budget_bytes, self._times[name])
+                budget_bytes, masks = cache_bytes // len(recurring), self.bound.masks.get(name)
+                self._renderers[name] = CachedRenderer(source, self._pool, budget_bytes, self._times[name], masks)
 
     def batches(self, start: int, stop: int) -> Generator[Batch]:
         """Batches of steps start .. stop - 1, prepared in the background while the consumer works.
@@ -343,28 +350,32 @@ def make_renderer(
     threads: int,
     device: torch.device = _CPU,
     times: StageTimes | None = None,
+    masks: Masks | None = None,
 ) -> Renderer:
     """The renderer named `kind` over `source`; `auto` takes the fastest that fits and is installed. DALI decodes on
-    `device`, the others on the CPU. What it does is counted in `times`.
+    `device`, the others on the CPU. What it does is counted in `times`. `masks` are the source's, where a view has a
+    mask.
 
-    Raises StoreError where `kind` does not fit the source or is not installed.
+    Raises StoreError where `kind` does not fit the source or the views, or is not installed.
     """
     if not is_encoded(source):
         assert isinstance(source, ArraySource)
         if kind not in ("auto", "memory"):
             raise StoreError(f"--loader {kind}: {source.name} holds arrays; choose auto or memory")
-        return MemoryRenderer(source, pool, times)
+        return MemoryRenderer(source, pool, times, masks)
     match kind:
         case "pil":
-            return PilRenderer(source, pool, times)
+            return PilRenderer(source, pool, times, masks)
         case "ffcv" | "auto":
             try:
                 from loaders.renderers.ffcv import FfcvRenderer
             except ImportError as e:
                 if kind == "auto":
-                    return PilRenderer(source, pool, times)
+                    return PilRenderer(source, pool, times, masks)
                 raise _missing("ffcv", "ffcv", e) from e
-            return FfcvRenderer(source, pool, times)
+            return FfcvRenderer(source, pool, times, masks)
+        case "dali" if masks is not None:
+            raise StoreError("--loader dali: a view has a mask, which DALI's pipeline lacks; choose auto, ffcv or pil")
         case "dali":
             try:
                 from loaders.renderers.dali import DaliRenderer

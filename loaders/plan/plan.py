@@ -16,7 +16,7 @@ from loaders.errors import PlanError
 from loaders.plan.boxes import boxes
 from loaders.plan.draws import mix, tag, uniforms
 from loaders.plan.order import ClassIndex, balanced, shuffled
-from loaders.plan.views import Balanced, Centre, Sequential, Stream, View
+from loaders.plan.views import Balanced, Centre, SaliencyMask, Sequential, Stream, View
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,14 @@ class StreamFacts:
     labels     int64 [N], by source index, -1 where hidden from the method
     sizes      int32 [N, 2], height and width
     num_classes  labels are below it
+    foreground  float64 [N], the share of each image that is foreground; None where no view has a mask
     """
 
     ids: np.ndarray | None
     labels: np.ndarray
     sizes: np.ndarray
     num_classes: int
+    foreground: np.ndarray | None = None
 
     @property
     def num_images(self) -> int:
@@ -41,11 +43,16 @@ class StreamFacts:
 
 @dataclass(frozen=True)
 class ViewRows:
-    """One view of B images: boxes [copies * B, 4] and one parameter table [copies * B, columns] an op, copy-major."""
+    """One view of B images: boxes [copies * B, 4] and one parameter table [copies * B, columns] an op, copy-major.
+
+    `greys`, int16 [copies * B], is the level that stands outside a copy's mask, -1 where the copy is not masked; None
+    where the view has no mask.
+    """
 
     view: View
     boxes: np.ndarray
     tables: tuple[np.ndarray, ...]
+    greys: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,10 @@ class Rows:
     columns: np.ndarray | None
     keys: np.ndarray  # uint64 [B]
     views: tuple[ViewRows, ...]
+
+    def is_masked(self, b: int) -> bool:
+        """Whether any copy of image `b`, in whatever view, is masked."""
+        return any(v.greys is not None and (v.greys[b :: len(self.ids)] >= 0).any() for v in self.views)
 
 
 @dataclass(frozen=True)
@@ -135,8 +146,16 @@ class BoundPlan:
             labels=facts.labels[ids],
             columns=columns,
             keys=image_keys,
-            views=tuple(_view_rows(view, facts.sizes[ids], image_keys) for view in stream.views),
+            views=tuple(_view_rows(view, ids, facts, image_keys) for view in stream.views),
         )
+
+    def masked_share(self, step: int, rank: int = 0, world: int = 1) -> float | None:
+        """The share of this rank's copies at `step`, of views with a mask, that are masked; None where no view has
+        one."""
+        streams = [s.name for s in self.plan.streams if any(view.mask is not None for view in s.views)]
+        views = [v for name in streams for v in self.rows(name, step, rank, world).views]
+        greys = [v.greys for v in views if v.greys is not None]
+        return float((np.concatenate(greys) >= 0).mean()) if greys else None
 
     def substitute(self, stream_name: str, lost: int, instead: Mapping[int, int]) -> int | None:
         """The next image after `lost` that the stream may draw, of the same label and not itself in `instead`; cyclic.
@@ -156,6 +175,8 @@ class BoundPlan:
         elif not isinstance(stream.order, Sequential) and batch > facts.num_images:
             raise PlanError(f"stream {name!r}: a batch of {batch} needs as many images, there are {facts.num_images}")
         for view in stream.views:
+            if view.mask is not None and facts.foreground is None:
+                raise PlanError(f"view {view.name!r} has a mask, but nothing says what is foreground in its images")
             if isinstance(view.crop, Centre):
                 shortest = int(facts.sizes.min()) if view.crop.resize is None else view.crop.resize
                 if shortest < view.size:
@@ -196,10 +217,21 @@ def check_world(world: int, counts: list[int]) -> None:
         raise PlanError(f"batch {uneven[0]} does not divide by {world} ranks; nearest: {nearest}")
 
 
-def _view_rows(view: View, sizes: np.ndarray, image_keys: np.ndarray) -> ViewRows:
+def _view_rows(view: View, ids: np.ndarray, facts: StreamFacts, image_keys: np.ndarray) -> ViewRows:
     copies = np.arange(view.copies)[:, None]
     keys = mix(image_keys[None, :], tag(view.name), copies).reshape(-1)
     tables = tuple(
         op.parameters(uniforms(mix(keys, tag(type(op).__name__), i), op.num_draws)) for i, op in enumerate(view.ops)
     )
-    return ViewRows(view, boxes(view, np.tile(sizes, (view.copies, 1)), mix(keys, tag("box"))), tables)
+    box = boxes(view, np.tile(facts.sizes[ids], (view.copies, 1)), mix(keys, tag("box")))
+    if view.mask is None:
+        return ViewRows(view, box, tables)
+    assert facts.foreground is not None
+    return ViewRows(view, box, tables, _greys(view.mask, np.tile(facts.foreground[ids], view.copies), keys))
+
+
+def _greys(mask: SaliencyMask, foreground: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """`ViewRows.greys` of copies with these shares of foreground, float64 [M], and keys, uint64 [M]."""
+    u = uniforms(mix(keys, tag("mask")), 2)
+    masked = (u[:, 0] < mask.p) & (foreground >= mask.least_foreground)
+    return np.where(masked, np.floor(u[:, 1] * 256), -1).astype(np.int16)

@@ -92,8 +92,25 @@ SIGNED = Pixels((0.5,), (0.5,))  # [-1, 1]
 
 
 @dataclass(frozen=True)
+class SaliencyMask:
+    """ReLICv2's and SemPPL's masking: with probability `p`, a copy's own, everything outside the image's salient
+    foreground becomes one level of grey, uniform in 0..255 and drawn for the copy, before the crop is cut. An image
+    whose foreground is less than `least_foreground` of its area is never masked. What is foreground is said by the
+    masks that are given with the data: :mod:`loaders.store.masks`.
+    """
+
+    p: float = 0.1  # both: the SemPPL paper's
+    least_foreground: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.p <= 1 or not 0 <= self.least_foreground <= 1:
+            raise ValueError("a mask's p and least_foreground are shares, from 0 to 1")
+
+
+@dataclass(frozen=True)
 class View:
-    """One way of looking at an image: a crop, then photometric ops in order, then normalisation.
+    """One way of looking at an image: a mask, where there is one, a crop, then photometric ops in order, then
+    normalisation.
 
     `copies` independent draws of the same description count as one view of that many copies (PAWS's two global
     crops, exemplar's eight); each copy is also given at every quarter turn in `turns` (rotation prediction),
@@ -108,6 +125,7 @@ class View:
     filter: Filter = Filter.BILINEAR
     copies: int = 1
     turns: tuple[int, ...] = (0,)
+    mask: SaliencyMask | None = None
 
     def __post_init__(self) -> None:
         if self.size < 1 or self.copies < 1 or not self.turns:

@@ -14,10 +14,11 @@ import numpy as np
 from loaders.plan.plan import Rows
 from loaders.plan.views import RandomCrop
 from loaders.renderers.pil import PilRenderer
-from loaders.renderers.resample import CODES, resize_boxes
+from loaders.renderers.resample import CODES, over_grey, resize_boxes
 from loaders.renderers.spread import spread
+from loaders.store.masks import Masks
 from loaders.store.source import EncodedSource
-from loaders.timing import CROP, StageTimes, now
+from loaders.timing import CROP, FETCH, StageTimes, now
 
 _IMAGES_A_TASK = 4
 _ONLY = np.zeros(1, np.int64)
@@ -61,9 +62,14 @@ class CachedRenderer:
     device_id: int | None = None
 
     def __init__(
-        self, source: EncodedSource, pool: ThreadPoolExecutor, budget_bytes: int, times: StageTimes | None = None
+        self,
+        source: EncodedSource,
+        pool: ThreadPoolExecutor,
+        budget_bytes: int,
+        times: StageTimes | None = None,
+        masks: Masks | None = None,
     ):
-        self.pool, self.times = pool, times or StageTimes()
+        self.pool, self.times, self.masks = pool, times or StageTimes(), masks
         pil = PilRenderer(source, pool, self.times)
         self.cache = DecodedCache(lambda i: np.array(pil.decode(i)), budget_bytes)
 
@@ -75,11 +81,17 @@ class CachedRenderer:
             for b in range(begin, end):
                 image = self.cache.get(int(rows.ids[b]))[None]
                 start = now()
+                if rows.is_masked(b):
+                    assert self.masks is not None
+                    mask = self.masks.mask(int(rows.ids[b]))
+                    start = self.times.add(FETCH, start)
                 for v in rows.views:
                     cut_first, pixels = isinstance(v.view.crop, RandomCrop), out[v.view.name]
                     for row in range(b, len(v.boxes), len(rows.ids)):
-                        part = slice(row, row + 1)
-                        resize_boxes(image, _ONLY, v.boxes[part], cut_first, CODES[v.view.filter], pixels[part])
+                        part, shown = slice(row, row + 1), image
+                        if v.greys is not None and v.greys[row] >= 0:
+                            shown = over_grey(image, mask, np.uint8(v.greys[row]), v.boxes[row], cut_first)
+                        resize_boxes(shown, _ONLY, v.boxes[part], cut_first, CODES[v.view.filter], pixels[part])
                 self.times.add(CROP, start)
 
         spread(self.pool, work, len(rows.ids), _IMAGES_A_TASK)

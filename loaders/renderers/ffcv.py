@@ -34,9 +34,10 @@ from loaders.plan.plan import Rows
 from loaders.plan.views import RandomCrop
 from loaders.renderers import resample
 from loaders.renderers.pil import PilRenderer
-from loaders.renderers.resample import CODES, resize_boxes
+from loaders.renderers.resample import CODES, over_grey, resize_boxes
 from loaders.renderers.spread import spread
 from loaders.store.images import MAX_PIXELS
+from loaders.store.masks import Masks
 from loaders.store.source import EncodedSource
 from loaders.timing import CROP, DECODE, FETCH, StageTimes, now
 
@@ -105,13 +106,18 @@ def _compile(resampler: int) -> Callable[..., Any]:
     function encloses: `resampler` stands for the code of resample.py."""
 
     @njit(nogil=True, cache=True)
-    def render(handle, files, lengths, sizes, pixels, begin, num_images, boxes, cut_first, filters, outs, spent):
+    def render(
+        handle, files, lengths, sizes, pixels, masks, mask_ends, begin, num_images,
+        boxes, greys, cut_first, filters, outs, spent,
+    ):  # fmt: skip
         """Images begin, begin + 1, ... of `num_images`, one a file: decode each, resize its crops into their rows.
 
         files, lengths  int64 [n], address and length of JPEG bytes
         sizes   int32 [n, 2], expected height and width
         pixels  uint8, scratch
-        boxes, cut_first, filters, outs  one a view; boxes float64 [M, 4], outs uint8 [M, S, S, 3], copy-major
+        masks   bool, the pixels of all masks, one after the other; mask_ends int64 [n], nothing of an image without
+        boxes, greys, cut_first, filters, outs  one a view; boxes float64 [M, 4], greys int16 [M], -1 for no mask, outs
+                uint8 [M, S, S, 3], all copy-major
         spent   int64 [2, 2], to which nanoseconds of wall and CPU are added: of decoding, of cutting crops
 
         Returns bool [n]: which images were rendered.
@@ -140,8 +146,11 @@ def _compile(resampler: int) -> Callable[..., Any]:
             _spend(spent[0], since, stamp)
             for v in range(len(outs)):
                 for row in range(begin + i, len(outs[v]), num_images):
-                    part = slice(row, row + 1)
-                    resize_boxes(image, only, boxes[v][part], cut_first[v], filters[v], outs[v][part])
+                    part, shown = slice(row, row + 1), image
+                    if greys[v][row] >= 0:
+                        mask = masks[mask_ends[i] - height * width : mask_ends[i]].reshape(height, width)
+                        shown = over_grey(image, mask, np.uint8(greys[v][row]), boxes[v][row], cut_first[v])
+                    resize_boxes(shown, only, boxes[v][part], cut_first[v], filters[v], outs[v][part])
             _spend(spent[1], since, stamp)
             rendered[i] = True
         return rendered
@@ -169,9 +178,15 @@ class FfcvRenderer:
 
     device_id: int | None = None
 
-    def __init__(self, source: EncodedSource, pool: ThreadPoolExecutor, times: StageTimes | None = None):
-        self.source, self.pool, self.times = source, pool, times or StageTimes()
-        self._pil = PilRenderer(source, pool, self.times)
+    def __init__(
+        self,
+        source: EncodedSource,
+        pool: ThreadPoolExecutor,
+        times: StageTimes | None = None,
+        masks: Masks | None = None,
+    ):
+        self.source, self.pool, self.times, self.masks = source, pool, times or StageTimes(), masks
+        self._pil = PilRenderer(source, pool, self.times, masks)
         self._idle: list[_Decoder] = []  # append and pop are atomic
 
     def render(self, rows: Rows, out: Mapping[str, np.ndarray]) -> None:
@@ -181,12 +196,14 @@ class FfcvRenderer:
         """
         views = [v.view for v in rows.views]
         boxes, outs = tuple(np.ascontiguousarray(v.boxes) for v in rows.views), tuple(out[view.name] for view in views)
+        greys = tuple(np.full(len(v.boxes), -1, np.int16) if v.greys is None else v.greys for v in rows.views)
         cut_first = np.array([isinstance(view.crop, RandomCrop) for view in views])
         filters = np.array([CODES[view.filter] for view in views])
 
         def work(begin: int, end: int) -> None:
             ids, start, spent = rows.ids[begin:end], now(), np.zeros((2, 2), np.int64)
             files = [np.frombuffer(self._file(i), np.uint8) for i in ids.tolist()]
+            masks = [self._mask(rows, b) for b in range(begin, end)]
             self.times.add(FETCH, start)
             addresses = np.array([file.ctypes.data for file in files])
             lengths = np.array([len(file) for file in files])
@@ -200,9 +217,12 @@ class FfcvRenderer:
                 lengths,
                 self.source.sizes[ids],
                 decoder.pixels,
+                np.concatenate(masks),
+                np.cumsum([len(mask) for mask in masks]),
                 begin,
                 len(rows.ids),
                 boxes,
+                greys,
                 cut_first,
                 filters,
                 outs,
@@ -215,6 +235,13 @@ class FfcvRenderer:
                 self._pil.render_image(rows, begin + i, out)
 
         spread(self.pool, work, len(rows.ids), _IMAGES_A_TASK)
+
+    def _mask(self, rows: Rows, b: int) -> np.ndarray:
+        """The mask of image `b` of `rows`, bool [H * W]; empty where no copy is masked."""
+        if not rows.is_masked(b):
+            return np.empty(0, bool)
+        assert self.masks is not None
+        return self.masks.mask(int(rows.ids[b])).ravel()
 
     def _file(self, i: int) -> bytes:
         """The bytes of image `i`; nothing where it cannot be read, so that the `pil` renderer says why."""

@@ -15,6 +15,7 @@ from loaders.plan.views import Filter, RandomCrop, View
 from loaders.renderers.resample import CODES, resize_boxes
 from loaders.renderers.spread import spread
 from loaders.store.images import ImageError, open_image
+from loaders.store.masks import Masks
 from loaders.store.source import EncodedSource
 from loaders.timing import CROP, DECODE, FETCH, StageTimes, now
 
@@ -26,12 +27,22 @@ class PilRenderer:
     """Renders an encoded source with the threads of `pool`, which it neither owns nor closes.
 
     Every image is decoded once for all its views, as RGB (grey and CMYK are converted; EXIF rotation is not applied).
+
+    A copy with a mask is cut from the whole image on a grey background, as its papers have it: mask, then crop, then
+    resize. A mask carried through the crop as a fourth channel, to be laid over the finished crop, would be another
+    thing: the filter has by then mixed background into the foreground's edge, and rounded both.
     """
 
     device_id: int | None = None
 
-    def __init__(self, source: EncodedSource, pool: ThreadPoolExecutor, times: StageTimes | None = None):
-        self.source, self.pool, self.times = source, pool, times or StageTimes()
+    def __init__(
+        self,
+        source: EncodedSource,
+        pool: ThreadPoolExecutor,
+        times: StageTimes | None = None,
+        masks: Masks | None = None,
+    ):
+        self.source, self.pool, self.times, self.masks = source, pool, times or StageTimes(), masks
 
     def render(self, rows: Rows, out: Mapping[str, np.ndarray]) -> None:
         """Fill out[view name], uint8 [copies * B, S, S, 3], with the crops that `rows` describes, copy-major.
@@ -49,9 +60,17 @@ class PilRenderer:
         """The share of `render` that is image `b` of `rows`."""
         image = self.decode(int(rows.ids[b]))
         begin = now()
+        if rows.is_masked(b):
+            assert self.masks is not None
+            foreground = Image.fromarray(self.masks.mask(int(rows.ids[b])))
+            begin = self.times.add(FETCH, begin)
         for v in rows.views:
             for row in range(b, len(v.boxes), len(rows.ids)):
-                out[v.view.name][row] = crop(image, v.boxes[row], v.view)
+                shown = image
+                if v.greys is not None and v.greys[row] >= 0:
+                    grey = Image.new("RGB", image.size, (int(v.greys[row]),) * 3)
+                    shown = Image.composite(image, grey, foreground)
+                out[v.view.name][row] = crop(shown, v.boxes[row], v.view)
         self.times.add(CROP, begin)
 
     def decode(self, i: int) -> Image.Image:

@@ -90,6 +90,23 @@ def resize_boxes(images, ids, boxes, cut_first, filter, out):
 
 
 @njit(nogil=True, cache=True)
+def over_grey(image, mask, grey, box, cut_first):
+    """image uint8 [1, H, W, C] with the level `grey` wherever `mask`, bool [H, W], does not hold: a new image, for
+    `resize_boxes` to cut `box` from with the same `cut_first`. If that is set nothing beyond the box will be looked at,
+    and nothing is filled in there."""
+    height, width, channels = image.shape[1:]
+    masked = np.empty((1, height, width, channels), np.uint8)
+    left, top, right, bottom = 0, 0, width, height
+    if cut_first:
+        left, top, right, bottom = int(box[0]), int(box[1]), int(box[2]), int(box[3])
+    for y in range(top, bottom):
+        for x in range(left, right):
+            for c in range(channels):
+                masked[0, y, x, c] = image[0, y, x, c] if mask[y, x] else grey
+    return masked
+
+
+@njit(nogil=True, cache=True)
 def _kernel(x, filter):
     x = abs(x)
     if filter == _BILINEAR:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, overload
 
@@ -14,9 +14,11 @@ from loaders.store import cifar
 from loaders.store.beton import BetonSource
 from loaders.store.digits import open_digits
 from loaders.store.folder import FolderSource, folders_in, images_in
-from loaders.store.source import Source, concatenate, relabelled
+from loaders.store.masks import MaskFile, Masks, masks_by_key
+from loaders.store.source import Source, concatenate, digest, relabelled
 
 TRAIN, VALIDATION, LABELLED = "train", "validation", "labelled"
+MASKS = "masks"  # the key of files that say what is foreground in the images of the others
 _KEYED = re.compile(r"([a-z][a-z0-9_]*)=(.+)", re.DOTALL)
 
 
@@ -24,11 +26,13 @@ _KEYED = re.compile(r"([a-z][a-z0-9_]*)=(.+)", re.DOTALL)
 class DataSets:
     """The sources of a run by key; all number their classes as the labelled one does.
 
-    `search` are the folders of the data, where label lists may lie.
+    `search` are the folders of the data, where label lists may lie. `masks` say what is foreground in the images of a
+    key, for views with a mask.
     """
 
     sources: Mapping[str, Source]
     search: tuple[Path, ...] = ()
+    masks: Mapping[str, Masks] = field(default_factory=dict)
 
     @overload
     def get(self, key: Literal["validation"]) -> Source | None: ...  # type: ignore[overload-overlap]
@@ -45,6 +49,23 @@ class DataSets:
                 raise StoreError(f"no data for {key!r}: give --data PATH or --data {key}=PATH (given: {given})")
         return source
 
+    def masks_of(self, key: str) -> Masks:
+        """The masks of `get(key)`'s images. Raises StoreError where there are none."""
+        masks = self.masks.get(key if key in self.sources else TRAIN)
+        if masks is None:
+            raise StoreError(
+                f"no masks for the images of {self.get(key).name}: make them with python -m tools.saliency and give "
+                "--data masks=FILE, or train without them: --set masks=off"
+            )
+        return masks
+
+    def fingerprints(self) -> dict[str, str]:
+        """What identifies the data, and the masks where they are given, by key."""
+        found = {key: source.fingerprint() for key, source in sorted(self.sources.items())}
+        if self.masks:
+            found[MASKS] = digest([(key, masks.fingerprint()) for key, masks in sorted(self.masks.items())])
+        return found
+
 
 @dataclass(frozen=True)
 class _Splits:
@@ -59,12 +80,17 @@ def open_data(specs: tuple[str, ...]) -> DataSets:
     """Open `PATH` and `key=PATH` values; several paths under one key are one set.
 
     PATH is `digits`, a `.beton`, a folder of them (`val.beton` apart, the rest is the training set), CIFAR-10 in
-    binary form, or an image folder, whole or divided into `train/` and `val/`. A path that holds an equals sign can be
-    written `./a=b`. Raises StoreError that says what was looked for.
+    binary form, or an image folder, whole or divided into `train/` and `val/`; under the key `masks`, a file of masks
+    of any of the others. A path that holds an equals sign can be written `./a=b`. Raises StoreError that says what was
+    looked for.
     """
     found: dict[str, list[Source]] = defaultdict(list)
+    mask_files = []
     for spec in specs:
         key, path = parse_spec(spec)
+        if key == MASKS:
+            mask_files.append(MaskFile(path))
+            continue
         splits = _open(path)
         if key is None:
             if splits.train is not None:
@@ -73,7 +99,8 @@ def open_data(specs: tuple[str, ...]) -> DataSets:
                 found[VALIDATION].append(splits.validation)
         else:
             found[key].append(_chosen(splits, key, path))
-    return DataSets(_with_common_classes(found), search_folders(specs))
+    sources = _with_common_classes(found)
+    return DataSets(sources, search_folders(specs), masks_by_key(sources, mask_files))
 
 
 def parse_spec(spec: str) -> tuple[str | None, str]:

@@ -1,4 +1,4 @@
-"""Copies `.beton` files to a local disk before training, once per host: for data on network file systems.
+"""Copies `.beton` files and masks to a local disk before training, once per host: for data on network file systems.
 
 A copy carries the sum that was computed while its source was read, and is checked against the source's size and time of
 change whenever it is used again. Processes of one host agree through a file lock: the first copies, the others wait.
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from loaders.errors import StoreError
-from loaders.store.data import parse_spec
+from loaders.store.data import MASKS, parse_spec
 
 _CHUNK_BYTES = 1 << 24
 
@@ -24,10 +24,11 @@ Progress = Callable[[str, int, int], None]
 
 
 def stage(specs: tuple[str, ...], folder: Path, progress: Progress) -> tuple[str, ...]:
-    """`--data` values with every `.beton`, and every folder of them, replaced by its copy under `folder`.
+    """`--data` values with every `.beton`, every folder of them and every file of masks replaced by its copy under
+    `folder`.
 
-    Raises StoreError where a value is no `.beton` (image folders would become millions of small files), where the disk
-    has too little room, or where a copy does not read back as it was written.
+    Raises StoreError where a value is none of these (image folders would become millions of small files), where the
+    disk has too little room, or where a copy does not read back as it was written.
     """
     return tuple(_stage_one(spec, folder, progress) for spec in specs)
 
@@ -36,7 +37,7 @@ def _stage_one(spec: str, folder: Path, progress: Progress) -> str:
     key, path = parse_spec(spec)
     source = Path(path)
     files = [source] if source.is_file() else sorted(source.glob("*.beton"))
-    if not files or any(f.suffix != ".beton" for f in files):
+    if not files or (key != MASKS and any(f.suffix != ".beton" for f in files)):
         raise StoreError(f"--stage-to copies .beton files; {path} is none: convert it first")
     # One folder a source path, so that two sources' train.beton do not meet.
     place = folder / hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:16]
