@@ -45,7 +45,7 @@ def _in_users_words(command: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-_data = click.option("--data", multiple=True, metavar="[KEY=]PATH", help="KEY: unlabelled, labelled or validation.")
+_data = click.option("--data", multiple=True, metavar="[KEY=]PATH", help="KEY: unlabelled, labelled, validation, masks")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

@@ -59,7 +59,7 @@ def _resolved(job: Job, data: DataSets) -> dict[str, Any]:
         "recipe": job.recipe,
         "seed": job.seed,
         "stages": to_plain(job.stages),
-        "data": {key: source.fingerprint() for key, source in sorted(data.sources.items())},
+        "data": data.fingerprints(),
     }
 
 

@@ -49,7 +49,7 @@ def _settings(job: Job) -> str:
 
 
 def _data(data: DataSets) -> str:
-    return json.dumps({key: source.fingerprint() for key, source in data.sources.items()}, sort_keys=True)
+    return json.dumps(data.fingerprints(), sort_keys=True)
 
 
 def _versions() -> str:

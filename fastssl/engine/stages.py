@@ -298,6 +298,8 @@ class _StageRun:
                 f"{source.name}: {subset.name}, {subset.count:,} images; {stream.batch_global:,} a step"
                 + (f", {stream.batch_global // self.job.world:,} a rank" if self.job.world > 1 else "")
             )
+            if (masks := self.bound.masks.get(stream.name)) is not None:
+                table[f"{stream.name} masks"] = f"{masks.name}: {masks.about}"
         num_parameters = sum(p.numel() for p in trainer.nets.online.parameters())
         table["network"] = f"{num_parameters:,} parameters, {self.method.config.precision}"
         table["ranks"] = f"{self.job.world} x {self.threads} threads, {self.device.type}"

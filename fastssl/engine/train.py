@@ -181,6 +181,9 @@ class Trainer:
     def _record(self, batch: Batch, parts: dict[str, Tensor], clock: Clock, recorder: Recorder) -> dict[str, Any]:
         with torch.no_grad():
             values = dict(parts) | self.method.metrics(self.nets, batch, self.loader.bound.truth(batch))
+        masked = self.loader.bound.plan.masked_share(self.step - 1, self.loader.rank, self.loader.world)
+        if masked is not None:
+            values["masked_share"] = torch.tensor(masked, dtype=torch.float64, device=self.device)
         names = sorted(values)
         stacked = dist.mean_over_ranks(torch.stack([values[name].detach().double() for name in names]))
         values = dict(zip(names, stacked.tolist(), strict=True))

@@ -108,15 +108,33 @@ class Cycled:
         return digest([self.source.fingerprint(), len(self), self.num_classes])
 
 
+class Ovals:
+    """Stand-in masks: an oval over half of every image."""
+
+    name, about = "stand-ins", "an oval over half of every image"
+
+    def __init__(self, source: Source):
+        self._sizes = source.sizes
+        self.foreground = np.full(len(source), 0.5)
+
+    def mask(self, i: int) -> np.ndarray:
+        y, x = (np.linspace(-1, 1, side) for side in self._sizes[i].tolist())
+        return x**2 + y[:, None] ** 2 < 2 / np.pi
+
+    def fingerprint(self) -> str:
+        return digest([self.name])
+
+
 def usable(data: Mapping[str, Source], plans: Sequence[Plan]) -> DataSets:
-    """The sources with labels in turn, long enough for every plan."""
+    """The sources with labels in turn, long enough for every plan, and masks for the views that want them."""
     found = DataSets(data)
     streams = [stream for plan in plans for stream in plan.streams]
     orders = [stream.order for stream in streams if isinstance(stream.order, Balanced)]
     classes = max([1, found.get(LABELLED).num_classes, *(order.classes_global for order in orders)])
     least = max([s.batch_global for s in streams] + [classes * order.per_class for order in orders])
     keys = {stream.source for stream in streams} | {LABELLED}
-    return DataSets({key: _relabelled(found.get(key), least, classes) for key in keys})
+    sources = {key: _relabelled(found.get(key), least, classes) for key in keys}
+    return DataSets(sources, masks={key: Ovals(source) for key, source in sources.items()})
 
 
 def _relabelled(source: Source, least: int, num_classes: int) -> Source:
