@@ -76,7 +76,8 @@ def main() -> None:
 @click.option("--damaged", type=click.Choice(["stop", "replace"]), default="stop", help="At unreadable images [stop].")
 @click.option("--resume", type=click.Choice(["auto", "never"]), default="auto", show_default=True)
 @click.option("--allow-change", multiple=True, metavar="KEY", help="Continue a run although this setting differs.")
-@click.option("--init-from", type=click.Path(path_type=Path), help="Start from the weights of this run or checkpoint.")
+@click.option("--init-from", type=click.Path(path_type=Path), help="Start from the weights of this run or file.")
+@click.option("--unsafe-pickle", is_flag=True, help="Read weights from pickles that run code: only whom you trust.")
 @click.option("--stage-to", type=click.Path(path_type=Path), help="Copy .beton data to this local folder first.")
 @click.option("--log-to", multiple=True, metavar="TRACKER", help="Besides metrics.jsonl: tensorboard or wandb.")
 @click.option(
@@ -119,6 +120,7 @@ def train(
     resume: str,
     allow_change: tuple[str, ...],
     init_from: Path | None,
+    unsafe_pickle: bool,
     stage_to: Path | None,
     log_to: tuple[str, ...],
     nonfinite: str,
@@ -173,6 +175,7 @@ def train(
         resume=resume,  # type: ignore[arg-type]
         allow_change=allow_change,
         init_from=init_from,
+        unsafe_pickle=unsafe_pickle,
         stage_to=stage_to,
         log_to=log_to,
         nonfinite=nonfinite,  # type: ignore[arg-type]
@@ -269,6 +272,19 @@ def report(run: Path, compare: Path | None, data: tuple[str, ...], out: Path | N
     out = out or run / "report.html"
     write_report(run, compare, data, out)
     click.echo(out)
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for the files [RUN/export].")
+@click.option("--checkpoint", "step", type=click.IntRange(0), metavar="STEP", help="Of this step [the newest].")
+@click.option("--network", type=click.Choice(["online", "target"]), default="online", show_default=True)
+@_in_users_words
+def export(run: Path, out: Path | None, step: int | None, network: str) -> None:
+    """Write RUN's trunk with torchvision's key names, its heads, and a model card: a folder that needs no fastssl."""
+    from fastssl.export import export as write_export
+
+    click.echo(write_export(run, out or run / "export", step, network))
 
 
 @main.command()

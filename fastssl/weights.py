@@ -1,26 +1,25 @@
 """Weights from elsewhere: other runs, exported files, published checkpoints; one form for all.
 
 Our names for a network's parts, which every method's online module keeps: `trunk`, `projection` (whose first three
-layers are linear, norm, ReLU), `prediction`, `fc` (a classifier on the trunk or on the first projection layer).
+layers are linear, norm, ReLU), `prediction`; in a fine-tuned network `first`, the first projection layer, and `fc`, a
+classifier on that or on the trunk.
 """
 
 from __future__ import annotations
 
-import pickle
-import zipfile
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from fastssl.config import FastsslError
+from fastssl import layouts
+from fastssl.tensor_files import WeightsError, read_tensors, sha256_of
 
-
-class WeightsError(FastsslError):
-    """Weights that cannot be read, or that do not fit."""
+BACKBONE, HEADS, CONFIG = "backbone.safetensors", "heads.safetensors", "config.json"  # an exported folder
+COUNTER = "num_batches_tracked"  # of batch norms: nothing reads it, and files from before 2018 lack it
 
 
 @dataclass(frozen=True)
@@ -30,11 +29,13 @@ class Weights:
     nets    module ("online", "target") -> its state dict, in our names
     about   plain facts of who made them, as `Method.about` gives them; empty where nobody said
     source  where they are from, for messages
+    layout  which kind of file that is, for messages
     """
 
     nets: Mapping[str, Mapping[str, Tensor]]
     about: Mapping[str, Any]
     source: str
+    layout: str = layouts.CHECKPOINT
 
     def load_whole(self, module: nn.Module, name: str) -> None:
         """Load all of `name` into `module`. Raises WeightsError where a tensor is missing, left over or of another
@@ -47,25 +48,79 @@ class Weights:
         dotted = f"{prefix}."
         return {key.removeprefix(dotted): t for key, t in self.nets[name].items() if key.startswith(dotted)}
 
+    def shared_parts(self, module: nn.Module, name: str = "online") -> dict[str, Tensor]:
+        """The tensors of `name` in those parts that `module` has too, by the module's names. Raises WeightsError where
+        one of these parts does not fit whole, or where there is none."""
+        shared = parts_of(module.state_dict()) & parts_of(self.nets[name])
+        if not shared:
+            theirs, own = (", ".join(sorted(parts_of(t))) for t in (self.nets[name], module.state_dict()))
+            raise WeightsError(f"{self.source} has no part of this network: it has {theirs}, and this one {own}")
+        own_tensors = {key: t for key, t in module.state_dict().items() if _part(key) in shared}
+        return fitting(own_tensors, {key: t for key, t in self.nets[name].items() if _part(key) in shared}, self.source)
+
+
+def parts_of(tensors: Mapping[str, Tensor]) -> set[str]:
+    """The parts of a network that hold tensors, from a state dict."""
+    return {_part(key) for key in tensors}
+
+
+def _part(key: str) -> str:
+    return key.partition(".")[0]
+
 
 def load_whole(module: nn.Module, theirs: Mapping[str, Tensor], source: str) -> None:
     """Load the tensors `theirs` into `module`, all or none. Raises WeightsError, which names what does not fit."""
-    own = module.state_dict()
-    wrong = [key for key in sorted(theirs.keys() | own.keys()) if key not in theirs or key not in own]
-    wrong += [key for key in sorted(theirs.keys() & own.keys()) if theirs[key].shape != own[key].shape]
+    module.load_state_dict(fitting(module.state_dict(), theirs, source))
+
+
+def fitting(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """`theirs`, to be loaded where `own` are; counters that they lack stay our own. Raises WeightsError, which lists
+    what is missing, left over or of another shape."""
+    found = {key: t for key, t in own.items() if key.endswith(COUNTER)} | dict(theirs)
+    wrong = []
+    for key in sorted(found.keys() | own.keys()):
+        if key not in found:
+            wrong.append(f"{key} is missing")
+        elif key not in own:
+            wrong.append(f"{key} is left over")
+        elif found[key].shape != own[key].shape:
+            wrong.append(f"{key} is {list(found[key].shape)}, not {list(own[key].shape)}")
     if wrong:
-        raise WeightsError(f"{source}: {len(wrong)} tensors do not fit, the first {wrong[0]}; nothing loaded")
-    module.load_state_dict(theirs)
+        listed = "; ".join(wrong[:3]) + ("; ..." if len(wrong) > 3 else "")
+        raise WeightsError(f"{source}: {len(wrong)} tensors do not fit ({listed}); nothing loaded")
+    return found
 
 
-def read_weights(path: Path) -> Weights:
-    """The networks in the file `path`: a checkpoint's state. Raises WeightsError where it holds none."""
-    if not zipfile.is_zipfile(path):
-        raise WeightsError(f"{path} is {'no checkpoint' if path.exists() else 'not there'}")
+def read_weights(path: Path, unsafe_pickle: bool = False) -> Weights:
+    """The networks in the file `path`, or in an exported folder, its layout recognised: a checkpoint or export of
+    ours, a checkpoint of PAWS's authors, a ResNet of torchvision's or timm's. `unsafe_pickle` as in `read_tensors`.
+    Raises WeightsError where it holds none."""
+    state, metadata = read_tensors(path / BACKBONE if path.is_dir() else path, unsafe_pickle)
+    if metadata.get("layout") == layouts.EXPORT:
+        return _exported(path if path.is_dir() else path.parent)
+    known = layouts.recognise(state)
+    if known is None:
+        keys = ", ".join(map(str, list(state)[:5])) or "none"
+        raise WeightsError(f"{path} has no layout that is known; its first keys: {keys}")
+    layout, nets = known
+    about = state.get("about", {}) if layout == layouts.CHECKPOINT else {}
+    return Weights(nets, about, str(path), layout)
+
+
+def _exported(folder: Path) -> Weights:
+    """The networks that `fastssl.export` wrote. Files that are gone lack their parts; those that are there must be
+    what was written, for `config.json` says what they are."""
+    config = folder / CONFIG
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError) as error:
-        raise WeightsError(f"{path} is no checkpoint that can be read") from error
-    if not isinstance(state, dict) or "nets" not in state:
-        raise WeightsError(f"{path} is no checkpoint of fastssl")
-    return Weights(state["nets"], state.get("about", {}), str(path))
+        described = json.loads(config.read_text())
+        digests, about = dict(described["files"]), dict(described["about"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise WeightsError(f"{config}, which says what is beside it, is not there or damaged: export again") from error
+    online: dict[str, Tensor] = {}
+    for name, prefix in ((BACKBONE, "trunk."), (HEADS, "")):
+        path = folder / name
+        if path.exists():
+            if sha256_of(path) != digests.get(name):
+                raise WeightsError(f"{path} is not the file that {CONFIG} describes: export again")
+            online |= {f"{prefix}{key}": tensor for key, tensor in read_tensors(path)[0].items()}
+    return Weights({"online": online}, about, str(folder), layouts.EXPORT)

@@ -34,7 +34,16 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "loaders.loader": ({"loaders"}, {"numpy", "torch"}),
     "loaders.__init__": ({"loaders"}, set()),
     "fastssl.config": (set(), set()),
-    "fastssl.weights": ({"fastssl.config"}, {"torch", "safetensors"}),
+    "fastssl.tensor_files": ({"fastssl.config"}, {"torch", "safetensors"}),
+    "fastssl.unpickle": (set(), {"torch", "safetensors"}),
+    "fastssl.layouts": (set(), {"torch"}),
+    "fastssl.weights": ({"fastssl.layouts", "fastssl.tensor_files"}, {"torch"}),
+    "fastssl.architecture": ({"fastssl.config", "fastssl.nn", "fastssl.weights"}, {"torch"}),
+    "fastssl.export": (
+        {"fastssl.config", "fastssl.engine", "fastssl.evaluation.summary", "fastssl.architecture", "fastssl.layouts"}
+        | {"fastssl.nn.encoders", "fastssl.weights"},
+        {"torch", "safetensors"},
+    ),
     "fastssl.datasets": (set(), set()),
     "fastssl.clock": (set(), set()),
     "fastssl.converting": ({"fastssl.config", "loaders"}, {"rich"}),
@@ -62,7 +71,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "fastssl.engine": (
         CONTRACT
         | {"fastssl.nn.recompute", "fastssl.clock", "fastssl.record", "fastssl.evaluation", "fastssl.recipes"}
-        | {"fastssl.datasets", "fastssl.trackers", "fastssl.weights"},
+        | {"fastssl.datasets", "fastssl.trackers", "fastssl.weights", "fastssl.tensor_files"},
         {"torch", "numpy"},
     ),
     "fastssl.profiling": (

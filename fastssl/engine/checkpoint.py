@@ -9,9 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 import shutil
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,18 +17,13 @@ from typing import Any, BinaryIO
 import torch
 
 from fastssl.config import FastsslError
+from fastssl.tensor_files import WeightsError, read_tensors, sha256_of
 
 STATE, DIGEST, LATEST = "state.pt", "digest.json", "latest"
 
 
 class CheckpointError(FastsslError):
     """A checkpoint that cannot be read or written."""
-
-
-def sha256_of(path: Path) -> str:
-    """Hex digest of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Checkpoints:
@@ -59,11 +52,11 @@ class Checkpoints:
             digest = _write_state(partial / STATE, state)
             (partial / DIGEST).write_text(json.dumps(digest))
             for path in (partial / DIGEST, partial):
-                _sync(path)
+                sync(path)
             if final.exists():
                 self._drop(final)
             partial.rename(final)
-            _sync(self.folder)
+            sync(self.folder)
             write_atomically(self.folder / LATEST, final.name + "\n")
             for old in self.steps()[: -self.keep]:
                 if self.milestone_every is None or old % self.milestone_every:
@@ -121,7 +114,10 @@ class Checkpoints:
     def load(self, step: int) -> dict[str, Any]:
         """The checkpoint of `step`. Raises CheckpointError where its bytes are not those that were written."""
         verified_sha256(self.path(step))
-        return read_state(self.path(step) / STATE)
+        try:
+            return read_tensors(self.path(step) / STATE)[0]
+        except WeightsError as error:
+            raise CheckpointError(str(error)) from error
 
 
 class _Hashing:
@@ -171,19 +167,6 @@ def verified_sha256(path: Path) -> str:
     return found
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """The state stored in the file `path`, on the CPU. Raises CheckpointError where it is none."""
-    if not zipfile.is_zipfile(path):
-        raise CheckpointError(f"{path} is {'no checkpoint' if path.exists() else 'not there'}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path} is no checkpoint that can be read") from error
-    if not isinstance(state, dict) or "nets" not in state:
-        raise CheckpointError(f"{path} is no checkpoint of fastssl")
-    return state
-
-
 def read_json(path: Path) -> Any:
     """What `write_atomically` left at `path`, as JSON. Raises FastsslError where it is not whole."""
     try:
@@ -199,12 +182,13 @@ def write_atomically(path: Path, content: str | dict[str, Any]) -> None:
         temporary.write_text(content)
     else:
         torch.save(content, temporary)
-    _sync(temporary)
+    sync(temporary)
     temporary.replace(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

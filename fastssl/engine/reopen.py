@@ -69,6 +69,7 @@ def job_to_replay(dump: Path, data: tuple[str, ...], device: Literal["cpu", "cud
         device=device or described["device"],
         world=world or described["ranks"],
         init_from=None if began["init_from"] is None else Path(began["init_from"]),
+        unsafe_pickle=began.get("unsafe_pickle", False),  # runs begun before there was the flag lack it
         replay=dump,
     )
 

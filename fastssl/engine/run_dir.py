@@ -66,7 +66,8 @@ def _resolved(job: Job, data: DataSets) -> dict[str, Any]:
 def _as_typed(job: Job) -> dict[str, Any]:
     """The same in the words of the command."""
     init_from = None if job.init_from is None else str(job.init_from)
-    return {"command": job.command, "changes": job.changes, "data": job.data, "init_from": init_from}
+    weights = {"init_from": init_from, "unsafe_pickle": job.unsafe_pickle}
+    return {"command": job.command, "changes": job.changes, "data": job.data, **weights}
 
 
 def _write(job: Job, resolved: dict[str, Any]) -> None:

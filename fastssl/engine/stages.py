@@ -41,7 +41,7 @@ from fastssl.evaluation import load_protocol
 from fastssl.evaluation.subject import Subject
 from fastssl.methods.base import Artefact, Facts, Method, Stage
 from fastssl.record import Recorder, result_lines
-from fastssl.weights import read_weights
+from fastssl.weights import BACKBONE, Weights, read_weights
 from loaders.loader import Bound, Loader, bind
 from loaders.store import staging
 from loaders.store.data import LABELLED, VALIDATION, DataSets, open_data, search_folders
@@ -96,7 +96,7 @@ def _all_stages(
     results: dict[str, dict[str, Any]] = {}
     for stage in job.stages:
         folder = job.folder(stage)
-        inputs = _inputs(stage, artefacts)
+        inputs = _inputs(job, stage, artefacts)
         results[stage.name] = _StageRun(job, stage, folder, data, inputs, device, threads, stop).finish()
         if any(ref.stage == stage.name for later in job.stages for ref in later.needs.values()):
             artefacts[stage.name] = _made(stage, folder)
@@ -110,7 +110,7 @@ def _replayed(job: Job, data: DataSets, device: torch.device, threads: int) -> d
     (stage,) = (stage for stage in job.stages if stage.name == name)
     earlier = {ref.stage for ref in stage.needs.values() if ref.stage is not None}
     artefacts = {each.name: _made(each, job.folder(each)) for each in job.stages if each.name in earlier}
-    inputs = _inputs(stage, artefacts)
+    inputs = _inputs(job, stage, artefacts)
     return _StageRun(job, stage, job.folder(stage), data, inputs, device, threads, StopRequest()).replay()
 
 
@@ -187,7 +187,7 @@ class _StageRun:
         if (state := checkpoints.load_newest(damaged.append)) is not None:
             trainer.load_state(state)
         elif self.job.init_from is not None and self.stage is self.job.stages[0]:
-            self.method.start_from(trainer.nets, read_weights(weights_file(self.job.init_from, damaged.append)))
+            self.method.start_from(trainer.nets, self._weights(self.job.init_from, damaged.append))
 
         clock, evaluations = Clock(), []
 
@@ -234,8 +234,15 @@ class _StageRun:
         with self._loader() as loader:
             trainer = self._trainer(loader, "eager")
             if not replay.restored(trainer, dump["step"]) and self.job.init_from is not None:
-                self.method.start_from(trainer.nets, read_weights(weights_file(self.job.init_from, print)))
+                self.method.start_from(trainer.nets, self._weights(self.job.init_from, print))
             return replay.replay(trainer, dump)
+
+    def _weights(self, source: Path, warn: Callable[[str], None]) -> Weights:
+        """What `source` holds, and a line that names its layout."""
+        weights = read_weights(weights_file(source, warn), self.job.unsafe_pickle)
+        if dist.is_main():
+            print(f"weights from {weights.source}: {weights.layout}", flush=True)
+        return weights
 
     def _replaced(self, loader: Loader) -> dict[str, dict[str, int]]:
         """{stream: {damaged id: id in its place}} over all ranks."""
@@ -314,7 +321,7 @@ class _StageRun:
         )
 
 
-def _inputs(stage: Stage, artefacts: Mapping[str, Artefact]) -> dict[str, Artefact]:
+def _inputs(job: Job, stage: Stage, artefacts: Mapping[str, Artefact]) -> dict[str, Artefact]:
     """What `stage` needs, by name; but for weights to start from that `--init-from` gives."""
     found = {}
     for name, ref in stage.needs.items():
@@ -322,13 +329,13 @@ def _inputs(stage: Stage, artefacts: Mapping[str, Artefact]) -> dict[str, Artefa
             found[name] = artefacts[ref.stage]
         elif ref.path is not None:
             path = weights_file(Path(ref.path), print)
-            found[name] = Artefact(path, sha256_of(path))
+            found[name] = Artefact(path, sha256_of(path), job.unsafe_pickle)
     return found
 
 
 def weights_file(source: Path, warn: Callable[[str], None]) -> Path:
-    """The file in which a run, a checkpoint or a file itself holds its networks. `warn` is told of damaged checkpoints
-    that are passed over. Raises FastsslError where there is none."""
+    """The file in which a run, a checkpoint, an exported folder or a file itself holds its networks. `warn` is told of
+    damaged checkpoints that are passed over. Raises FastsslError where there is none."""
     if not source.is_dir():
         if not source.exists():
             raise ConfigError(f"{source} is not there")
@@ -336,6 +343,8 @@ def weights_file(source: Path, warn: Callable[[str], None]) -> Path:
     if (source / STATE).exists():
         verified_sha256(source)
         return source / STATE
+    if (source / BACKBONE).exists():
+        return source / BACKBONE
     folder = source / CHECKPOINTS
     if not folder.is_dir() and (source / RESOLVED).exists():  # a run of several stages: its last one
         folder = source / read_json(source / RESOLVED)["stages"][-1]["name"] / CHECKPOINTS

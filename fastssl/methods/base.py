@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fastssl import dist
 from fastssl.config import ConfigError, to_plain
-from fastssl.weights import Weights, read_weights
+from fastssl.weights import Weights, parts_of, read_weights
 from loaders.batch import Batch
 from loaders.plan.plan import Plan
 from loaders.plan.views import View, parse_subset
@@ -97,6 +98,7 @@ class Artefact:
 
     path: Path
     sha256: str
+    unsafe_pickle: bool = False  # whether code in it may run: see fastssl.tensor_files
 
     def load(self) -> dict[str, Any]:
         """The stored tensors and plain values, on the CPU."""
@@ -104,7 +106,7 @@ class Artefact:
 
     def weights(self) -> Weights:
         """The networks in it, on the CPU. Raises WeightsError where it holds none."""
-        return read_weights(self.path)
+        return read_weights(self.path, self.unsafe_pickle)
 
 
 @dataclass
@@ -184,11 +186,19 @@ class Method(ABC):
 
     def start_from(self, nets: Nets, weights: Weights) -> None:
         """Put another run's weights into fresh `nets`: `--init-from`. Raises WeightsError where they do not fit, with
-        nothing loaded. Here: every tensor of `online` must fit. A target is an average of `online`, so it starts from
-        the other run's, or where that had none stays as it is."""
-        weights.load_whole(nets.online, "online")
-        if nets.target is not None and "target" in weights.nets:
-            weights.load_whole(nets.target, "target")
+        nothing loaded. Here: every part (trunk, projection, ...) that both have must fit whole; a line names those
+        that only one has. A target is an average of `online`, so it starts from the other run's, or where that had
+        none from its online network."""
+        found = [(nets.online, weights.shared_parts(nets.online))]
+        if nets.target is not None:
+            name = "target" if "target" in weights.nets else "online"
+            found.append((nets.target, weights.shared_parts(nets.target, name)))
+        own, theirs = parts_of(nets.online.state_dict()), parts_of(weights.nets["online"])
+        for module, tensors in found:
+            module.load_state_dict(tensors, strict=False)
+        if own != theirs and dist.is_main():
+            named = [", ".join(sorted(parts)) or "none" for parts in (own & theirs, own - theirs, theirs - own)]
+            print("taken: {}; as they were drawn: {}; left out: {}".format(*named), flush=True)
 
     @abstractmethod
     def optimizer(self, nets: Nets) -> Optimizer:

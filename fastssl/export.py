@@ -1,0 +1,247 @@
+"""A run's networks for use elsewhere: a folder that needs no fastssl, and that `--init-from` takes.
+
+    backbone.safetensors   the trunk, with torchvision's key names
+    heads.safetensors      whatever else the network had: projection and prediction heads, a classifier
+    config.json            architecture, input, accuracies, provenance, hashes of the files
+    README.md              the same as a model card
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from fastssl.architecture import architecture
+from fastssl.config import FastsslError
+from fastssl.engine.checkpoint import STATE, Checkpoints, read_json, sync, verified_sha256
+from fastssl.engine.run_dir import CHECKPOINTS, RESOLVED, RESULT
+from fastssl.evaluation.summary import accuracy_cell, mean_and_spread
+from fastssl.layouts import EXPORT
+from fastssl.nn.encoders import encoder_of
+from fastssl.weights import BACKBONE, CONFIG, HEADS, Weights, read_weights
+
+CARD = "README.md"
+FILES = {BACKBONE, HEADS, CONFIG, CARD}
+
+
+class ExportError(FastsslError):
+    """A run that cannot be exported, or a folder that cannot be written."""
+
+
+def export(run: Path, out: Path, step: int | None = None, network: str = "online") -> Path:
+    """Write `network` ("online" or "target") of `run`'s last stage, as it was after `step` (None: the newest whole
+    checkpoint), to the folder `out`; an export that is there is replaced. It appears whole or not at all.
+
+    Raises FastsslError where the run has no such checkpoint or network, or `out` cannot be written.
+    """
+    if not (run / RESOLVED).is_file():
+        raise ExportError(f"{run} is no run directory: it has no {RESOLVED}")
+    resolved = read_json(run / RESOLVED)
+    stage = resolved["stages"][-1]["name"]
+    folder = run if len(resolved["stages"]) == 1 else run / stage
+    checkpoint = _checkpoint(folder, step)
+    weights = read_weights(checkpoint / STATE)
+    trunk, heads = _trunk_and_heads(weights, network)
+    encoder, channels = encoder_of(weights.about["config"]["encoder"]), weights.about["facts"]["channels"]
+    described = {
+        "layout": EXPORT,
+        "network": network,
+        "networks": sorted({"online", "target"} & weights.nets.keys()),
+        "architecture": architecture(encoder, channels, trunk, weights.source),
+        "input": _input(weights.about),
+        "accuracy": _accuracy(folder, _step_of(checkpoint)),
+        "provenance": {
+            "recipe": resolved["recipe"],
+            "stage": stage,
+            "seed": resolved["seed"],
+            "step": _step_of(checkpoint),
+            "checkpoint_sha256": verified_sha256(checkpoint),
+            "data": resolved["data"],
+            "versions": resolved["versions"],
+        },
+        "about": dict(weights.about),
+    }
+    files = {BACKBONE: _serialised(trunk)} | ({HEADS: _serialised(heads)} if heads else {})
+    described["files"] = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    files[CONFIG] = (json.dumps(described, indent=2) + "\n").encode()
+    files[CARD] = _card(described).encode()
+    _write(out, files)
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------- what is there
+
+
+def _checkpoint(folder: Path, step: int | None) -> Path:
+    checkpoints = Checkpoints(folder / CHECKPOINTS)
+    there = checkpoints.steps()
+    if not there:
+        raise ExportError(f"{folder} has no checkpoint yet")
+    if step is None:
+        return checkpoints.newest_whole(lambda text: print(f"warning: {text}", file=sys.stderr))
+    if step not in there:
+        raise ExportError(f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, there))}")
+    verified_sha256(checkpoints.path(step))
+    return checkpoints.path(step)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def _trunk_and_heads(weights: Weights, network: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    if network not in weights.nets:
+        raise ExportError(f"{weights.source} has no {network} network; it has {', '.join(sorted(weights.nets))}")
+    trunk = weights.part("trunk", network)
+    if not trunk or "encoder" not in weights.about.get("config", {}):
+        raise ExportError(f"{weights.source} does not say what its trunk is, so there is nothing to export")
+    return trunk, {key: t for key, t in weights.nets[network].items() if not key.startswith("trunk.")}
+
+
+def _accuracy(folder: Path, step: int) -> dict[str, Any]:
+    """The run's final accuracies, with the images behind them, where they were measured at `step`; else nothing."""
+    result = read_json(folder / RESULT) if (folder / RESULT).exists() else {}
+    if result.get("steps") != step:
+        return {}
+    scores = {name: value for name, value in result.items() if "_top1" in name and isinstance(value, float)}
+    intervals = {
+        f"{name}_top1": found["top1_ci95"]
+        for name, found in result.items()
+        if isinstance(found, dict) and "top1_ci95" in found
+    }
+    measured_on = {
+        role: {key: value for key, value in found.items() if key != "data"}  # a path of this machine
+        for role, found in result.get("provenance", {}).items()
+    }
+    return {"scores": scores, "ci95": intervals, "measured_on": measured_on} if scores else {}
+
+
+def _input(about: Mapping[str, Any]) -> dict[str, Any]:
+    """How an image becomes the network's input, from the view that evaluation used."""
+    view, channels = about["config"]["eval_view"], about["facts"]["channels"]
+    mean, std = (
+        list(each) * (channels if len(each) == 1 else 1) for each in (view["pixels"]["mean"], view["pixels"]["std"])
+    )
+    crop = view["crop"]
+    return {
+        "channels": channels,
+        "size": view["size"],
+        "resize": crop.get("resize"),  # the shorter side, before the central crop
+        "crop": "centre" if crop["type"] == "Centre" else "none, the whole image is scaled",
+        "interpolation": view["filter"],
+        "mean": mean,
+        "std": std,
+        "value": "(pixel / 255 - mean) / std",
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------ files
+
+
+def _serialised(tensors: Mapping[str, Tensor]) -> bytes:
+    """A safetensors file. Training keeps weights channels-last, which the format cannot say."""
+    own_memory = {key: t.clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
+    return save(own_memory, metadata={"format": "pt", "layout": EXPORT})
+
+
+def _write(out: Path, files: Mapping[str, bytes]) -> None:
+    """Write the folder beside its place, sync it, and put it there by renaming. Raises ExportError."""
+    place = out.absolute()
+    partial, old = place.parent / f".{place.name}.partial", place.parent / f".{place.name}.dropped"
+    try:
+        if old.exists() and not place.exists():  # a kill between the two renames below
+            old.rename(place)
+        if place.exists() and not (place.is_dir() and {path.name for path in place.iterdir()} <= FILES):
+            raise ExportError(f"--out {out} holds other files than an export's: choose another folder")
+        for remains in (partial, old):
+            shutil.rmtree(remains, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for name, content in files.items():
+            (partial / name).write_bytes(content)
+            sync(partial / name)
+        sync(partial)
+        if place.exists():
+            place.rename(old)
+        partial.rename(place)
+        sync(place.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise ExportError(f"--out {out} cannot be written: {error.strerror}") from error
+
+
+def _card(described: Mapping[str, Any]) -> str:
+    """The model card."""
+    what, of, given = described["architecture"], described["provenance"], described["input"]
+    others = [name for name in described["networks"] if name != described["network"]]
+    lines = [
+        f"# {what['name']}, {of['recipe']}",
+        "",
+        f"The {described['network']} network of a run of `fastssl train {of['recipe']}`, seed {of['seed']}, after step "
+        f"{of['step']:,} of its stage `{of['stage']}`."
+        + (f" The run also has a {' and a '.join(others)} network, which is not here." if others else ""),
+        f"The trunk has {what['num_parameters']:,} parameters and gives {what['num_features']:,} features.",
+        "",
+        "## Accuracy",
+        "",
+        *_accuracy_lines(described["accuracy"]),
+        "",
+        "## Use",
+        "",
+        *_use_lines(what),
+        "",
+        f"Input: {given['channels']} x {given['size']} x {given['size']}, "
+        + (f"shorter side scaled to {given['resize']}, " if given["resize"] else "")
+        + f"crop: {given['crop']}, interpolation: {given['interpolation']}; {given['value']} with mean {given['mean']} "
+        f"and std {given['std']}.",
+        "",
+        "## Provenance",
+        "",
+        f"- recipe `{of['recipe']}`, seed {of['seed']}, step {of['step']:,}; commit `{of['versions']['commit']}`, "
+        f"torch {of['versions']['torch']}",
+        f"- checkpoint sha256 `{of['checkpoint_sha256']}`",
+        *[f"- data, {role}: fingerprint `{fingerprint}`" for role, fingerprint in sorted(of["data"].items())],
+        *[f"- `{name}` sha256 `{digest}`" for name, digest in described["files"].items()],
+        "",
+        f"`{CONFIG}` holds all of this and every setting. `fastssl train --init-from` takes this folder.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _accuracy_lines(accuracy: Mapping[str, Any]) -> list[str]:
+    if not accuracy:
+        return ["Not measured at this step."]
+    rows = [
+        f"| {name.removesuffix('_top1')} | {accuracy_cell(mean_and_spread([value]), accuracy['ci95'].get(name))} |"
+        for name, value in accuracy["scores"].items()
+        if name.endswith("_top1")
+    ]
+    images = [
+        f"{role}: {found['count']:,} images (`{found['split']}`, sha256 `{found['split_sha256']}`)"
+        for role, found in accuracy["measured_on"].items()
+    ]
+    return ["| protocol | top-1, % |", "|---|---|", *rows, "", f"Measured with {'; '.join(images)}."]
+
+
+def _use_lines(what: Mapping[str, Any]) -> list[str]:
+    lines = []
+    if what["torchvision"]:
+        load = f'model.load_state_dict(safetensors.torch.load_file("{BACKBONE}"))'
+        imports = "import safetensors.torch, torch, torchvision"
+        lines += ["```python", imports, "", *what["torchvision"], load, "```"]
+    else:
+        lines += ["torchvision's ResNet cannot be made into this one; the names of tensors follow it all the same."]
+    if what["timm"]:
+        lines += ["", f'With timm: `timm.create_model("{what["timm"]}", num_classes=0)` has the same keys.']
+    if what["differs_from_torchvision"]:
+        lines += ["", "What is not torchvision's:", "", *[f"- {each}" for each in what["differs_from_torchvision"]]]
+    return lines

@@ -1,0 +1,31 @@
+"""The tensors of a pickle, written as safetensors: `python -I unpickle.py SOURCE TARGET`.
+
+Opening a pickle runs whatever code it holds, so `fastssl.tensor_files` starts this as a process of its own, and only
+where the user asked for it. Names of nested dicts are joined by slashes. All that is no tensor is dropped.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+
+def tensors_in(value: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of every tensor in nested dicts and modules; each with memory of its own, as safetensors ask."""
+    if isinstance(value, nn.Module):
+        value = value.state_dict()
+    if isinstance(value, Tensor):
+        yield name, value.detach().clone(memory_format=torch.contiguous_format)
+    elif isinstance(value, Mapping):
+        for key, each in value.items():
+            inner = str(key).replace("/", ".")
+            yield from tensors_in(each, f"{name}/{inner}" if name else inner)
+
+
+if __name__ == "__main__":
+    source, target = sys.argv[1:]
+    save_file(dict(tensors_in(torch.load(source, map_location="cpu", weights_only=False))), target)
