@@ -225,8 +225,19 @@ def _seeds(text: str) -> list[int]:
 
 @main.command()
 @click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("--protocol", "protocols", multiple=True, required=True, help="soft-nn, knn.")
-@_data
+@click.option(
+    "--protocol",
+    "protocols",
+    multiple=True,
+    required=True,
+    help="soft-nn, knn, classifier, linear, robustness or transfer.",
+)
+@click.option(
+    "--data",
+    multiple=True,
+    metavar="[KEY=]PATH",
+    help="KEY: labelled, validation, or a published set that the protocol measures on: imagenet_v2, food101, ...",
+)
 @_in_users_words
 def evaluate(run: Path, protocols: tuple[str, ...], data: tuple[str, ...]) -> None:
     """Score the encoder of RUN at its newest checkpoint; prints JSON."""
