@@ -98,6 +98,8 @@ def main() -> None:
 )
 @click.option("--labels", help="Labelled images: all, per-class=N, a list's name or path.")
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change a field of the recipe.")
+@click.option("--sweep", "swept", multiple=True, metavar="KEY=V1,V2,...", help="A run for each value; then the best.")
+@click.option("--held-out", metavar="SET", help="--sweep: training images to choose by [a list, or 12 a class].")
 @click.option("--seeds", default="0", show_default=True, help="Seed, or several separated by commas.")
 @click.option("--dry-run", is_flag=True, help="Print what would be done; needs neither data nor devices.")
 @click.option("--submit", type=click.Choice(["slurm"]), help="Submit as a job, which is requeued when it is preempted.")
@@ -127,6 +129,8 @@ def train(
     watchdog_s: float,
     labels: str | None,
     changes: tuple[str, ...],
+    swept: tuple[str, ...],
+    held_out: str | None,
     seeds: str,
     dry_run: bool,
     submit: str | None,
@@ -143,6 +147,8 @@ def train(
     from fastssl.evaluation.summary import accuracy_cell, spread_over_seeds
     from fastssl.launch import launcher, start
     from fastssl.recipes import resolve
+    from fastssl.sweep import prepare
+    from fastssl.sweep import run as run_sweep
 
     if gpus and cpu_ranks:
         raise ConfigError("--gpus and --cpu-ranks: give one of them")
@@ -159,12 +165,19 @@ def train(
         raise ConfigError("--out names one run; with several --seeds leave it out")
     if len(chosen) > 1 and launcher() is not None:
         raise ConfigError("--seeds: one seed a command where a launcher starts the ranks")
+    if held_out is not None and not swept:
+        raise ConfigError("--held-out belongs to --sweep")
+    if swept and (len(chosen) > 1 or submit or launcher() is not None or resume == "never"):
+        raise ConfigError(
+            "--sweep does its runs one after the other, starts their ranks itself and always continues: leave out "
+            "several --seeds, --submit, --resume never and torchrun or srun"
+        )
     job = Job(
         recipe=recipe,
         stages=stages,
         changes=changes,
         data=data,
-        out=out or Path("runs") / f"{recipe}-seed{chosen[0]}",
+        out=out or Path("runs") / f"{recipe}{'-sweep' if swept else ''}-seed{chosen[0]}",
         seed=chosen[0],
         device="cuda" if gpus else "cpu",
         world=gpus or cpu_ranks or 1,
@@ -182,11 +195,15 @@ def train(
         watchdog_s=watchdog_s,
         command=shlex.join(["fastssl", *sys.argv[1:]]),
     )
+    sweep = prepare(job, swept, held_out) if swept else None
     if dry_run:
-        click.echo(describe(job))
+        click.echo(describe(job) + (f"\n{sweep.described()}" if sweep else ""))
         return
-    if missing := job.missing_inputs():
+    if missing := (next(iter(sweep.runs.values())) if sweep else job).missing_inputs():
         raise ConfigError(f"{recipe} builds on another run: give {' and '.join(missing)}")
+    if sweep:
+        run_sweep(sweep, start)
+        return
     jobs = [replace(job, seed=seed, out=out or Path("runs") / f"{recipe}-seed{seed}") for seed in chosen]
     if submit:
         from fastssl.submit import submit as submit_to_slurm

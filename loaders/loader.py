@@ -29,15 +29,15 @@ from loaders.batch import Batch, Part
 from loaders.errors import RenderError, StoreError
 from loaders.finish import numba_cpu
 from loaders.plan.plan import BoundPlan, Plan, Rows, StreamFacts, ViewRows
-from loaders.plan.views import Balanced
+from loaders.plan.views import Balanced, Subset
 from loaders.renderers import Renderer
 from loaders.renderers.cache import CachedRenderer
 from loaders.renderers.memory import MemoryRenderer
 from loaders.renderers.pil import PilRenderer
-from loaders.store.data import DataSets
+from loaders.store.data import VALIDATION, DataSets
 from loaders.store.masks import Masks
 from loaders.store.source import ArraySource, Source, is_encoded
-from loaders.store.subsets import Resolved, resolve
+from loaders.store.subsets import NotAmong, Resolved, resolve
 from loaders.timing import FINISH, PLAN, Prepared, StageTimes, now
 
 _DONE = object()
@@ -66,8 +66,8 @@ class Bound:
 def bind(plan: Plan, data: DataSets) -> Bound:
     """Resolve each stream's source and subsets. Raises StoreError or PlanError where data and plan do not fit."""
     sources = {stream.name: data.get(stream.source) for stream in plan.streams}
-    subsets = {stream.name: resolve(stream.ids, sources[stream.name], data.search) for stream in plan.streams}
-    visible = {stream.name: resolve(stream.visible, sources[stream.name], data.search) for stream in plan.streams}
+    subsets = {stream.name: resolved(stream.ids, sources[stream.name], data) for stream in plan.streams}
+    visible = {stream.name: resolved(stream.visible, sources[stream.name], data) for stream in plan.streams}
     masked = [stream for stream in plan.streams if any(view.mask is not None for view in stream.views)]
     masks = {stream.name: data.masks_of(stream.source) for stream in masked}
     facts = {}
@@ -79,6 +79,19 @@ def bind(plan: Plan, data: DataSets) -> Bound:
         foreground = masks[name].foreground if name in masks else None
         facts[name] = StreamFacts(subsets[name].ids, labels, source.sizes, source.num_classes, foreground)
     return Bound(plan.bind(facts), sources, subsets, visible, masks)
+
+
+def resolved(subset: Subset, source: Source, data: DataSets) -> Resolved:
+    """The images of `source`, one of `data`, that `subset` describes. Raises StoreError, which says of names that the
+    source does not have if they are those of validation images."""
+    try:
+        return resolve(subset, source, data.search)
+    except NotAmong as error:
+        validation = data.get(VALIDATION)
+        taken = 0 if validation is None else sum(validation.name_of(i) in error.names for i in range(len(validation)))
+        if taken:
+            raise StoreError(f"{error}; {taken} of them are validation images of {validation.name}") from None
+        raise
 
 
 class Loader:

@@ -56,6 +56,10 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"torch"},
     ),
     "fastssl.doctor": (set(), {"rich"}),
+    "fastssl.sweep": (
+        CONTRACT | {"fastssl.engine", "fastssl.evaluation", "fastssl.recipes", "fastssl.trackers"},
+        {"numpy"},
+    ),
     "fastssl.submit": ({"fastssl.config", "fastssl.engine.job", "fastssl.launch"}, {"submitit"}),
     "fastssl.nn": ({"fastssl.devices", "fastssl.dist"}, {"torch"}),
     "fastssl.nn.batch_norm_triton": (set(), {"torch", "triton"}),

@@ -38,6 +38,7 @@ class Job:
     allow_change: tuple[str, ...] = ()  # what may differ from the run that is continued
     init_from: Path | None = None
     unsafe_pickle: bool = False  # whether code in files of weights that the user names may run
+    held_out: str | None = None  # labelled images (a subset) that stand in for the validation images, left unopened
     stage_to: Path | None = None  # where this host keeps copies of the data; None: read in place
     nonfinite: Literal["stop", "skip-once"] = "stop"  # what a step whose loss is not finite does
     replay: Path | None = None  # do no more than this step again, which was not finite

@@ -24,9 +24,9 @@ from loaders.store.data import DataSets, open_data
 
 def open_run(run: Path, data: tuple[str, ...], sets: Mapping[str, Path] | None = None) -> tuple[Subject, int]:
     """The networks of `run`'s last stage at its newest checkpoint, beside `data` (default: what the run was trained
-    on), and the step they are from. A damaged checkpoint is passed over for the one before, with a line on stderr.
-    Raises FastsslError where the run cannot be read or its recipe has changed.
-    `sets` are Subject\'s."""
+    and scored on), and the step they are from. A damaged checkpoint is passed over for the one before, with a line on
+    stderr. Raises FastsslError where the run cannot be read or its recipe has changed.
+    `sets` are Subject's."""
     method, sources, folder = open_method(run, data)
     state = Checkpoints(folder / CHECKPOINTS).load_newest(lambda text: print(f"warning: {text}", file=sys.stderr))
     if state is None:
@@ -37,7 +37,9 @@ def open_run(run: Path, data: tuple[str, ...], sets: Mapping[str, Path] | None =
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for module in nets.modules().values():
         module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return Subject(method, nets, sources, device=device, threads=len(os.sched_getaffinity(0)), sets=sets), state["step"]
+    held_out = None if data else read_json(run / RESOLVED).get("held_out")
+    threads = len(os.sched_getaffinity(0))
+    return Subject(method, nets, sources, device=device, threads=threads, held_out=held_out, sets=sets), state["step"]
 
 
 def open_method(run: Path, data: tuple[str, ...]) -> tuple[Method, DataSets, Path]:
@@ -45,7 +47,8 @@ def open_method(run: Path, data: tuple[str, ...]) -> tuple[Method, DataSets, Pat
     Needs no checkpoint. Raises as `open_run` does."""
     resolved, stages = _settings(run)
     stage = stages[-1]
-    sources = open_data(data or tuple(resolved["run"]["data"]))
+    began_with, held_out = tuple(resolved["run"]["data"]), resolved.get("held_out")
+    sources = open_data(data) if data else open_data(began_with, validation=held_out is None)
     method = stage.method.build(facts_of(sources, resolved["seed"]), {})
     return method, sources, run if len(stages) == 1 else run / stage.name
 
@@ -69,6 +72,7 @@ def job_to_replay(dump: Path, data: tuple[str, ...], device: Literal["cpu", "cud
         device=device or described["device"],
         world=world or described["ranks"],
         init_from=None if began["init_from"] is None else Path(began["init_from"]),
+        held_out=resolved.get("held_out"),
         unsafe_pickle=began.get("unsafe_pickle", False),  # runs begun before there was the flag lack it
         replay=dump,
     )

@@ -60,6 +60,7 @@ def _resolved(job: Job, data: DataSets) -> dict[str, Any]:
         "seed": job.seed,
         "stages": to_plain(job.stages),
         "data": data.fingerprints(),
+        "held_out": job.held_out,
     }
 
 

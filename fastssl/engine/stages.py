@@ -116,10 +116,11 @@ def _replayed(job: Job, data: DataSets, device: torch.device, threads: int) -> d
 
 def _opened(job: Job) -> DataSets:
     """The job's data, from copies on this host where it asks for them; label lists stay beside the originals."""
+    validation = job.held_out is None
     if job.stage_to is None:
-        return open_data(job.data)
+        return open_data(job.data, validation=validation)
     copies = staging.stage(job.data, job.stage_to, _show_staging)
-    return replace(open_data(copies), search=search_folders(job.data))
+    return replace(open_data(copies, validation=validation), search=search_folders(job.data))
 
 
 def _show_staging(file: str, done: int, total: int) -> None:
@@ -153,7 +154,7 @@ class _StageRun:
         torch.manual_seed(job.seed)
         self.method: Method = stage.method.build(facts_of(data, job.seed), inputs)
         self.bound: Bound = bind(self.method.plan(), data)
-        self.protocols = stage.evaluate if VALIDATION in data.sources else ()
+        self.protocols = stage.evaluate if VALIDATION in data.sources or job.held_out is not None else ()
 
     def finish(self) -> dict[str, Any]:
         """Train or produce what is not done yet; the stage's result."""
@@ -260,6 +261,7 @@ class _StageRun:
             device=self.device,
             threads=self.threads,
             renderer=self.job.loader,
+            held_out=self.job.held_out,
         )
 
     def _evaluate(self, trainer: Trainer) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from fastssl.config import ConfigError, FastsslError
 from fastssl.methods.base import Method, Nets
 from loaders.loader import Bound, Loader, bind
 from loaders.plan.plan import Plan
-from loaders.plan.views import All, Crop, Sequential, Stream, parse_subset
+from loaders.plan.views import Crop, Sequential, Stream, parse_subset
 from loaders.store.data import LABELLED, VALIDATION, DataSets
 from loaders.store.source import Source
 
@@ -40,7 +40,8 @@ class Features:
 
 class Subject:
     """A method's networks beside a run's data. A role is a source key; `labelled` means the images of that source whose
-    labels the method sees, any other role all images of its source. `batch` counts images a rank.
+    labels the method sees, any other role all images of its source. Where `held_out` is given (a subset as users write
+    it), `validation` means those images of the labelled source instead. `batch` counts images a rank.
     `sets` are published sets to measure on, by key, not opened yet.
 
     Every rank must ask for the same features in the same order; all get all rows.
@@ -56,9 +57,10 @@ class Subject:
         threads: int | None = None,
         batch: int = 512,
         renderer: str = "auto",
+        held_out: str | None = None,
         sets: Mapping[str, Path] | None = None,
     ):
-        self.method, self.nets, self.data = method, nets, data
+        self.method, self.nets, self.data, self.held_out = method, nets, data, held_out
         self.device, self.threads, self.batch = torch.device(device), threads, batch
         self.renderer, self.sets = renderer, sets or {}
         self._bound: dict[str, Bound] = {}
@@ -155,17 +157,18 @@ class Subject:
         return int(((labels if ids is None else labels[ids]) >= 0).sum())
 
     def _bind(self, role: str) -> Bound:
-        if role == VALIDATION and self.data.get(VALIDATION) is None:
+        if role == VALIDATION and self.held_out is None and self.data.get(VALIDATION) is None:
             raise ConfigError("no validation split: give --data validation=PATH")
         if role not in self._bound:
             config = self.method.config
+            subset = {LABELLED: config.labels, VALIDATION: self.held_out}.get(role)
             stream = Stream(
                 name=role,
-                source=role,
+                source=LABELLED if subset is not None else role,
                 views=(config.eval_view,),
                 order=Sequential(),
                 batch_global=self.batch * dist.world_size(),
-                ids=parse_subset(config.labels) if role == LABELLED else All(),
+                ids=parse_subset(subset or "all"),
             )
             self._bound[role] = bind(Plan((stream,), epoch_of=role, seed=0), self.data)
         return self._bound[role]

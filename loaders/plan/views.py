@@ -139,10 +139,12 @@ class All:
 
 @dataclass(frozen=True)
 class PerClass:
-    """A keyed split: `count` images of every class, chosen by `split_seed` (independent of the run's seed)."""
+    """A keyed split: `count` images of every class, chosen by `split_seed` (independent of the run's seed) among those
+    in `of`."""
 
     count: int
     split_seed: int = 0
+    of: Subset = field(default_factory=All)
 
 
 @dataclass(frozen=True)
@@ -203,14 +205,15 @@ class Stream:
 
 def parse_subset(text: str) -> Subset:
     """What users type for a set of images: `all`, `per-class=10`, `per-class=10@3` (split seed 3), `not:LIST`, or a
-    list's name or path. Raises ValueError on a malformed count."""
+    list's name or path; also `per-class=10 of SET` and `not:SET`. Raises ValueError on a malformed count."""
     if text == "all":
         return All()
     if text.startswith("not:"):
         return Complement(parse_subset(text.removeprefix("not:")))
     if text.startswith("per-class="):
-        count, _, split_seed = text.removeprefix("per-class=").partition("@")
+        counted, _, of = text.removeprefix("per-class=").partition(" of ")
+        count, _, split_seed = counted.partition("@")
         if not count.isdecimal() or not (split_seed or "0").isdecimal() or int(count) == 0:
             raise ValueError(f"{text!r}: write per-class=COUNT or per-class=COUNT@SPLIT_SEED, whole numbers")
-        return PerClass(int(count), int(split_seed or 0))
+        return PerClass(int(count), int(split_seed or 0), parse_subset(of or "all"))
     return Listed(text)

@@ -76,8 +76,9 @@ class _Splits:
     single: bool = False
 
 
-def open_data(specs: tuple[str, ...]) -> DataSets:
-    """Open `PATH` and `key=PATH` values; several paths under one key are one set.
+def open_data(specs: tuple[str, ...], *, validation: bool = True) -> DataSets:
+    """Open `PATH` and `key=PATH` values; several paths under one key are one set. Without `validation` there are no
+    validation images, and no folder or `.beton` of theirs is looked at.
 
     PATH is `digits`, a `.beton`, a folder of them (`val.beton` apart, the rest is the training set), CIFAR-10 in
     binary form, or an image folder, whole or divided into `train/` and `val/`; under the key `masks`, a file of masks
@@ -91,11 +92,13 @@ def open_data(specs: tuple[str, ...]) -> DataSets:
         if key == MASKS:
             mask_files.append(MaskFile(path))
             continue
-        splits = _open(path)
+        if key == VALIDATION and not validation:
+            continue
+        splits = _open(path, validation)
         if key is None:
             if splits.train is not None:
                 found[TRAIN].append(splits.train)
-            if splits.validation is not None:
+            if splits.validation is not None and validation:
                 found[VALIDATION].append(splits.validation)
         else:
             found[key].append(_chosen(splits, key, path))
@@ -141,7 +144,7 @@ def _check_validation(validation: Source, reference: Source) -> None:
         raise StoreError(f"{validation.name}: its class {name!r} is not among the classes of {reference.name}")
 
 
-def _open(path: str) -> _Splits:
+def _open(path: str, validation: bool) -> _Splits:
     if path == "digits":
         return _Splits(*open_digits())
     p = Path(path)
@@ -150,23 +153,23 @@ def _open(path: str) -> _Splits:
             return _Splits(BetonSource(p), None, single=True)
         if not p.is_dir():
             raise StoreError(f"{path}: no such file or folder; --data takes digits, a .beton, or a folder")
-        return _open_folder(p)
+        return _open_folder(p, validation)
     except OSError as e:
         raise StoreError(f"{e.filename or path}: cannot be read: {e.strerror}") from e
 
 
-def _open_folder(p: Path) -> _Splits:
+def _open_folder(p: Path, validation: bool) -> _Splits:
     betons = sorted(f for f in p.glob("*.beton") if not f.name.startswith("."))
     if betons:
         parts = [BetonSource(f) for f in betons if f.name != "val.beton"]
-        held_out = BetonSource(p / "val.beton") if len(parts) < len(betons) else None
+        held_out = BetonSource(p / "val.beton") if len(parts) < len(betons) and validation else None
         return _Splits(concatenate(parts) if parts else None, held_out)
     if cifar.find(p) is not None:
         return _Splits(*cifar.open_cifar10(p))
     folders = folders_in(p)
     if _is_divided(p, folders):
-        train, val = (FolderSource(p / name) if name in folders else None for name in ("train", "val"))
-        return _Splits(train, val)
+        train = FolderSource(p / "train") if "train" in folders else None
+        return _Splits(train, FolderSource(p / "val") if "val" in folders and validation else None)
     if not folders and not images_in(p):
         raise StoreError(
             f"{p}: no images; looked for *.beton, CIFAR-10's {cifar.TRAIN[0]}, train/ and val/, "

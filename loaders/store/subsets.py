@@ -20,6 +20,14 @@ from loaders.store.source import Source
 LISTS_VARIABLE = "FASTSSL_LISTS"
 
 
+class NotAmong(StoreError):
+    """`names` on a list that its source does not have."""
+
+    def __init__(self, message: str, names: Iterable[str] = ()):
+        super().__init__(message)
+        self.names = frozenset(names)
+
+
 class Named(Protocol):
     """A set of images with names: any source."""
 
@@ -52,8 +60,10 @@ def resolve(subset: Subset, source: Source, search: Iterable[Path] = ()) -> Reso
     match subset:
         case All():
             return Resolved(None, "all", _sha256(np.arange(len(source))), len(source))
-        case PerClass(count, split_seed):
-            return _of_ids(_per_class(source, count, split_seed), f"{count}-per-class-split-{split_seed}")
+        case PerClass(count, split_seed, of):
+            among = resolve(of, source, search)
+            name = f"{count}-per-class-split-{split_seed}" + ("" if among.ids is None else f"-of-{among.name}")
+            return _of_ids(_per_class(source, among.ids, count, split_seed), name)
         case Listed(name):
             return listed(source, name, tuple(search))
         case Complement(of):
@@ -71,15 +81,17 @@ def _sha256(ids: np.ndarray) -> str:
     return hashlib.sha256(ids.astype("<i8").data).hexdigest()
 
 
-def _per_class(source: Source, count: int, split_seed: int) -> np.ndarray:
-    """The `count` ids of smallest key in every class; the key is a function of (split_seed, class, id) alone."""
+def _per_class(source: Source, among: np.ndarray | None, count: int, split_seed: int) -> np.ndarray:
+    """The `count` ids of smallest key in every class, of those `among` (ascending; None: of all); the key is a function
+    of (split_seed, class, id) alone."""
     if not source.num_classes:
         raise StoreError(f"{source.name}: {count} images of every class were asked for, but it has no labels")
     chosen = []
     for c, class_name in enumerate(source.class_names):
-        ids = np.flatnonzero(source.labels == c)
+        ids = np.flatnonzero(source.labels == c) if among is None else among[source.labels[among] == c]
         if len(ids) < count:
-            raise StoreError(f"{source.name}: class {class_name!r} has {len(ids)} images, {count} were asked for")
+            left = "" if among is None else " left"
+            raise StoreError(f"{source.name}: class {class_name!r} has {len(ids)} images{left}, {count} were asked for")
         chosen.append(ids[np.argsort(mix(split_seed, c, ids), kind="stable")[:count]])
     return np.sort(np.concatenate(chosen))
 
@@ -137,8 +149,8 @@ def _ids_of_names(source: Named, path: Path, entries: list[str]) -> np.ndarray:
             twice.add(name)
     missing = [name for name in wanted if name not in ids]
     if missing:
-        raise StoreError(
-            f"{path}: {len(missing)} of its {len(wanted)} images are not in {source.name}, first {missing[0]}"
+        raise NotAmong(
+            f"{path}: {len(missing)} of its {len(wanted)} images are not in {source.name}, first {missing[0]}", missing
         )
     ambiguous = [name for name in wanted if name in twice]
     if ambiguous:

@@ -1,0 +1,279 @@
+"""A sweep: a run for each setting of a grid, scored on training images held out for it, then the best of them for good.
+
+Every run is one like any other in a directory of its own, so the same command continues a sweep that was stopped. None
+learns from labels of the held-out images, and none opens the validation images. The setting with the most held-out
+images right (of equals the first) goes to `final/`. Where the held-out images had been taken out of the labels, it is
+trained there once more, with all of them; where they were no part of the labels to begin with, that would be the same
+run again, and its networks are taken as they are. Only then are the validation images opened, and `final/` is scored on
+them once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+
+from fastssl.config import ConfigError, FastsslError, Hung, Stopped, differences
+from fastssl.engine.checkpoint import read_json, write_atomically
+from fastssl.engine.job import Job
+from fastssl.engine.run_dir import RESOLVED, RESULT
+from fastssl.engine.run_lock import LOCK
+from fastssl.evaluation.summary import accuracy_cell, mean_and_spread
+from fastssl.methods.base import Config, Epochs, Stage
+from fastssl.recipes import resolve
+from fastssl.trackers import WANDB_RUN_ID
+from loaders.loader import resolved
+from loaders.plan.views import parse_subset
+from loaders.store.data import LABELLED, VALIDATION, DataSets, open_data
+from loaders.store.subsets import Resolved
+
+FINAL, RECORD, TABLE = "final", "sweep.json", "sweep.md"
+HELD_OUT_PER_CLASS = 12  # as PAWS's published list for ImageNet
+HELD_OUT_LISTS = {"imagenet": "paws-heldout"}  # published for this, by data set
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What is to be done, known before any data is opened.
+
+    base      the job as it would be without the sweep; `out` is the directory of the sweep
+    settings  directory name -> the changes that are this setting
+    runs      directory name -> its job, scored on the held-out images
+    score     the number of a run's result that counts
+    """
+
+    base: Job
+    grid: dict[str, tuple[str, ...]]
+    held_out: str
+    settings: dict[str, tuple[str, ...]]
+    runs: dict[str, Job]
+    score: str
+
+    def described(self) -> str:
+        """What `--dry-run` prints of it."""
+        return (
+            f"  sweep        {len(self.runs)} runs: {', '.join(self.runs)}\n"
+            f"  held out     {self.held_out}; the best run by {self.score} goes to {self.base.out / FINAL}"
+        )
+
+
+def prepare(job: Job, swept: tuple[str, ...], held_out: str | None) -> Sweep:
+    """The sweep of `job` over the values in `swept`, each KEY=V1,V2,... Without `held_out` (a subset as users write it)
+    it is a published list where the data set has one, else twelve images of every class whose labels the recipe does
+    not use, or, where it uses all labels, twelve of all.
+
+    Raises ConfigError for what can be said without data: keys and values that do not fit, keys or settings twice.
+    """
+    grid = _grid(swept, job.changes)
+    scoring = job.stages[-1]
+    if scoring.do != "train" or not scoring.evaluate:
+        raise ConfigError(f"--sweep chooses by an accuracy, and {job.recipe} measures none: --set evaluate=knn")
+    held_out = held_out or _default_held_out(scoring.method)
+    try:
+        parse_subset(held_out)
+    except ValueError as error:
+        raise ConfigError(f"--held-out: {error}") from None
+    settings: dict[str, tuple[str, ...]] = {}
+    runs: dict[str, Job] = {}
+    for values in itertools.product(*grid.values()):
+        setting = tuple(f"{key}={value}" for key, value in zip(grid, values, strict=True))
+        name = quote(",".join(setting), safe="=,+")
+        run = _with(job, (*job.changes, *setting, *_without_labels_of(held_out, job.stages)))
+        if twin := next((other for other in runs if runs[other].stages == run.stages), None):
+            raise ConfigError(f"--sweep: {twin} and {name} are the same run")
+        settings[name] = setting
+        runs[name] = replace(run, out=job.out / name, held_out=held_out)
+    return Sweep(job, grid, held_out, settings, runs, f"{scoring.evaluate[0].replace('-', '_')}_top1")
+
+
+def run(sweep: Sweep, start: Callable[[Job], Any]) -> None:
+    """Do, or finish, the sweep: `start` does each run. Leaves sweep.json and sweep.md and prints the latter.
+
+    Raises ConfigError where data, labels and held-out images do not fit or the directory holds something else,
+    FastsslError where no run came to an end with finite weights, and what `start` raises, but for a run that diverges,
+    which only counts as one that was not chosen.
+    """
+    held_out = _checked(sweep, open_data(sweep.base.data, validation=False))
+    record = _claimed(sweep, held_out)
+    for name, job in sweep.runs.items():
+        if not record["runs"].get(name, {}).get("diverged"):
+            record["runs"][name] = _scored(job, sweep.score, start)
+            _write(sweep.base.out, record)
+    scores = {name: row["top1"] for name, row in record["runs"].items() if not row.get("diverged")}
+    if not scores:
+        raise FastsslError(f"every run of the sweep in {sweep.base.out} diverged: sweep lower learning rates")
+    record["chosen"] = max(sweep.runs, key=lambda name: scores.get(name, -1.0))  # the first of equals
+    _write(sweep.base.out, record)
+    if open_data(sweep.base.data).get(VALIDATION) is None:
+        raise ConfigError(
+            f"{record['chosen']} is the best run, but there are no validation images: give --data validation=PATH"
+        )
+    record["final"] = _scored(_final(sweep, record["chosen"]), sweep.score, start)
+    _write(sweep.base.out, record)
+    print((sweep.base.out / TABLE).read_text())
+
+
+def _grid(swept: tuple[str, ...], changes: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """Values by key, as typed."""
+    grid: dict[str, tuple[str, ...]] = {}
+    taken = {change.partition("=")[0].strip() for change in changes}
+    for text in swept:
+        key, _, rest = text.partition("=")
+        key, values = key.strip(), tuple(value.strip() for value in rest.split(","))
+        if not key or not all(values):
+            raise ConfigError(f"--sweep {text!r}: write KEY=V1,V2,...")
+        if key in grid:
+            raise ConfigError(f"--sweep {key}: given twice; write all its values in one, separated by commas")
+        if key in taken:
+            raise ConfigError(f"{key} is both swept and set: leave one out")
+        if key.rpartition(".")[2] == "labels":
+            raise ConfigError("--sweep labels: runs with other labels are no settings to choose from; sweep each alone")
+        grid[key] = values
+    return grid
+
+
+def _default_held_out(method: Config) -> str:
+    if method.dataset in HELD_OUT_LISTS:
+        return HELD_OUT_LISTS[method.dataset]
+    return f"per-class={HELD_OUT_PER_CLASS}" + ("" if method.labels == "all" else f" of not:{method.labels}")
+
+
+def _without_labels_of(held_out: str, stages: tuple[Stage, ...]) -> tuple[str, ...]:
+    """The changes by which stages that use all labels leave those of the held-out images alone."""
+    return tuple(f"{stage.name}.labels=not:{held_out}" for stage in stages if stage.method.labels == "all")
+
+
+def _with(job: Job, changes: tuple[str, ...]) -> Job:
+    return replace(job, changes=changes, stages=resolve(job.recipe, changes))
+
+
+def _checked(sweep: Sweep, data: DataSets) -> Resolved:
+    """The held-out images, found fit to choose by: of every class, labelled, and none of them learnt from."""
+    source = data.get(LABELLED)
+    held_out = resolved(parse_subset(sweep.held_out), source, data)
+    ids = _ids(held_out)
+    option = f"--held-out {sweep.held_out!r}"
+    for stage in next(iter(sweep.runs.values())).stages:
+        learnt = resolved(parse_subset(stage.method.labels), source, data)
+        if shared := len(np.intersect1d(ids, _ids(learnt))):
+            raise ConfigError(
+                f"{option}: {shared} of its {len(ids)} images are among the training labels ({stage.method.labels}); "
+                f"others are --held-out 'per-class={HELD_OUT_PER_CLASS} of not:{stage.method.labels}'"
+            )
+    if unlabelled := int((source.labels[ids] < 0).sum()):
+        raise ConfigError(f"{option}: {unlabelled} of its {len(ids)} images carry no label")
+    empty = np.flatnonzero(np.bincount(source.labels[ids], minlength=source.num_classes) == 0)
+    if len(empty):
+        others = f" and of {len(empty) - 1} more classes" if len(empty) > 1 else ""
+        raise ConfigError(f"{option}: it has no image of class {source.class_names[empty[0]]!r}{others}")
+    return held_out
+
+
+def _ids(images: Resolved) -> np.ndarray:
+    return np.arange(images.count) if images.ids is None else images.ids
+
+
+def _claimed(sweep: Sweep, held_out: Resolved) -> dict[str, Any]:
+    """The record of the sweep so far. Raises ConfigError where the directory holds another, or a run."""
+    job, path = sweep.base, sweep.base.out / RECORD
+    images = {"subset": sweep.held_out, "split": held_out.name, "sha256": held_out.sha256, "count": held_out.count}
+    what = {"recipe": job.recipe, "seed": job.seed, "changes": job.changes, "grid": sweep.grid, "held_out": images}
+    what = json.loads(json.dumps({**what, "score": sweep.score}))
+    if not path.exists():
+        if (job.out / RESOLVED).exists():
+            raise ConfigError(f"{job.out} holds a run, not a sweep: choose another --out")
+        return {**what, "command": job.command, "runs": {}}
+    there = read_json(path)
+    if changed := differences({key: there.get(key) for key in what}, what):
+        raise ConfigError(f"{job.out} holds another sweep ({'; '.join(changed[:3])}): choose another --out")
+    return there
+
+
+def _scored(job: Job, score: str, start: Callable[[Job], Any]) -> dict[str, Any]:
+    """The run's accuracy with its interval, and its steps; or that it diverged."""
+    try:
+        result = start(job)
+    except (Stopped, Hung):
+        raise
+    except FastsslError as error:
+        if not any(job.out.glob("**/nonfinite-step-*.json")):
+            raise
+        print(f"{job.out.name} diverged: {error}", flush=True)
+        return {"diverged": True}
+    if score not in result:
+        raise ConfigError(f"--sweep chooses by {score}, which is not measured: --set evaluate=knn")
+    interval = result[score.removesuffix("_top1")]["top1_ci95"]
+    return {"top1": result[score], "top1_ci95": interval, "steps": result["steps"]}
+
+
+def _final(sweep: Sweep, chosen: str) -> Job:
+    """The run in `final/`: the chosen setting with all labels, scored on the validation images at its end alone."""
+    base, run, out = sweep.base, sweep.runs[chosen], sweep.base.out / FINAL
+    if not _without_labels_of(sweep.held_out, base.stages):
+        _copy(run.out, out)
+        return replace(run, out=out, held_out=None, allow_change=(*run.allow_change, "held_out", "data.validation"))
+    changes = (*base.changes, *sweep.settings[chosen])
+    stages = resolve(base.recipe, changes)
+    return replace(_with(base, (*changes, *map(_evaluated_once, stages))), out=out)
+
+
+def _evaluated_once(stage: Stage) -> str:
+    unit = "epochs" if isinstance(stage.length, Epochs) else "steps"
+    return f"{stage.name}.evaluate_every={stage.length.count}{unit}"
+
+
+def _copy(run: Path, out: Path) -> None:
+    """The finished run's files but for what says that it is finished; whole or not at all."""
+    unfinished = out.with_name(f".{out.name}.tmp")
+    if not out.exists():
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.copytree(run, unfinished, ignore=shutil.ignore_patterns(RESULT, LOCK, WANDB_RUN_ID))
+        os.replace(unfinished, out)
+
+
+def _write(out: Path, record: dict[str, Any]) -> None:
+    write_atomically(out / RECORD, json.dumps(record, indent=2) + "\n")
+    write_atomically(out / TABLE, _table(record))
+
+
+def _table(record: dict[str, Any]) -> str:
+    """The record for people, as Markdown; accuracies in %."""
+    held_out, keys = record["held_out"], list(record["grid"])
+    header = [*keys, "steps", f"held out, {record['score']}", f"validation, {record['score']}"]
+    lines = [
+        f"# {record['recipe']}, swept",
+        "",
+        f"`{record['command']}`",
+        "",
+        f"Each run was scored on {held_out['count']:,} training images ({held_out['subset']}; sha256 "
+        f"{held_out['sha256'][:12]}) whose labels it did not learn from. The best, in bold, went to `{FINAL}/`, which "
+        "was scored once on the validation images. Accuracies in %.",
+        "",
+        f"| {' | '.join(header)} |",
+        f"|{'---|' * len(header)}",
+    ]
+    settings = itertools.product(*record["grid"].values())
+    for (name, row), values in zip(record["runs"].items(), settings, strict=False):  # there may be more to come
+        steps, top1, last = "–", "diverged", ""
+        if not row.get("diverged"):
+            steps, top1 = f"{row['steps']:,}", _percent(row)
+        cells = [*values, steps, top1]
+        if name == record.get("chosen"):
+            cells = [f"**{cell}**" for cell in cells]
+            final = record.get("final", {})
+            last = "diverged" if final.get("diverged") else _percent(final) if final else ""
+        lines.append(f"| {' | '.join([*cells, last])} |")
+    return "\n".join(lines) + "\n"
+
+
+def _percent(row: dict[str, Any]) -> str:
+    return accuracy_cell(mean_and_spread([row["top1"]]), row["top1_ci95"])
