@@ -21,7 +21,8 @@ from fastssl.engine.checkpoint import Checkpoints, sha256_of
 from fastssl.engine.job import Job
 from fastssl.engine.stages import facts_of
 from fastssl.engine.train import Trainer
-from fastssl.methods.base import Artefact, Facts, Horizon, Steps
+from fastssl.methods.base import Artefact, Facts, Horizon, Ref, Steps
+from fastssl.methods.supervised import FirstLayer, StepDecay, finetune
 from fastssl.nn.encoders import ResNet, WideResNet
 from fastssl.recipes import recipes, resolve
 from fastssl.record import Recorder
@@ -50,6 +51,22 @@ def supervised(**changes):
     return (replace(stage, method=replace(stage.method, **tiny | changes)),)
 
 
+def fine_tuning():
+    """From PAWS's first projection layer, with all that the baseline has not."""
+    (stage,) = supervised(head=FirstLayer(32, bias=True), optimizer="lars", lr_peak=2.0, lr_head=0.05)
+    method = replace(stage.method, schedule=StepDecay((Steps(80),), 0.1), warmup=Steps(0), label_smoothing=0.0)
+    return (*paws(), finetune(method, stage.length, Ref(stage="pretrain")))
+
+
+def suncet():
+    (pretrain,), (stage,) = paws(), resolve("suncet.cifar10_small")
+    theirs = pretrain.method
+    shared = {name: getattr(theirs, name) for name in ("dataset", "eval_view", "labels", "precision", "encoder")}
+    view = replace(theirs.global_view, name="labelled")
+    method = replace(stage.method, **shared, out_features=8, view=view, images_per_class=4, lr_peak=0.8)
+    return (pretrain, replace(stage, method=method, needs={"init": Ref(stage="pretrain")}))
+
+
 SMALL_CROPS = View("small", 6, Rrc((0.3, 0.6)), pixels=UNIT, copies=3)
 
 
@@ -62,6 +79,8 @@ def paths():
             encoder=WideResNet(10, 1), lars_rule="paper",
         ),
         "supervised": supervised(),
+        "supervised fine-tuning": fine_tuning(),
+        "suncet": suncet(),
         **{f"fake {family}": fakes.stages(family) for family in ("paws", "semppl", "simclrv2", "s4l")},
     }  # fmt: skip
 
@@ -69,7 +88,11 @@ def paths():
 REAL = [name for name in paths() if not name.startswith("fake")]
 # On two classes of eight images; labels are smoothed by 0.1, so what can be reached is
 # PAWS's cross-entropy of 0.05 with a mean entropy of ln 2, -0.64, and the smoothed labels' own entropy, 0.20.
-FITTED = {"paws": -0.6, "paws with every part": -0.6, "supervised": 0.22}
+FITTED = {
+    "paws": -0.6, "paws with every part": -0.6,
+    "supervised": 0.22, "supervised fine-tuning": 0.05,
+    "suncet": 0.1,
+}  # fmt: skip
 
 
 def short(path, **changes):
@@ -80,6 +103,12 @@ def short(path, **changes):
 
 def job(path, out, **changes):
     return Job(path, short(path, **changes), (), ("digits",), out, 0, "cpu", 1)
+
+
+def folders(path, run_dir):
+    """Where each stage that trains keeps its files."""
+    chain = short(path)
+    return [run_dir / stage.name if len(chain) > 1 else run_dir for stage in chain if stage.do == "train"]
 
 
 @pytest.fixture(scope="module")
@@ -109,11 +138,10 @@ def test_every_method_has_a_path():
 
 
 def test_it_builds_and_its_steps_are_finite(path, ran):
-    for stage in short(path):
-        if stage.do == "train":
-            lines = metrics(ran(path) / (stage.name if len(short(path)) > 1 else ""))
-            assert [line["step"] for line in lines] == [1, 2, 3, 4]
-            assert all(isinstance(value, int | float) for line in lines for value in line.values())  # "nan" is a string
+    for folder in folders(path, ran(path)):
+        lines = metrics(folder)
+        assert [line["step"] for line in lines] == [1, 2, 3, 4]
+        assert all(isinstance(value, int | float) for line in lines for value in line.values())  # "nan" is a string
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -121,7 +149,7 @@ def test_a_step_under_bf16_is_finite(name, tmp_path):
     """Catches an operation that autocast refuses, and a loss computed in half precision until it overflows."""
     changed = tuple(replace(stage, method=replace(stage.method, precision="bf16")) for stage in short(name))
     stages.run(replace(job(name, tmp_path), stages=changed))
-    assert all(isinstance(line["loss"], float) for line in metrics(tmp_path))
+    assert all(isinstance(line["loss"], float) for folder in folders(name, tmp_path) for line in metrics(folder))
 
 
 def test_it_continues_bitwise(path, ran, tmp_path):
@@ -246,13 +274,13 @@ def test_it_overfits_sixteen_images(path, tmp_path):
     assert isinstance(digits, ArraySource)
     ids = torch.cat([torch.from_numpy(digits.labels == c).nonzero()[:8, 0] for c in (0, 1)]).numpy()
     sixteen = DataSets({"train": ArraySource("sixteen", digits.images[ids], digits.labels[ids], ("0", "1"))})
-    (stage,) = short(path)
-    settings = {"labels": "all", "batch_global": 16, "warmup": Steps(5)}
-    view = "view"
+    stage = short(path)[-1]  # of a chain the last, as if nothing had gone before
+    known = vars(stage.method)
+    settings = {"labels": "all", "batch_global": 16, "classes_global": 2, "images_per_class": 8, "warmup": Steps(5)}
+    settings = {name: value for name, value in settings.items() if name in known}
+    settings |= {name: replace(known[name], ops=()) for name in ("view", "global_view") if name in known}
     if path.startswith("paws"):
-        view = "global_view"
-        settings |= {"classes_global": 2, "images_per_class": 8, "lr_peak": 1.6}
-    settings[view] = replace(getattr(stage.method, view), ops=())
+        settings["lr_peak"] = 1.6
     stage = replace(stage, method=replace(stage.method, **settings), length=Steps(100), checkpoint_every=Steps(100))
     torch.manual_seed(0)
     method = stage.method.build(facts_of(sixteen, 0), {})

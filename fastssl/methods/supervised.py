@@ -163,7 +163,7 @@ class Supervised(Method):
         net = nets.online
         assert isinstance(net, Classifier)
         check_same_input(weights, self.config.eval_view)
-        _check_encoder(weights, self.config.encoder)
+        check_encoder(weights, self.config.encoder)
         projection = weights.part("projection")
         if projection:
             kept = ("fc1.", "bn1.") if self.config.head else ()
@@ -251,7 +251,7 @@ def check_same_input(weights: Weights, view: View) -> None:
         )
 
 
-def _check_encoder(weights: Weights, encoder: Encoder) -> None:
+def check_encoder(weights: Weights, encoder: Encoder) -> None:
     """Also where all shapes agree: encoders of two names differ in what they pad."""
     theirs, ours = _told(weights, "config", "encoder"), to_plain(encoder)
     if theirs is None or theirs == ours:
@@ -369,14 +369,14 @@ def simclrv2_rn50_finetune_1pct() -> Stages:
     return (finetune(simclrv2_finetune(SimclrResNet(50), "simclr-1"), Epochs(60)),)
 
 
-def simclrv2_rn152w3sk_finetune_10pct() -> Stages:
-    """SimCLRv2's largest, ResNet-152, 3 x wide, selective kernels, with 10 % of the labels. Paper: 80.1 %."""
-    return (finetune(simclrv2_finetune(SimclrResNet(152, 3, selective_kernel=True), "simclr-10"), Epochs(30)),)
+def simclrv2_rn50w2_sk_finetune_10pct() -> Stages:
+    """SimCLRv2's ResNet-50, twice as wide, selective kernels, with 10 % of the labels. Paper: 77.0 %."""
+    return (finetune(simclrv2_finetune(SimclrResNet(50, 2, selective_kernel=True), "simclr-10"), Epochs(30)),)
 
 
-def simclrv2_rn152w3sk_finetune_1pct() -> Stages:
-    """As simclrv2_rn152w3sk_finetune_10pct with 1 % of the labels. Paper: 74.9 %."""
-    return (finetune(simclrv2_finetune(SimclrResNet(152, 3, selective_kernel=True), "simclr-1"), Epochs(60)),)
+def simclrv2_rn50w2_sk_finetune_1pct() -> Stages:
+    """As simclrv2_rn50w2_sk_finetune_10pct with 1 % of the labels. Paper: 70.6 %."""
+    return (finetune(simclrv2_finetune(SimclrResNet(50, 2, selective_kernel=True), "simclr-1"), Epochs(60)),)
 
 
 def semppl_rn50_finetune_10pct() -> Stages:

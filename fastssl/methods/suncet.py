@@ -1,0 +1,184 @@
+"""SuNCEt: fine-tuning on the labelled images for nearest neighbours, without a classifier.
+
+Paper      Assran et al., "Recovering Petaflops in Contrastive Semi-Supervised Learning of Visual Representations",
+           arXiv 2006.10803; as the last step of PAWS on CIFAR-10: arXiv 2104.13963, appendix C
+Code       facebookresearch/suncet at 731547d, which this follows: LARS and two flipped views an image, where the PAWS
+           paper says momentum SGD and no augmentation; similarities in fp32, there in half precision
+Command    fastssl train suncet.cifar10 --init-from RUN --data PATH
+Published  CIFAR-10, 4,000 labels, soft nearest neighbours after PAWS: 96.0 +- 0.2 %
+
+Each row of a class-balanced labelled batch predicts its class from its similarity to all other rows. The statistics of
+batch norms stay those of pre-training; their weights and biases are trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fastssl.config import ConfigError
+from fastssl.dist import gather_rows, rank
+from fastssl.methods import paws
+from fastssl.methods.base import (
+    Artefact,
+    Config,
+    Epochs,
+    Facts,
+    Horizon,
+    Method,
+    Nets,
+    Ref,
+    Stage,
+    Stages,
+    autocast,
+    in_full,
+)
+from fastssl.methods.supervised import check_encoder, check_same_input
+from fastssl.nn.encoders import Encoder, WideResNet
+from fastssl.nn.global_batch_norm import set_batch_norm_mode
+from fastssl.nn.similarity import unit_rows
+from fastssl.optim.lars import Lars
+from fastssl.optim.param_groups import Rule, lars_groups
+from fastssl.optim.schedule import warmup_cosine
+from fastssl.weights import Weights
+from loaders.batch import Batch
+from loaders.plan.ops import Flip
+from loaders.plan.plan import Plan
+from loaders.plan.views import CIFAR10, Balanced, Stream, View, Whole, parse_subset
+
+
+def suncet_loss(z_ND: Tensor, class_N: Tensor, *, tau: float = 0.1) -> Tensor:
+    """Mean over this rank's rows of -log p, 0-dim: p is the share that the row's own class has in exp(cosine / tau),
+    summed over the rows of all ranks but the row itself.
+
+    z_ND     [N, D] this rank's embeddings, any length; with gradient, also through the rows it is compared with
+    class_N  int64 [N], the same numbers on all ranks
+
+    float32 or float64. Every rank must call it, with as many rows as the others; averaging the parameter gradients over
+    ranks gives the gradient of the global batch. Infinite where a row is the only one of its class.
+    """
+    unit_ND = unit_rows(z_ND)
+    all_SD, class_S = gather_rows(unit_ND), gather_rows(class_N)
+    number_S = torch.arange(len(all_SD), device=z_ND.device)
+    itself_NS = (number_S[: len(z_ND)] + rank() * len(z_ND))[:, None] == number_S
+    logits_NS = (unit_ND @ all_SD.T / tau).masked_fill(itself_NS, -torch.inf)
+    own_class_NS = logits_NS.masked_fill(class_N[:, None] != class_S, -torch.inf)
+    return (torch.logsumexp(logits_NS, dim=1) - torch.logsumexp(own_class_NS, dim=1)).mean()
+
+
+@dataclass(frozen=True)
+class SuncetConfig(Config):
+    """SuNCEt's settings; the defaults are PAWS's for CIFAR-10. An epoch is a pass over the labelled images."""
+
+    view: View = View("labelled", 32, Whole(), (Flip(),), CIFAR10, copies=2)
+    encoder: Encoder = WideResNet(28, 2)
+    out_features: int = 128
+    prediction: bool = False  # a prediction head after the projection head, as the PAWS run has it
+    classes_global: int = 10
+    images_per_class: int = 64
+    tau: float = 0.1
+    lr_peak: float = 0.1
+    lr_final: float = 0.01
+    lars_rule: Rule = "authors"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tau <= 0:
+            raise ConfigError(f"tau {self.tau}: a temperature, above zero")
+        if self.images_per_class * self.view.copies < 2:
+            raise ConfigError("images_per_class is 1, but a row needs another one of its class")
+
+    def build(self, facts: Facts, inputs: Mapping[str, Artefact]) -> Method:
+        return Suncet(self, facts, inputs)
+
+
+class Suncet(Method):
+    """Classifying labelled images by the others, with PAWS's network."""
+
+    config: SuncetConfig
+    taps = ("backbone", "h", "z")
+
+    def plan(self) -> Plan:
+        c = self.config
+        order = Balanced(c.classes_global, c.images_per_class)
+        batch_global, ids = c.classes_global * c.images_per_class, parse_subset(c.labels)
+        stream = Stream("labelled", "labelled", (c.view,), order, batch_global, ids=ids)
+        return Plan((stream,), epoch_of="labelled", seed=self.facts.seed)
+
+    def nets(self) -> Nets:
+        c = self.config
+        shape = paws.PawsConfig(
+            c.dataset, c.eval_view, encoder=c.encoder, out_features=c.out_features, prediction=c.prediction
+        )
+        online = paws.PawsNet(shape, self.facts.channels)
+        set_batch_norm_mode(online, "frozen")
+        return Nets(online)
+
+    def start_from(self, nets: Nets, weights: Weights) -> None:
+        """From a run of PAWS, whole. Raises WeightsError where it does not fit; then nothing is loaded."""
+        check_same_input(weights, self.config.eval_view)
+        check_encoder(weights, self.config.encoder)
+        weights.load_whole(nets.online, "online")
+
+    def optimizer(self, nets: Nets) -> Lars:
+        return Lars(lars_groups(nets.online, self.config.lars_rule), lr=self.config.lr_peak)
+
+    def rates(self, step: int, horizon: Horizon) -> tuple[float, ...]:
+        c = self.config
+        rate = warmup_cosine(
+            step, start=c.lr_peak, peak=c.lr_peak, final=c.lr_final, warmup_steps=0, total_steps=horizon.total_steps
+        )
+        return rate, rate
+
+    def loss(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:
+        part, c = batch.parts["labelled"], self.config
+        assert part.columns is not None
+        with autocast(batch.step.device, c.precision):
+            _, (z_ND,) = nets.online([part.x[c.view.name]])
+        return {"total": suncet_loss(z_ND, part.columns.repeat(c.view.copies), tau=c.tau)}
+
+    def embed(self, nets: Nets, x: Tensor, tap: str) -> Tensor:
+        net = nets.online
+        assert isinstance(net, paws.PawsNet)
+        layers = {"backbone": [], "h": [net.projection], "z": [net.projection, net.prediction]}
+        with autocast(x.device, self.config.precision):
+            features = net.trunk(x)
+            for layer in layers[tap]:
+                features = layer(features)
+        return in_full(features)
+
+
+# ---------------------------------------------------------------------------------------------------------- recipes
+
+
+def cifar10() -> Stages:
+    """A run of paws.cifar10, fine-tuned for 180 steps. Paper: soft-NN 96.0 +- 0.2 %."""
+    return _after(paws.cifar10(), images_per_class=64, epochs=30)
+
+
+def cifar10_small() -> Stages:
+    """A run of paws.cifar10_small, fine-tuned for 180 steps of half the paper's batch: minutes on one CPU core."""
+    return _after(paws.cifar10_small(), images_per_class=32, epochs=15)
+
+
+def _after(stages: Stages, images_per_class: int, epochs: int) -> Stages:
+    """What follows a PAWS recipe, on the images that it saw the labels of."""
+    (stage,) = stages
+    theirs = stage.method
+    assert isinstance(theirs, paws.PawsConfig)
+    method = SuncetConfig(
+        dataset=theirs.dataset,
+        eval_view=theirs.eval_view,
+        labels=theirs.labels,
+        precision=theirs.precision,
+        view=replace(theirs.eval_view, name="labelled", ops=(Flip(),), copies=2),
+        encoder=theirs.encoder,
+        out_features=theirs.out_features,
+        prediction=theirs.prediction,
+        classes_global=theirs.classes_global,
+        images_per_class=images_per_class,
+    )
+    return (Stage("finetune", method, Epochs(epochs), needs={"init": Ref()}),)
