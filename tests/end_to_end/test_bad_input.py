@@ -91,7 +91,7 @@ def finished(tmp_path_factory):
         ("paws.cifar10 --data cifar", "data_batch_1.bin: a CIFAR-10 binary file has 30,730,000 bytes, this one has 3"),
         ("--set precision=fp16 --nonfinite skip-once", "fp16 leaves out steps by itself"),
         ("--init-from nowhere", "nowhere is not there"),
-        ("--init-from notes.beton", "notes.beton is no checkpoint"),
+        ("--init-from notes.beton", "notes.beton is no file of weights"),
         ("--out notes.beton", "--out notes.beton cannot be written"),
     ],
 )
