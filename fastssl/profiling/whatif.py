@@ -278,7 +278,7 @@ def around(
     what others were measured to cost.
     """
 
-    def row(name: str, cost: LoaderCost, cores: float, disk_bytes_s: float = math.inf) -> dict[str, Any]:
+    def row(name: str, cost: LoaderCost, cores: int, disk_bytes_s: float = math.inf) -> dict[str, Any]:
         prepared, binding = cost.images_per_s(cores * efficiency, disk_bytes_s, cores)
         rate = min(prepared, step_images_per_s)
         return {
