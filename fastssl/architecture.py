@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastssl.config import to_plain
 from fastssl.nn.encoders import ByolResNet, Encoder, S4lResNet, SimclrResNet, WideResNet
 from fastssl.nn.stem import same_max_pool
-from fastssl.weights import load_whole
+from fastssl.weights import fitting
 
 _UNNAMED = {10: ("BasicBlock", [1, 1, 1, 1]), 200: ("Bottleneck", [3, 24, 36, 3])}  # torchvision has no such functions
 
@@ -22,8 +23,9 @@ def architecture(encoder: Encoder, channels: int, trunk: Mapping[str, Tensor], s
     change; without lines, it cannot be made so. "timm" is the name of timm's model where that is the same.
     Raises WeightsError where the tensors are not this trunk's.
     """
-    module = encoder.build(channels)
-    load_whole(module, trunk, source)
+    with torch.device("meta"):  # shapes alone
+        module = encoder.build(channels)
+    fitting(module.state_dict(), trunk, source)
     differs, lines = _from_torchvision(encoder, channels, getattr(module, "maxpool", None) is same_max_pool)
     return {
         "name": name_of(encoder),
@@ -60,7 +62,7 @@ def _from_torchvision(encoder: Encoder, channels: int, pads_one_end: bool) -> tu
     if width != 64:
         differs.append(f"{width} channels after the first convolution instead of 64, all others in proportion")
     if channels != 3:
-        differs.append(f"images of {channels} channels instead of 3")
+        differs.append(f"images of {channels} channel{'s' * (channels > 1)} instead of 3")
     if cifar:
         differs.append("a first convolution of 3x3 and stride 1, and no max-pool")
         lines.append("model.maxpool = torch.nn.Identity()")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import shutil
 import sys
 from collections.abc import Mapping
@@ -61,6 +62,7 @@ def export(run: Path, out: Path, step: int | None = None, network: str = "online
         "accuracy": _accuracy(folder, _step_of(checkpoint)),
         "provenance": {
             "recipe": resolved["recipe"],
+            "changes": resolved["run"]["changes"],
             "stage": stage,
             "seed": resolved["seed"],
             "step": _step_of(checkpoint),
@@ -182,11 +184,12 @@ def _write(out: Path, files: Mapping[str, bytes]) -> None:
 def _card(described: Mapping[str, Any]) -> str:
     """The model card."""
     what, of, given = described["architecture"], described["provenance"], described["input"]
+    recipe = ["fastssl", "train", of["recipe"], *[word for change in of["changes"] for word in ("--set", change)]]
     others = [name for name in described["networks"] if name != described["network"]]
     lines = [
         f"# {what['name']}, {of['recipe']}",
         "",
-        f"The {described['network']} network of a run of `fastssl train {of['recipe']}`, seed {of['seed']}, after step "
+        f"The {described['network']} network of a run of `{shlex.join(recipe)}`, seed {of['seed']}, after step "
         f"{of['step']:,} of its stage `{of['stage']}`."
         + (f" The run also has a {' and a '.join(others)} network, which is not here." if others else ""),
         f"The trunk has {what['num_parameters']:,} parameters and gives {what['num_features']:,} features.",

@@ -55,13 +55,15 @@ def run(tmp_path_factory):
     return folder
 
 
-def randomised(module):
-    """In eval mode, with weights and statistics of which no two are alike."""
+def randomised(encoder, channels):
+    """Its trunk in eval mode, with weights and statistics of which no two are alike."""
+    with torch.device("meta"):
+        trunk = encoder.build(channels)
+    trunk.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(1)
-    for tensor in module.state_dict().values():
-        if tensor.is_floating_point():
-            tensor.copy_(torch.rand(tensor.shape, generator=generator) / 4 + 0.1)
-    return module.eval()
+    for tensor in trunk.state_dict().values():
+        tensor.copy_(torch.rand(tensor.shape, generator=generator) / 4 + 0.1)
+    return trunk.eval()
 
 
 # ---------------------------------------------------------------------------------------------------- in plain PyTorch
@@ -96,7 +98,7 @@ def test_readmes_ten_lines_give_bitwise_the_same_features(run, layout):
 )
 def test_the_cards_lines_make_torchvisions_resnet_into_the_trunk(encoder, channels, num_differences):
     """Catches a difference that the card does not tell: a max-pool that pads at one end, a shortcut's projection."""
-    trunk = randomised(encoder.build(channels))
+    trunk = randomised(encoder, channels)
     found = architecture(encoder, channels, trunk.state_dict(), "RUN")
     names = {"torch": torch, "torchvision": plain_resnet.TORCHVISION}
     exec("\n".join(found["torchvision"]), names)
@@ -111,7 +113,7 @@ def test_the_cards_lines_make_torchvisions_resnet_into_the_trunk(encoder, channe
 @pytest.mark.parametrize(
     ("encoder", "says", "name"),
     [
-        (ResNet(18, width=2), "128 channels after the first convolution", "ResNet-18 2x"),
+        (ResNet(18, width=2, base_width=8), "16 channels after the first convolution", "ResNet-18 2x with 8 channels"),
         (ByolResNet(50, selective_kernel=True, base_width=16), "SKNet's, in 32", "ResNet-50 with selective kernels"),
         (SimclrResNet(50, selective_kernel=True, base_width=8), "ResNet-D's", "ResNet-50 with selective kernels"),
         (S4lResNet(50, base_width=8), "padded by zeros, which count", "ResNet-v2-50 with 8 channels for 64"),
@@ -120,7 +122,7 @@ def test_the_cards_lines_make_torchvisions_resnet_into_the_trunk(encoder, channe
     ids=str,
 )
 def test_what_torchvision_cannot_be_is_said(encoder, says, name):
-    found = architecture(encoder, 3, encoder.build(3).state_dict(), "RUN")
+    found = architecture(encoder, 3, randomised(encoder, 3).state_dict(), "RUN")
     assert found["torchvision"] == [] and found["timm"] is None
     assert says in "; ".join(found["differs_from_torchvision"]) and name_of(encoder).startswith(name)
 
@@ -143,6 +145,8 @@ def test_the_folder_says_what_it_is_and_from_where(run):
     of = config["provenance"]
     assert (of["recipe"], of["seed"], of["step"]) == ("paws.digits", 0, 6)
     assert of["checkpoint_sha256"] == sha256_of(checkpoint)
+    assert of["changes"] == [change for change in SHORT if change != "--set"]
+    assert "fastssl train paws.digits --set encoder.base_width=4 --set " in card
     assert of["data"] == json.loads((run / "resolved.json").read_text())["data"]
     assert of["versions"]["commit"] in card and of["checkpoint_sha256"] in card
     for name in ("backbone.safetensors", "heads.safetensors"):
@@ -172,6 +176,7 @@ def made_by_hand(folder, encoder, **nets):
     about = {"method": "Made", "config": config, "facts": {"num_classes": 10, "channels": 3, "seed": 0}}
     Checkpoints(folder / "checkpoints").save(7, {"step": 7, "about": about, "nets": nets, "optimizer": {}})
     resolved = {"recipe": "made.by_hand", "seed": 0, "stages": [{"name": "train"}], "data": {"train": "abc"}}
+    resolved["run"] = {"changes": []}
     resolved["versions"] = {"commit": "unknown", "torch": "2"}
     (folder / "resolved.json").write_text(json.dumps(resolved))
     return folder

@@ -249,6 +249,7 @@ def truncated(content: bytes) -> bytes:
     ],
     ids=["text", "empty", "cut", "cut before 2020", "plain pickle", "no header", "a tensor", "unknown", "nets of none"],
 )
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol 4")
 def test_what_is_no_weights_is_refused_in_one_line(tmp_path, content, says):
     path = tmp_path / "file"
     path.write_bytes(content(tmp_path))
@@ -278,6 +279,7 @@ class Evil:
         return exec, (code.format(str(self.path)),)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol 4")
 @pytest.mark.parametrize("settings", [{}, {"_use_new_zipfile_serialization": False}, {"pickle_protocol": 4}])
 def test_code_in_a_pickle_does_not_run(tmp_path, settings):
     trap = tmp_path / "sprung"
