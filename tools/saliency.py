@@ -145,11 +145,9 @@ def summary(masks: MaskFile) -> str:
     shares = 100 * counts / len(masks)
     least = SaliencyMask().least_foreground
     lines = [f"{10 * k:3} to {10 * k + 10:3} %  {share:5.1f} %  {'#' * round(share)}" for k, share in enumerate(shares)]
-    enough = (masks.foreground >= least).mean()
-    return "\n".join(
-        ["images by their share of foreground:", *lines]
-        + [f"{100 * enough:.1f} % of the images have {100 * least:.0f} % or more, and can be masked"]
-    )
+    enough = 100 * (masks.foreground >= least).mean()
+    last = f"{enough:.1f} % of the images have {100 * least:.0f} % or more, and can be masked"
+    return "\n".join(line.rstrip() for line in ("images by their share of foreground:", *lines, last))
 
 
 def main() -> None:

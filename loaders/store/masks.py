@@ -222,8 +222,9 @@ class Packed:
 
 def packed(mask: np.ndarray) -> Packed:
     """bool [H, W] -> what `MaskWriter.add` takes. Apart from it, so that threads can do it."""
-    assert mask.dtype == bool and mask.ndim == 2
-    return Packed(*mask.shape, int(np.count_nonzero(mask)), zlib.compress(np.packbits(mask).tobytes(), level=6))
+    assert mask.dtype == bool
+    height, width = mask.shape
+    return Packed(height, width, int(np.count_nonzero(mask)), zlib.compress(np.packbits(mask).tobytes()))
 
 
 def _unpacked(bits: bytes, height: int, width: int) -> np.ndarray:

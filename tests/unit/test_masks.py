@@ -9,6 +9,7 @@ import pytest
 from fastssl.config import ConfigError
 from fastssl.engine import stages
 from fastssl.methods.base import Steps
+from fastssl.profiling.workload import usable
 from loaders.errors import PlanError, StoreError
 from loaders.loader import bind
 from loaders.plan.ops import Flip, GaussianBlur
@@ -141,7 +142,7 @@ def test_a_file_that_was_stopped_continues_wherever_it_was_torn(tmp_path):
     assert not path.exists()
     written = partial.read_bytes()
     assert whole.startswith(written)
-    for length in range(0, len(written) + 1, 3):
+    for length in range(0, len(written) + 1, 7):
         partial.write_bytes(written[:length] + bytes(length % 5))  # a power cut leaves zeros, too
         assert write(path, source).read_bytes() == whole
         assert not partial.exists()
@@ -206,7 +207,7 @@ def test_what_is_no_file_of_masks_is_refused(tmp_path, data, message):
     if data is not None:
         path.write_bytes(data)
     with pytest.raises(StoreError, match=rf"x\.masks: {message}"):
-        open_data(("digits", f"masks={path}"))
+        open_data((f"masks={path}",))
 
 
 # With the data
@@ -293,6 +294,17 @@ def test_a_run_logs_the_share_it_masked_and_refuses_other_masks(tmp_path, monkey
         stages.run(job)
     with pytest.raises(StoreError, match=r"no masks for the images of digits \(train\)"):
         stages.run(replace(job, data=("digits",), out=tmp_path / "other"))
+
+
+def test_a_profile_has_masks_for_views_that_want_them():
+    """Of a recipe with masks, on stand-ins or on images without masks: time is what counts."""
+    source = source_of(7, height=90, width=60)
+    view = replace(VIEW, mask=SaliencyMask(1.0))
+    plan = Plan((Stream("s", "unlabelled", (view,), Shuffled(), 16),), "s", 0)
+    bound = bind(plan, usable({"train": source}, [plan]))
+    assert bound.plan.masked_share(0) == 1
+    assert bound.masks["s"].mask(9).shape == (90, 60)
+    assert bound.masks["s"].mask(9).mean() == pytest.approx(bound.masks["s"].foreground[9], abs=0.02)
 
 
 def test_a_program_may_bring_its_own_masks():
