@@ -44,7 +44,7 @@ from fastssl.record import Recorder, result_lines
 from fastssl.weights import BACKBONE, Weights, read_weights
 from loaders.loader import Bound, Loader, bind
 from loaders.store import staging
-from loaders.store.data import LABELLED, VALIDATION, DataSets, open_data, search_folders
+from loaders.store.data import LABELLED, TRAIN, VALIDATION, DataSets, open_data, search_folders
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
@@ -131,8 +131,9 @@ def _show_staging(file: str, done: int, total: int) -> None:
 
 def facts_of(data: DataSets, seed: int) -> Facts:
     """What a method may know of `data` before it is built."""
-    labelled = data.get(LABELLED)
-    return Facts(labelled.num_classes, labelled.channels, seed)
+    labelled, train = data.get(LABELLED), data.sources.get(TRAIN)
+    all_labelled = train is None or bool((train.labels >= 0).all())
+    return Facts(labelled.num_classes, labelled.channels, seed, all_labelled=all_labelled)
 
 
 class _StageRun:

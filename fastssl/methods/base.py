@@ -84,12 +84,14 @@ class Horizon:
 class Facts:
     """What a method may know of the data and the run before it is built.
 
-    num_classes and channels are those of the labelled images.
+    num_classes and channels are those of the labelled images; all_labelled says whether every image of the plain
+    training set carries a label.
     """
 
     num_classes: int
     channels: int
     seed: int
+    all_labelled: bool = True
 
 
 @dataclass(frozen=True)

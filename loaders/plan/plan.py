@@ -170,6 +170,7 @@ class BoundPlan:
         name, batch = stream.name, stream.batch_global
         if facts.num_images == 0:
             raise PlanError(f"stream {name!r} has no images to draw from")
+        _check_labels(stream, facts)
         if isinstance(stream.order, Balanced):
             self._check_balanced(stream, stream.order, facts)
         elif not isinstance(stream.order, Sequential) and batch > facts.num_images:
@@ -204,6 +205,16 @@ class BoundPlan:
                 f"{int(index.counts[c])} ({len(short)} of {facts.num_classes} classes have too few, {num_labelled} "
                 "have any): lower images_per_class or give more labels"
             )
+
+
+def _check_labels(stream: Stream, facts: StreamFacts) -> None:
+    labels = facts.labels if facts.ids is None else facts.labels[facts.ids]
+    missing = np.setdiff1d(np.arange(facts.num_classes), labels)
+    if stream.every_class and len(missing):
+        raise PlanError(
+            f"stream {stream.name!r}: {len(missing)} of {facts.num_classes} classes have no labelled image, first class "
+            f"{missing[0]}: give labels of every class"
+        )
 
 
 def check_world(world: int, counts: list[int]) -> None:

@@ -201,6 +201,7 @@ class Stream:
     batch_global: int
     ids: Subset = field(default_factory=All)
     visible: Subset = field(default_factory=All)  # images outside it carry label -1
+    every_class: bool = False  # refuse data with a class of which no label shows
 
 
 def parse_subset(text: str) -> Subset:
