@@ -9,7 +9,10 @@ from torch import nn
 
 def copy_of(online: nn.Module) -> nn.Module:
     """A second network with the same weights, which gets no gradient."""
-    return copy.deepcopy(online).requires_grad_(False)
+    # deepcopy's own copies of tensors need memory that those of a dry run do not have
+    tensors: dict[int, torch.Tensor] = {id(b): b.clone() for b in online.buffers()}
+    tensors |= {id(p): nn.Parameter(p.detach().clone(), requires_grad=False) for p in online.parameters()}
+    return copy.deepcopy(online, tensors)
 
 
 @torch.no_grad()
