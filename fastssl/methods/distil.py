@@ -1,0 +1,221 @@
+"""Distillation: a student learns what a trained classifier says of images, with or without some labels. The last of
+SimCLRv2's three stages; the teacher may come from any method.
+
+Paper      Chen et al., NeurIPS 2020, arXiv 2006.10029, equations 2 and 3
+Code       google-research/simclr at 383d414: a notebook shows the loss and its optimiser, nothing else was released
+Command    fastssl train simclrv2.distill_rn50_from_rn152w3_sk --set teacher=RUN --data PATH --gpus 64
+Published  ResNet-50 from a ResNet-152 of 3 x width with selective kernels: 73.9 / 77.5 % with 1 / 10 % of the labels;
+           that ResNet-152 from itself: 76.6 / 80.9 %
+
+Teacher and student see the same augmented images. The teacher stays as it is, in eval mode; its classes and the
+normalisation of its pixels must be the student's. The student is a trunk and a linear classifier, from random weights
+(the paper does not say), without a layer of a projection head even where the teacher has one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastssl.config import ConfigError
+from fastssl.methods import supervised
+from fastssl.methods.base import (
+    Artefact,
+    Config,
+    Epochs,
+    Facts,
+    Horizon,
+    Method,
+    Nets,
+    Ref,
+    Span,
+    Stage,
+    Stages,
+    autocast,
+    in_full,
+)
+from fastssl.methods.supervised import Classifier, FirstLayer, SupervisedConfig, check_same_input
+from fastssl.nn.encoders import Encoder, SimclrResNet, encoder_of
+from fastssl.optim.lars import Lars
+from fastssl.optim.param_groups import lars_groups
+from fastssl.optim.schedule import warmup_cosine
+from fastssl.weights import Weights, WeightsError
+from loaders.batch import Batch
+from loaders.plan.ops import Flip
+from loaders.plan.plan import Plan
+from loaders.plan.views import UNIT, All, DistortedBox, Filter, Shuffled, Stream, View, parse_subset
+
+VIEW = View("student", 224, DistortedBox((0.08, 1.0)), (Flip(),), UNIT, Filter.BICUBIC_ALIASED)
+
+
+def distillation(student_NK: Tensor, teacher_NK: Tensor, *, temperature: float) -> Tensor:
+    """Mean over rows of -sum softmax(teacher / T) log softmax(student / T), both logits: 0-dim. float32 or float64; no
+    gradient reaches the teacher's."""
+    taught_NK = torch.softmax(teacher_NK.detach() / temperature, dim=1)
+    return F.cross_entropy(student_NK / temperature, taught_NK)
+
+
+def labelled_cross_entropy(logits_NK: Tensor, labels_N: Tensor) -> Tensor:
+    """Sum over the rows whose label shows (is not -1) of -log softmax at it, divided by the number of all rows: 0-dim.
+    Equation 3 sums over labelled images as over all, so each counts alike."""
+    return F.cross_entropy(logits_NK, labels_N, ignore_index=-1, reduction="sum") / len(labels_N)
+
+
+@dataclass(frozen=True)
+class DistilConfig(Config):
+    """Settings of the student's training; the defaults are those of the paper's ImageNet runs. Of `labels` training
+    sees what `alpha` below 1 lets it."""
+
+    view: View = VIEW
+    encoder: Encoder = SimclrResNet(50)
+    batch_global: int = 4096
+    temperature: float = 0.1  # the paper's for a student like its teacher; 1 for a smaller one
+    alpha: float = 1.0  # share of distillation in the loss; 1 - alpha is that of the labels
+    # The notebook multiplies distillation by temperature², the paper's equation does not. LARS makes little of it: what
+    # changes is how far norms and biases move, which it does not adapt, and how much weight decay counts.
+    times_temperature_squared: bool = False
+    lr_peak: float = 6.4  # .1 times the root of the batch
+    warmup: Span = Epochs(20)  # 5 % of 400, as in pre-training
+    weight_decay: float = 1e-4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.temperature <= 0:
+            raise ConfigError(f"temperature {self.temperature}: above zero")
+        if not 0 <= self.alpha <= 1:
+            raise ConfigError(f"alpha {self.alpha}: a share between 0 and 1")
+
+    def build(self, facts: Facts, inputs: Mapping[str, Artefact]) -> Method:
+        return Distil(self, facts, inputs)
+
+
+class Distil(Method):
+    """Learning a teacher's answers."""
+
+    config: DistilConfig
+    taps = ("backbone", "logits")
+
+    def __init__(self, config: DistilConfig, facts: Facts, inputs: Mapping[str, Artefact]):
+        if not facts.num_classes:
+            raise ConfigError("no image of the labelled data carries a label: give --data labelled=PATH")
+        super().__init__(config, facts, inputs)
+
+    def plan(self) -> Plan:
+        c = self.config
+        visible = parse_subset(c.labels) if self._sees_labels else All()
+        stream = Stream("unlabelled", "unlabelled", (c.view,), Shuffled(), c.batch_global, visible=visible)
+        return Plan((stream,), epoch_of="unlabelled", seed=self.facts.seed)
+
+    @property
+    def _sees_labels(self) -> bool:
+        return self.config.alpha < 1
+
+    def nets(self) -> Nets:
+        return Nets(self._classifier(self.config.encoder))
+
+    def load_inputs(self, nets: Nets) -> None:
+        """The input "teacher" becomes `nets.frozen`. Raises WeightsError where it is none for this student."""
+        nets.frozen = self._teacher(self.inputs["teacher"].weights()).requires_grad_(False).eval()
+        super().load_inputs(nets)
+
+    def _teacher(self, weights: Weights) -> Classifier:
+        check_same_input(weights, self.config.view)
+        fc, first = weights.part("fc"), weights.part("first")
+        if "weight" not in fc:
+            raise WeightsError(f"{weights.source} has no classifier: a teacher was trained or fine-tuned on labels")
+        if len(fc["weight"]) != self.facts.num_classes:
+            raise WeightsError(
+                f"{weights.source} tells {len(fc['weight'])} classes apart, the labelled data has "
+                f"{self.facts.num_classes}: a teacher must answer what the student is asked"
+            )
+        encoder = weights.about.get("config", {}).get("encoder")
+        if encoder is None:
+            raise WeightsError(f"{weights.source} does not say which encoder it holds: give a run, or its export")
+        head = FirstLayer(len(first["fc1.weight"]), "fc1.bias" in first) if "fc1.weight" in first else None
+        teacher = self._classifier(encoder_of(encoder), head)
+        weights.load_whole(teacher, "online")
+        return teacher
+
+    def _classifier(self, encoder: Encoder, head: FirstLayer | None = None) -> Classifier:
+        c = self.config
+        return Classifier(SupervisedConfig(c.dataset, c.eval_view, encoder=encoder, head=head), self.facts)
+
+    def optimizer(self, nets: Nets) -> Lars:
+        c = self.config
+        # As in the notebook, the classifier's kernel is adapted and decayed like any other.
+        return Lars(lars_groups(nets.online, "paper"), lr=c.lr_peak, weight_decay=c.weight_decay, form="simclr")
+
+    def rates(self, step: int, horizon: Horizon) -> tuple[float, ...]:
+        rate = warmup_cosine(
+            step,
+            start=0.0,
+            peak=self.config.lr_peak,
+            final=0.0,
+            warmup_steps=horizon.steps(self.config.warmup),
+            total_steps=horizon.total_steps,
+        )
+        return rate, rate
+
+    def loss(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:
+        c, part = self.config, batch.parts["unlabelled"]
+        x = part.x[c.view.name]
+        if nets.frozen is None:
+            self.load_inputs(nets)  # a dry run, which has none, says so
+            assert nets.frozen is not None
+        with autocast(batch.step.device, c.precision):
+            student_NK = in_full(nets.online(x))
+            with torch.no_grad():
+                teacher_NK = in_full(nets.frozen(x))
+        self._seen = student_NK.detach(), teacher_NK
+        taught = distillation(student_NK, teacher_NK, temperature=c.temperature)
+        total = taught * c.temperature**2 if c.times_temperature_squared else taught
+        if not self._sees_labels:
+            return {"total": total, "distillation": taught}
+        told = labelled_cross_entropy(student_NK, part.labels.repeat(c.view.copies))
+        return {"total": c.alpha * total + (1 - c.alpha) * told, "distillation": taught, "cross_entropy": told}
+
+    def metrics(self, nets: Nets, batch: Batch, truth: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """agreement: share of images of which both say the same; teacher_entropy: of what is taught, in nats, which is
+        the least that distillation can come to."""
+        student_NK, teacher_NK = self._seen
+        agreement = (student_NK.argmax(dim=1) == teacher_NK.argmax(dim=1)).to(student_NK.dtype).mean()
+        entropy = distillation(teacher_NK, teacher_NK, temperature=self.config.temperature)
+        return {"agreement": agreement, "teacher_entropy": entropy}
+
+    def embed(self, nets: Nets, x: Tensor, tap: str) -> Tensor:
+        net = nets.online
+        assert isinstance(net, Classifier)
+        with autocast(x.device, self.config.precision):
+            return in_full(net.trunk(x) if tap == "backbone" else net(x))
+
+
+# ---------------------------------------------------------------------------------------------------------- recipes
+
+
+def cifar10_small() -> Stages:
+    """The network of supervised.cifar10_small learns on all images of CIFAR-10, without labels, what a classifier says
+    of them: a run of supervised.cifar10_finetune or any other with its pixels, given by --set teacher=RUN."""
+    (stage,) = supervised.cifar10_small()
+    alone = stage.method
+    assert isinstance(alone, SupervisedConfig)
+    method = DistilConfig(
+        dataset=alone.dataset,
+        eval_view=alone.eval_view,
+        labels=alone.labels,
+        view=replace(alone.view, ops=(Flip(),)),
+        encoder=alone.encoder,
+        batch_global=256,
+        temperature=1.0,
+        lr_peak=1.6,
+        warmup=Epochs(2),
+    )
+    return (distil(method, Epochs(30)),)
+
+
+def distil(method: DistilConfig, length: Epochs, teacher: Ref | None = None) -> Stage:
+    """Train `method` under `teacher`: by default the one that `--set teacher=RUN` names."""
+    return Stage("distil", method, length, needs={"teacher": teacher or Ref()}, evaluate=("classifier", "knn"))
