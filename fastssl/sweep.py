@@ -102,10 +102,10 @@ def run(sweep: Sweep, start: Callable[[Job], Any]) -> None:
     FastsslError where no run came to an end with finite weights, and what `start` raises, but for a run that diverges,
     which only counts as one that was not chosen.
     """
-    held_out = _checked(sweep, open_data(sweep.base.data, validation=False))
-    record = _claimed(sweep, held_out)
+    record = _claimed(sweep, open_data(sweep.base.data, validation=False))
     for name, job in sweep.runs.items():
-        if not record["runs"].get(name, {}).get("diverged"):
+        row = record["runs"].get(name)
+        if row is None or not (row.get("diverged") or (job.out / RESULT).exists()):
             record["runs"][name] = _scored(job, sweep.score, start)
             _write(sweep.base.out, record)
     scores = {name: row["top1"] for name, row in record["runs"].items() if not row.get("diverged")}
@@ -182,12 +182,24 @@ def _ids(images: Resolved) -> np.ndarray:
     return np.arange(images.count) if images.ids is None else images.ids
 
 
-def _claimed(sweep: Sweep, held_out: Resolved) -> dict[str, Any]:
-    """The record of the sweep so far. Raises ConfigError where the directory holds another, or a run."""
-    job, path = sweep.base, sweep.base.out / RECORD
-    images = {"subset": sweep.held_out, "split": held_out.name, "sha256": held_out.sha256, "count": held_out.count}
-    what = {"recipe": job.recipe, "seed": job.seed, "changes": job.changes, "grid": sweep.grid, "held_out": images}
-    what = json.loads(json.dumps({**what, "score": sweep.score}))
+def _claimed(sweep: Sweep, data: DataSets) -> dict[str, Any]:
+    """The record of the sweep so far. Raises ConfigError where the directory holds another, or a run, and where the
+    held-out images are not fit to choose by."""
+    job, path, held_out = sweep.base, sweep.base.out / RECORD, _checked(sweep, data)
+    what = {
+        "recipe": job.recipe,
+        "seed": job.seed,
+        "changes": list(job.changes),
+        "grid": {key: list(values) for key, values in sweep.grid.items()},
+        "data": data.fingerprints(),
+        "held_out": {
+            "subset": sweep.held_out,
+            "split": held_out.name,
+            "sha256": held_out.sha256,
+            "count": held_out.count,
+        },
+        "score": sweep.score,
+    }
     if not path.exists():
         if (job.out / RESOLVED).exists():
             raise ConfigError(f"{job.out} holds a run, not a sweep: choose another --out")
@@ -265,7 +277,7 @@ def _table(record: dict[str, Any]) -> str:
     for (name, row), values in zip(record["runs"].items(), settings, strict=False):  # there may be more to come
         steps, top1, last = "–", "diverged", ""
         if not row.get("diverged"):
-            steps, top1 = f"{row['steps']:,}", _percent(row)
+            steps, top1 = f"{row['steps']:,}", _percent(row).removesuffix(" (single seed)")
         cells = [*values, steps, top1]
         if name == record.get("chosen"):
             cells = [f"**{cell}**" for cell in cells]
