@@ -9,7 +9,8 @@ thirteen learning rates in one pass over the data (as in DINOv2, arXiv 2304.0719
 linear evaluation (arXiv 2301.05158).
 
 The choice is made on labelled images held out for it: the validation images give one number, with the chosen setting,
-of a classifier that was then trained on all labelled images.
+of a classifier that was then trained on all labelled images. To a network that has itself learnt from these labels the
+held-out images are no news, and all settings may look alike: of equals the middle one is taken.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def choose_head(
     device: torch.device | str = "cpu",
 ) -> tuple[Heads, dict[str, Any]]:
     """One head, and in plain values how it came about: with every setting a head is trained on the images not held out;
-    that of the best `score(classes, labels)` on those held out (of equals the smallest) is trained again, on all N.
+    that of the best `score(classes, labels)` on those held out (of equals the middle one) is trained again, on all N.
 
     labels_N int64 without -1; held_N bool. `solver` None: by size, as above. SGD computes on `device`, L-BFGS on the
     CPU; the head is on the CPU. Raises ConfigError where nothing is held out, or one class alone is learnt from.
@@ -95,7 +96,8 @@ def choose_head(
     name, values = ("C", CS) if solver == "l-bfgs" else ("rate", RATES)
     classes_SH = fitted(~held_N, values).classes(train_ND[held_N])
     scores = [score(classes_H, labels_N[held_N]) for classes_H in classes_SH]
-    chosen = values[scores.index(max(scores))]
+    best = [value for value, found in zip(values, scores, strict=True) if found == max(scores)]
+    chosen = best[(len(best) - 1) // 2]
     about = {
         "solver": solver,
         "augmented": False,

@@ -33,8 +33,8 @@ def scaled(x):
 
 @pytest.mark.parametrize("solver", ["l-bfgs", "sgd"])
 def test_separable_classes_are_all_found(solver):
-    """Would catch labels beside the wrong rows, heads that forget the features' scale, and a choice other than the
-    smallest setting of the best."""
+    """Would catch labels beside the wrong rows, heads that forget the features' scale, and a choice at the
+    end of many settings that are as good."""
     x, labels = blobs(90, 3, 5, spread=0.05)
     queries, truth = blobs(200, 3, 5, spread=0.05)
     head, about = choose_head(x, labels, held_out(labels, torch.arange(90)), 3, solver=solver)
@@ -42,7 +42,8 @@ def test_separable_classes_are_all_found(solver):
     accuracies = about["held_out"]["top1"]
     (chosen,) = about["chosen"].values()
     assert len(accuracies) == (9 if solver == "l-bfgs" else 13) and max(accuracies.values()) == 1
-    assert f"{chosen:.3g}" == next(value for value, accuracy in accuracies.items() if accuracy == 1)
+    best = [value for value, accuracy in accuracies.items() if accuracy == 1]
+    assert f"{chosen:.3g}" == best[(len(best) - 1) // 2] and len(best) > 2
     assert about["held_out"]["images"] == 3 * 6 and about["solver"] == solver
 
 
