@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastssl.config import has_path
+from fastssl.config import ConfigError, has_path
 from fastssl.datasets import KNOWN_SETS
 from fastssl.engine.step import How
 from fastssl.methods.base import Config, Facts, Stage
@@ -42,21 +42,31 @@ _GRAIN = 16.0
 
 
 def sized(stage: Stage, most: int | None, world: int, fixed: bool) -> Stage:
-    """The stage with `most` images of the epoch's stream a step and rank (None: its own), class-balanced ones in
-    proportion: fewer classes, and images of a class only where two whole classes are too many. As it stands where
-    `fixed`, or where its sizes are not ours to set. All labels are in use; all ranks do the same work."""
+    """The stage with `most` images of the epoch's stream a step and rank (None: its own), or as few more as the method
+    takes, class-balanced ones in proportion: fewer classes, and images of a class only where two whole classes are too
+    many. As it stands where `fixed`, or where its sizes are not ours to set. All labels are in use; all ranks do the
+    same work."""
     config: Any = replace(stage.method, labels="all")
     if fixed or most is None or not has_path(config, "batch_global"):
         return replace(stage, method=config)
-    batch = config.batch_global
-    on_each = min(most, batch // world)
-    sizes = {"batch_global": on_each * world}
+    whole = config.batch_global // world
+    on_each = min(most, whole)
+    while on_each < whole:
+        try:
+            return replace(stage, method=_with_batch(config, on_each, world))
+        except ConfigError:  # too few for what it compares within a batch
+            on_each = min(2 * on_each, whole)
+    return replace(stage, method=_with_batch(config, whole, world))
+
+
+def _with_batch(config: Any, on_each: int, world: int) -> Any:
+    batch, sizes = config.batch_global, {"batch_global": on_each * world}
     if has_path(config, "classes_global") and has_path(config, "images_per_class"):
         supports = round(config.classes_global * config.images_per_class * on_each / batch)
         per_class = config.images_per_class if supports >= 2 * config.images_per_class else 1
         classes = max(2, supports // per_class)
         sizes |= {"classes_global": classes * world, "images_per_class": per_class}
-    return replace(stage, method=replace(config, **sizes))
+    return replace(config, **sizes)
 
 
 def fitting(stage: Stage, facts: Facts, world: int, device: str, how: How, fixed: bool) -> tuple[Stage, Trace]:

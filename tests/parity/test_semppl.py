@@ -13,6 +13,7 @@ from fastssl.methods.base import Facts, Horizon
 from fastssl.methods.semppl import Semppl, SempplConfig
 from fastssl.methods.semppl_loss import Byol, Positives, Relic, SimClr, semppl_loss
 from fastssl.nn.encoders import ByolResNet
+from fastssl.profiling.workload import sized
 from fastssl.recipes import resolve
 from loaders.batch import Batch, Part
 from loaders.plan.draws import mix, tag, uniforms
@@ -494,3 +495,9 @@ def test_the_imagenet_recipe_is_the_papers():
     heads = 2048 * 4096 + 3 * 4096 + 4096 * 256, 256 * 4096 + 3 * 4096 + 4096 * 256
     assert sizes == {"trunk": 23_508_032, "projection": heads[0], "prediction": heads[1]}
     assert nets.state.z_LCD.numel() * 4 == 335_544_320
+
+
+def test_a_profile_takes_as_many_images_as_negatives_need():
+    """It would begin with two, which the settings refuse."""
+    (stage,) = resolve("semppl.rn50_300ep")
+    assert [sized(stage, most, 1, False).method.batch_global for most in (2, 12, 8192)] == [16, 12, 4096]
