@@ -266,9 +266,9 @@ def _table(record: dict[str, Any]) -> str:
         "",
         f"`{record['command']}`",
         "",
-        f"Each run was scored on {held_out['count']:,} training images ({held_out['subset']}; sha256 "
-        f"{held_out['sha256'][:12]}) whose labels it did not learn from. The best, in bold, went to `{FINAL}/`, which "
-        "was scored once on the validation images. Accuracies in %.",
+        f"Each run is scored on {held_out['count']:,} training images ({held_out['subset']}; sha256 "
+        f"{held_out['sha256'][:12]}) whose labels it does not learn from. The best, in bold, goes to `{FINAL}/`, which "
+        "is scored once on the validation images. Accuracies in %.",
         "",
         f"| {' | '.join(header)} |",
         f"|{'---|' * len(header)}",
