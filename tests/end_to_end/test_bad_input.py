@@ -88,7 +88,7 @@ def finished(tmp_path_factory):
         ("--data empty", "empty: no images; looked for"),
         ("--data support=digits", "no data for 'labelled': give --data PATH or --data labelled=PATH (given: support)"),
         ("paws.cifar10", "paws.cifar10 needs images: --data PATH of the official binary CIFAR-10"),
-        ("paws.cifar10 --data cifar", "data_batch_1.bin: a CIFAR-10 binary file has 30,730,000 bytes, this one has 3"),
+        ("paws.cifar10 --data cifar", "data_batch_1.bin: CIFAR-10's has 30,730,000 bytes, this one has 3"),
         ("--set precision=fp16 --nonfinite skip-once", "fp16 leaves out steps by itself"),
         ("--init-from nowhere", "nowhere is not there"),
         ("--init-from notes.beton", "notes.beton is no file of weights"),
