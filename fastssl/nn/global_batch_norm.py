@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -47,7 +48,7 @@ class GlobalBatchNorm(_BatchNorm):
     Input float32, float64, bfloat16 or float16; statistics float32 (float64 for float64); output like the input,
     memory format included. In training mode all ranks must call the same layers in the same order.
 
-    Alone on a CPU, and not compiled, it is torch's own kernel.
+    Alone on a CPU, neither compiled nor in forward mode, it is torch's own kernel.
     """
 
     running_mean: Tensor
@@ -77,7 +78,7 @@ class GlobalBatchNorm(_BatchNorm):
         for x, residual in zip(xs, residuals or (), strict=residuals is not None):
             if (residual.shape, residual.dtype) != (x.shape, x.dtype):
                 raise ValueError(f"{residual.dtype} {residual.shape} added to the norm of {x.dtype} {x.shape}")
-        if self._by_batch and (self._num_ranks > 1 or torch.compiler.is_compiling() or _on_kernels(*xs)):
+        if self._by_batch and (self._num_ranks > 1 or _must_be_ours() or _on_kernels(*xs)):
             return self._fused(xs, residuals or (), relu)
         ys = [self._by_torch(x) for x in xs]
         return [_finish(y, residual, relu) for y, residual in zip(ys, residuals or len(ys) * [None], strict=True)]
@@ -110,20 +111,29 @@ class GlobalBatchNorm(_BatchNorm):
         )
 
     def _fused(self, xs: Sequence[Tensor], residuals: Sequence[Tensor], relu: bool) -> list[Tensor]:
+        group_name = dist.statistics_group().group_name if self._num_ranks > 1 else None
+        ys, (mean_RC, var_RC, n_R1) = self._normalised(xs, residuals, relu, group_name)
+        if self.update_running_stats:
+            self._follow(mean_RC, var_RC * (n_R1 / (n_R1 - 1)))
+        return ys
+
+    def _normalised(
+        self, xs: Sequence[Tensor], residuals: Sequence[Tensor], relu: bool, group_name: str | None
+    ) -> "tuple[list[Tensor], _Statistics]":
+        """`lockstep`'s ys and the statistics behind them, of the named group of ranks or of this rank's rows alone."""
         weight_C = self.weight if self.affine else torch.ones_like(self.running_mean)
         bias_C = self.bias if self.affine else torch.zeros_like(self.running_mean)
-        group_name = dist.statistics_group().group_name if self._num_ranks > 1 else None
         # Dynamo takes no Function that has a jvp, and needs none.
         function = _Fused if torch.compiler.is_compiling() else _FusedForwardMode
         *ys, statistics = function.apply(self.eps, relu, group_name, len(xs), weight_C, bias_C, *xs, *residuals)
-        if self.update_running_stats:
-            mean_RC, var_RC, n_R1 = _Statistics.split(statistics)
-            unbiased_var_RC = var_RC * (n_R1 / (n_R1 - 1))
-            for mean_C, var_C in zip(mean_RC, unbiased_var_RC, strict=True):
-                self.running_mean.lerp_(mean_C.to(self.running_mean.dtype), self.momentum)
-                self.running_var.lerp_(var_C.to(self.running_var.dtype), self.momentum)
-            self.num_batches_tracked.add_(len(xs))
-        return ys
+        return ys, _Statistics.split(statistics)
+
+    def _follow(self, mean_RC: Tensor, unbiased_var_RC: Tensor) -> None:
+        """Move the running statistics as in one pass after the other."""
+        for mean_C, var_C in zip(mean_RC, unbiased_var_RC, strict=True):
+            self.running_mean.lerp_(mean_C.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_(var_C.to(self.running_var.dtype), self.momentum)
+        self.num_batches_tracked.add_(len(mean_RC))
 
 
 class Lockstep(nn.Module):
@@ -359,6 +369,12 @@ def _rounded(coefficients: Sequence[Tensor], x: Tensor) -> Tensor:
     once for every element of x.
     """
     return torch.stack([c_RC.to(_statistics_dtype(x)) for c_RC in coefficients])
+
+
+def _must_be_ours() -> bool:
+    """Whether torch's own kernel will not do: its in-place statistics cannot be compiled, and its forward-mode
+    derivatives not be traced on tensors without elements, as dry runs do."""
+    return torch.compiler.is_compiling() or forward_ad._current_level >= 0
 
 
 def _on_kernels(*xs: Tensor) -> bool:
