@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from loaders.plan.draws import uniforms
-from loaders.plan.views import Centre, ClampedRrc, DistortedBox, Rrc, View, Whole
+from loaders.plan.views import Centre, ClampedRrc, DistortedBox, FiveCrops, Rrc, View, Whole
 
 _RRC_ATTEMPTS = 10  # torchvision.transforms.RandomResizedCrop.get_params
 _DISTORTED_ATTEMPTS = 100  # SimCLR's, and TensorFlow's default, which S4L leaves
@@ -25,6 +25,8 @@ def boxes(view: View, sizes: np.ndarray, keys: np.ndarray) -> np.ndarray:
             return distorted_boxes(view.crop, sizes, keys)
         case Centre():
             return centre_boxes(sizes, view.size, view.crop.resize)
+        case FiveCrops():
+            return five_boxes(sizes, view.size, view.crop.resize)
         case Whole():
             return _whole(sizes)
 
@@ -79,15 +81,29 @@ def distorted_boxes(crop: DistortedBox, sizes: np.ndarray, keys: np.ndarray) -> 
 def centre_boxes(sizes: np.ndarray, size: int, resize: int | None) -> np.ndarray:
     """The source box of torchvision's Resize(resize) + CenterCrop(size): fractional, since the crop is placed on the
     resized image, whose longer side is truncated to an integer."""
+    return _placed_boxes(sizes, size, resize, 0.5, 0.5)
+
+
+def five_boxes(sizes: np.ndarray, size: int, resize: int | None) -> np.ndarray:
+    """As `centre_boxes`, for sizes [5 * B, 2] of B images, copy-major: centre, then the four corners."""
+    across, down = np.repeat([[0.5, 0.0, 1.0, 0.0, 1.0], [0.5, 0.0, 0.0, 1.0, 1.0]], len(sizes) // 5, axis=1)
+    return _placed_boxes(sizes, size, resize, across, down)
+
+
+def _placed_boxes(
+    sizes: np.ndarray, size: int, resize: int | None, across: np.ndarray | float, down: np.ndarray | float
+) -> np.ndarray:
+    """`across` and `down` are shares of the room that a crop has: 0 the left or top edge, 1 the right or bottom one."""
     height, width = _sides(sizes)
     if resize is None:
         resized_h, resized_w = height, width
     else:
         short = np.minimum(height, width)
         resized_h, resized_w = resize * height // short, resize * width // short
-    left, top = np.rint((resized_w - size) / 2), np.rint((resized_h - size) / 2)
+    left, top = np.rint((resized_w - size) * across), np.rint((resized_h - size) * down)
     scale_x, scale_y = width / resized_w, height / resized_h
-    return _corners(left * scale_x, top * scale_y, size * scale_x, size * scale_y)
+    boxes = _corners(left * scale_x, top * scale_y, size * scale_x, size * scale_y)
+    return np.minimum(boxes, np.stack([width, height, width, height], axis=1))  # rounding may end beyond the edge
 
 
 def _sides(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -16,7 +16,7 @@ from loaders.errors import PlanError
 from loaders.plan.boxes import boxes
 from loaders.plan.draws import mix, tag, uniforms
 from loaders.plan.order import ClassIndex, balanced, shuffled
-from loaders.plan.views import Balanced, Centre, SaliencyMask, Sequential, Stream, View
+from loaders.plan.views import Balanced, Centre, FiveCrops, SaliencyMask, Sequential, Stream, View
 
 
 @dataclass(frozen=True)
@@ -178,12 +178,12 @@ class BoundPlan:
         for view in stream.views:
             if view.mask is not None and facts.foreground is None:
                 raise PlanError(f"view {view.name!r} has a mask, but nothing says what is foreground in its images")
-            if isinstance(view.crop, Centre):
+            if isinstance(view.crop, Centre | FiveCrops):
                 shortest = int(facts.sizes.min()) if view.crop.resize is None else view.crop.resize
                 if shortest < view.size:
                     raise PlanError(
-                        f"view {view.name!r} cuts {view.size} pixels from the centre of images whose shorter side is "
-                        f"{shortest}: give Centre a resize of {view.size} or more"
+                        f"view {view.name!r} cuts {view.size} pixels from images whose shorter side is {shortest}: "
+                        f"give {type(view.crop).__name__} a resize of {view.size} or more"
                     )
 
     def _check_balanced(self, stream: Stream, order: Balanced, facts: StreamFacts) -> None:
@@ -209,6 +209,9 @@ class BoundPlan:
 
 def _check_labels(stream: Stream, facts: StreamFacts) -> None:
     labels = facts.labels if facts.ids is None else facts.labels[facts.ids]
+    unlabelled = int((labels < 0).sum())
+    if stream.every_image and unlabelled:
+        raise PlanError(f"stream {stream.name!r}: {unlabelled} of its {len(labels)} images carry no label")
     missing = np.setdiff1d(np.arange(facts.num_classes), labels)
     if stream.every_class and len(missing):
         raise PlanError(

@@ -57,12 +57,20 @@ class Centre:
 
 
 @dataclass(frozen=True)
+class FiveCrops:
+    """As `Centre`, but five squares, one a copy: the central one and those in the corners (top left, top right, bottom
+    left, bottom right). Its view has five copies."""
+
+    resize: int | None = None
+
+
+@dataclass(frozen=True)
 class Whole:
     """The whole image, scaled to `View.size` whatever its aspect (small square sets: digits, CIFAR)."""
 
 
 RandomCrop = Rrc | ClampedRrc | DistortedBox  # cut out first, then scaled: nothing beyond the box shows
-Crop = RandomCrop | Centre | Whole
+Crop = RandomCrop | Centre | FiveCrops | Whole
 
 
 class Filter(Enum):
@@ -130,6 +138,8 @@ class View:
     def __post_init__(self) -> None:
         if self.size < 1 or self.copies < 1 or not self.turns:
             raise ValueError(f"view {self.name!r} needs a pixel, a copy and a turn at least")
+        if isinstance(self.crop, FiveCrops) and self.copies != 5:
+            raise ValueError(f"view {self.name!r} cuts five crops, so it has 5 copies, not {self.copies}")
 
 
 @dataclass(frozen=True)
@@ -201,6 +211,7 @@ class Stream:
     batch_global: int
     ids: Subset = field(default_factory=All)
     visible: Subset = field(default_factory=All)  # images outside it carry label -1
+    every_image: bool = False  # refuse data with an image that shows no label
     every_class: bool = False  # refuse data with a class of which no label shows
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from loaders.plan.boxes import boxes
 from loaders.plan.draws import mix
-from loaders.plan.views import ClampedRrc, DistortedBox, Rrc, View
+from loaders.plan.views import Centre, ClampedRrc, DistortedBox, FiveCrops, Rrc, View
 
 NUM = 20_000
 HEIGHT, WIDTH = 375, 500
@@ -112,3 +112,25 @@ def test_clamped_sides_stay_in_thin_images():
 def test_no_rows(crop):
     """Catches a crash on an empty batch."""
     assert draw(crop, 0).shape == (0, 4)
+
+
+def test_five_crops_are_the_centre_and_the_corners():
+    """Of two images whose shorter side is scaled from 375 to 256 pixels, one wide, one tall. Catches copies taken for
+    images, and corners that rounding leaves or passes."""
+    sizes = np.array([[375, 500], [1000, 375]])
+    view = View("five", 224, FiveCrops(resize=256), copies=5)
+    found = boxes(view, np.tile(sizes, (5, 1)), mix(np.arange(10))).reshape(5, 2, 4)
+    assert np.array_equal(found[0], boxes(View("one", 224, Centre(resize=256)), sizes, mix(np.arange(2))))
+    for image, (height, width) in enumerate(sizes):
+        corners = found[1:, image]
+        assert np.allclose(corners[:, 0] * [1, 0, 1, 0], 0) and np.allclose(corners[:, 1] * [1, 1, 0, 0], 0)
+        assert np.allclose(corners[:, 2][[1, 3]], width) and np.allclose(corners[:, 3][[2, 3]], height)
+        assert (corners[:, 2] <= width).all() and (corners[:, 3] <= height).all()
+    w, h = shape(found.reshape(-1, 4))
+    assert np.allclose(w[::2], 224 * 500 / 341) and np.allclose(h[::2], 328.125)  # 341 columns: truncated
+    assert np.allclose(w[1::2], 328.125) and np.allclose(h[1::2], 224 * 1000 / 682)
+
+
+def test_five_crops_are_five_copies():
+    with pytest.raises(ValueError, match="5 copies, not 1"):
+        View("five", 224, FiveCrops())
