@@ -132,8 +132,8 @@ def _show_staging(file: str, done: int, total: int) -> None:
 def facts_of(data: DataSets, seed: int) -> Facts:
     """What a method may know of `data` before it is built."""
     labelled, train = data.get(LABELLED), data.sources.get(TRAIN)
-    all_labelled = train is None or bool((train.labels >= 0).all())
-    return Facts(labelled.num_classes, labelled.channels, seed, all_labelled=all_labelled)
+    fingerprint, all_labelled = ("", True) if train is None else (train.fingerprint(), bool((train.labels >= 0).all()))
+    return Facts(labelled.num_classes, labelled.channels, seed, fingerprint, all_labelled)
 
 
 class _StageRun:
@@ -297,7 +297,12 @@ class _StageRun:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(self.folder / PRODUCED, tensors)
         dist.barrier()
-        return {"stage": self.stage.name, "images": len(tensors["ids"]), "produced": sorted(tensors)}
+        made_of = {
+            "inputs": {name: artefact.sha256 for name, artefact in self.method.inputs.items()},
+            "data": {name: source.fingerprint() for name, source in self.bound.sources.items()},
+        }
+        produced = {"images": len(tensors["ids"]), "produced": sorted(tensors), "made_of": made_of}
+        return {"stage": self.stage.name, **produced}
 
     def _announce(self, recorder: Recorder, trainer: Trainer) -> None:
         plan = self.bound.plan.plan

@@ -7,6 +7,7 @@ contract is widened.
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -84,13 +85,14 @@ class Horizon:
 class Facts:
     """What a method may know of the data and the run before it is built.
 
-    num_classes and channels are those of the labelled images; all_labelled says whether every image of the plain
-    training set carries a label.
+    num_classes and channels are those of the labelled images; train_fingerprint identifies the plain training set, and
+    is empty where there is none; all_labelled says whether every image of that set carries a label.
     """
 
     num_classes: int
     channels: int
     seed: int
+    train_fingerprint: str = ""
     all_labelled: bool = True
 
 
@@ -105,6 +107,14 @@ class Artefact:
     def load(self) -> dict[str, Any]:
         """The stored tensors and plain values, on the CPU."""
         return torch.load(self.path, map_location="cpu", weights_only=True)
+
+    def made_of(self) -> dict[str, Any]:
+        """Of what a stage that produces stored, as is noted beside it: {"inputs": {name: sha256}, "data": {stream: the
+        fingerprint of its source}}. Empty where nothing is noted."""
+        try:
+            return json.loads((self.path.parent / "result.json").read_text()).get("made_of", {})
+        except FileNotFoundError:
+            return {}
 
     def weights(self) -> Weights:
         """The networks in it, on the CPU. Raises WeightsError where it holds none."""
