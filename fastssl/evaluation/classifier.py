@@ -12,13 +12,19 @@ from loaders.store.data import VALIDATION
 
 def evaluate(subject: Subject) -> dict[str, Any]:
     """`classifier_top1` on the validation images. Raises ConfigError where the method has no classifier."""
-    if "logits" not in subject.method.taps:
-        raise ConfigError(f"{type(subject.method).__name__} has no classifier: choose another protocol")
+    return scores(subject, "classifier", "logits")
+
+
+def scores(subject: Subject, protocol: str, tap: str) -> dict[str, Any]:
+    """`PROTOCOL_top1` of the largest value at `tap`, on the validation images. Raises ConfigError where the method has
+    no such tap."""
+    if tap not in subject.method.taps:
+        raise ConfigError(f"{type(subject.method).__name__} has no {tap} to classify by: choose another protocol")
     subject.check()
-    features = subject.features(VALIDATION, "logits")
+    features = subject.features(VALIDATION, tap)
     correct = int((features.values.argmax(dim=1) == features.labels).sum())
     total = len(features.labels)
     return {
-        "classifier_top1": correct / total,
-        "classifier": {"images": total, "top1_ci95": wilson(correct, total)},
+        f"{protocol}_top1": correct / total,
+        protocol: {"images": total, "top1_ci95": wilson(correct, total)},
     }

@@ -1,0 +1,16 @@
+"""Accuracy of a method's own classifier where the four quarter turns of an image vote by their mean logits.
+
+For classifiers that were trained on all turns, as S4L-Rotation's, of which the paper reports one to two points more.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastssl.evaluation.classifier import scores
+from fastssl.evaluation.subject import Subject
+
+
+def evaluate(subject: Subject) -> dict[str, Any]:
+    """`turned_classifier_top1` on the validation images. Raises ConfigError where the method has no such classifier."""
+    return scores(subject, "turned_classifier", "turned-logits")
