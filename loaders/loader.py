@@ -165,8 +165,9 @@ class Loader:
         assert self._planner is None, "close the iterator before asking for another"
         ready: queue.Queue = queue.Queue(maxsize=self.prefetch)
         self._stopping.clear()
-        self._planner = threading.Thread(target=self._prepare, args=(start, stop, ready), name="fastssl-plan")
-        self._planner.start()
+        planner = threading.Thread(target=self._prepare, args=(start, stop, ready), name="fastssl-plan")
+        planner.start()  # an interrupt may come here: a thread that has not begun cannot be joined
+        self._planner = planner
         try:
             while True:
                 item = ready.get()
@@ -192,8 +193,8 @@ class Loader:
         self._renderers.clear()
 
     def _join_planner(self) -> None:
+        self._stopping.set()
         if self._planner is not None:
-            self._stopping.set()
             self._planner.join()
             self._planner = None
 

@@ -189,6 +189,18 @@ def test_leaving_early_and_starting_again_leaks_nothing(bound, renderer):
     assert shared_memory() == before
 
 
+def test_an_interrupt_while_its_thread_begins_is_what_one_gets(bound, monkeypatch):
+    """Catches an error about the thread, which never began, in the interrupt's place."""
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    with Loader(bound, threads=1) as loader, monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            next(loader.batches(0, 1))
+
+
 def test_a_loop_left_with_break_can_be_followed_by_another(bound):
     with Loader(bound) as loader:
         for _ in range(3):
