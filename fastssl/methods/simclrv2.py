@@ -59,8 +59,6 @@ LrRule = Literal["sqrt", "linear"]
 
 MIN_NORM = 1e-6  # simclr divides by the root of max(Σx², 1e-12)
 
-CROP = DistortedBox((0.08, 1.0))
-
 
 def colours(strength: float) -> tuple[TfColourJitter, Grayscale]:
     """SimCLR's colour distortion; ImageNet's strength is 1, CIFAR-10's 0.5."""
@@ -71,7 +69,7 @@ def colours(strength: float) -> tuple[TfColourJitter, Grayscale]:
 VIEW = View(
     name="global",
     size=224,
-    crop=CROP,
+    crop=DistortedBox((0.08, 1.0)),
     ops=(Flip(), *colours(1.0), GaussianKernelBlur(0.5, taps=GaussianKernelBlur.taps_for(224))),
     pixels=UNIT,
     filter=Filter.BICUBIC_ALIASED,

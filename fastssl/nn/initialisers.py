@@ -48,8 +48,8 @@ def initialise(module: nn.Module, init: Init) -> None:
 
 @torch.no_grad()
 def _truncated_normal(weight: Tensor, std: float) -> None:
-    """Cut at two standard deviations. By the inverse of the distribution: torch's own draws until it is satisfied,
-    which it cannot tell of the shapes without values of a dry run."""
+    """Normal, cut at two standard deviations: the inverse of its distribution at uniform numbers. torch's own draws
+    until all values lie within, which a dry run's shapes, having no values, never tell."""
     within = math.erf(2**0.5)  # share of a normal distribution that is not cut off
     weight.uniform_(-within, within).erfinv_().mul_(std * 2**0.5).clamp_(-2 * std, 2 * std)
 
