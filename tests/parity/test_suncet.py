@@ -61,15 +61,15 @@ def test_rows_that_cannot_be_told_apart():
 
 def small(name, **changes):
     (stage,) = resolve(name)
-    return replace(stage.method, encoder=WideResNet(10, 1), out_features=8, precision="fp32", **changes)
+    return replace(stage.method, encoder=WideResNet(10, 1), out_features=32, precision="fp32", **changes)
 
 
 @pytest.fixture(scope="module")
 def pretrained():
     """PAWS's method and networks, batch norms included, in a state that no fresh network has."""
+    torch.manual_seed(1)
     method = small("paws.cifar10", prediction=True).build(FACTS, {})
     nets = method.nets()
-    torch.manual_seed(1)
     for layer in nets.online.modules():
         if isinstance(layer, GlobalBatchNorm):
             layer.running_mean.normal_()
