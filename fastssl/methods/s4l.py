@@ -1,0 +1,695 @@
+"""S4L: a classifier of few labelled images that also learns, from all images, what self-supervision asks of it.
+
+Paper      Zhai, Oliver, Kolesnikov and Beyer, ICCV 2019, arXiv 1905.03670
+Code       google-research/s4l at 8f1cf05 (TensorFlow 1, TPUs), which reproduces the published numbers; where paper and
+           code differ, this follows the code and says so, but for its bugs
+Command    fastssl train s4l.rotation --data PATH --gpus 8
+Published  ResNet-50 v2, 10 % of the labels, top-5: supervised 80.4 %, pseudo-labels 82.4 %, VAT 82.8 %, VAT + entropy
+           minimisation 83.4 %, S4L-Rotation 83.8 %, S4L-Exemplar 83.7 %; MOAM, four times as wide: 88.8 %, all of its
+           three steps 91.2 % (top-1 73.2 %)
+Hours      unpublished; 100,000 steps on 32 TPU cores
+
+Every step has as many labelled images as it has of all images, the labelled ones among them, in one joint forward pass;
+epochs are counted in labelled images. The terms beside the class's cross-entropy, each with a weight:
+
+rotation   by how many quarter turns an image is turned; all four turns of every image are shown
+exemplar   an image's eight distorted copies stay nearer each other than to other images: batch-hard triplets
+vat        predictions stay as they are under the perturbation that would change them most; such a step is eager, as
+           torch compiles no forward-mode derivatives
+entropy    predictions are sure of themselves
+
+Batch norm and triplets know the images of one TPU core alone, `core_images` labelled ones and as many of all; ranks
+must share the cores evenly. With `core_images=none` they know the whole batch, which is another loss for exemplar.
+
+Label lists are the release's, with 128 and 13 images a class, `s4l-10` and `s4l-1`: not SimCLR's, which `--labels
+simclr-10` takes. They are published as JSON (`label_map_count_128000_index_0`, `label_map_count_13000_index_0`); save
+the file names under "values", one a line, as `s4l-10.txt` and `s4l-1.txt` beside the data. The paper chose among rates
+.3, .1 and .03 and decays 1e-4, 3e-4 and 1e-3 (10 %), .03, .01 and .003 and 3e-3, 1e-2 and 3e-2 (1 %), and weights .5
+and 1 of the unlabelled loss; for 1 % only the supervised baseline's settings were released.
+
+Resizing is Pillow's bilinear filter, which widens when it shrinks an image, for the release's legacy bilinear in
+training and its area filter in evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from fastssl import dist
+from fastssl.config import ConfigError
+from fastssl.methods.base import (
+    Artefact,
+    Config,
+    Epochs,
+    Facts,
+    Horizon,
+    Method,
+    Nets,
+    Ref,
+    Span,
+    Stage,
+    Stages,
+    Steps,
+    autocast,
+    in_full,
+)
+from fastssl.nn.adversarial import (
+    curvature_product,
+    difference_product,
+    divergence,
+    entropy,
+    full_float32,
+    unit,
+    unit_unless_small,
+)
+from fastssl.nn.draws import normals
+from fastssl.nn.ema import copy_of, follow
+from fastssl.nn.encoders import Encoder, ResNet, S4lResNet
+from fastssl.nn.global_batch_norm import frozen_running_stats
+from fastssl.nn.group_batch_norm import GroupBatchNorm
+from fastssl.nn.initialisers import glorot_uniform, initialise
+from fastssl.nn.resnet_v2 import S4L_NORM
+from fastssl.nn.stem import Norm
+from fastssl.nn.triplet import exemplar_loss
+from fastssl.optim.schedule import warmup_stairs
+from loaders.batch import Batch, Part
+from loaders.plan.draws import tag
+from loaders.plan.ops import Flip, HsvNoise
+from loaders.plan.plan import Plan
+from loaders.plan.views import (
+    SIGNED,
+    Centre,
+    DistortedBox,
+    FiveCrops,
+    Rrc,
+    Sequential,
+    Shuffled,
+    Stream,
+    View,
+    Whole,
+    parse_subset,
+)
+
+TURNS = (0, 1, 2, 3)  # quarter turns, counter-clockwise as numpy.rot90's
+_NOISE = tag("vat")
+
+_CROP = View("crop", 224, DistortedBox((0.05, 1.0), (0.75, 1.33)), (Flip(),), SIGNED)
+_EVAL = View("eval", 224, Centre(resize=256), pixels=SIGNED)
+
+
+# ----------------------------------------------------------------------------------------------------------- losses
+
+
+def rotation_loss(logits_NT: Tensor, num_turns: int = 4) -> Tensor:
+    """Mean cross-entropy of telling an image's turns apart: row n of N, turn-major, shows turn n // (N / num_turns)."""
+    turn_N = torch.arange(num_turns, device=logits_NT.device).repeat_interleave(len(logits_NT) // num_turns)
+    return F.cross_entropy(logits_NT, turn_N)
+
+
+# ---------------------------------------------------------------------------------------------------- configuration
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Telling quarter turns apart: the mean of the losses of labelled and of all images, times `weight`."""
+
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Exemplar:
+    """Telling images apart by copies of them: the mean of the losses of labelled and of all images, times `weight`."""
+
+    weight: float = 1.0
+    features: int = 1000
+    compat_identities: bool = False  # the release's: see `fastssl.nn.triplet.exemplar_identities`
+
+
+@dataclass(frozen=True)
+class Vat:
+    """Virtual adversarial training: KL(p(x + r) || p(x)), r of length `epsilon`, gradient through the former alone.
+
+    product     "exact": derivatives; "differences": the release's quotient of step `xi` (there 1e-6, which float32 does
+                not resolve), of which a step of 1e-3 to 1e-2 is nearly the same
+    normaliser  "unit": r has its length; "compat": the release's, which leaves small gradients of the batch's mean
+                small, so that r is shorter than it says (the metric `perturbation` tells)
+    """
+
+    weight: float = 0.5
+    epsilon: float = 40.0
+    product: Literal["exact", "differences"] = "exact"
+    xi: float = 1e-3
+    normaliser: Literal["unit", "compat"] = "unit"
+
+
+@dataclass(frozen=True)
+class S4lConfig(Config):
+    """Settings of the joint training; the defaults are the release's supervised baseline for 10 % of ImageNet's labels.
+    An epoch is a pass over the labelled images, or where it learns pseudo-labels over all."""
+
+    encoder: Encoder = S4lResNet(50)
+    view: View = _CROP
+    batch_global: int = 256  # labelled images, and as many of all
+    core_images: int | None = None  # a virtual core's labelled images; None: one core, as large as the batch
+    class_weight: float = 1.0
+    rotation: Rotation | None = None
+    exemplar: Exemplar | None = None
+    vat: Vat | None = None
+    entropy_weight: float = 0.0
+    smoothed: Literal["all", "unlabelled"] = "all"  # whose predictions VAT and entropy are about
+    pseudo_labels: bool = False  # learn those of the input "labels", made for every image, in place of the data's
+    lr_peak: float = 0.1
+    warmup: Span = Epochs(5)
+    decays: tuple[Span, ...] = (Epochs(140), Epochs(160), Epochs(180))  # each divides the rate by ten
+    momentum: float = 0.9
+    weight_decay: float = 1e-3  # on kernels only
+    half_life: Span | None = None  # of a weight in the average that is evaluated; None: no average
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        core = self.batch_global if self.core_images is None else self.core_images
+        if self.batch_global % core:
+            raise ConfigError(f"batch_global {self.batch_global} does not divide into virtual cores of {core} images")
+        if self.exemplar is not None and (core < 2 or self.view.copies < 2):
+            raise ConfigError(
+                f"exemplar tells images apart by their copies: it needs two images or more in a core, not {core}, and "
+                f"two copies or more of each (view.copies), not {self.view.copies}"
+            )
+
+    @property
+    def turned_view(self) -> View:
+        """What is shown of every image."""
+        return self.view if self.rotation is None else replace(self.view, turns=TURNS)
+
+    @property
+    def sees_unlabelled(self) -> bool:
+        """Whether any term is about unlabelled images."""
+        terms = (self.rotation, self.exemplar, self.vat)
+        return any(term is not None for term in terms) or self.entropy_weight > 0
+
+    def build(self, facts: Facts, inputs: Mapping[str, Artefact]) -> Method:
+        return S4l(self, facts, inputs)
+
+
+@dataclass(frozen=True)
+class LabelConfig(S4lConfig):
+    """Settings of the stage in between, which labels every image by the networks of the stage before: `label_view`'s
+    copies and turns of an image vote by their mean logits."""
+
+    label_view: View = _EVAL
+
+    def build(self, facts: Facts, inputs: Mapping[str, Artefact]) -> Method:
+        return Labeller(self, facts, inputs)
+
+
+# --------------------------------------------------------------------------------------------------------- networks
+
+
+class S4lNet(nn.Module):
+    """Trunk, classifier `fc` and, for the terms that need them, the heads `turn` and `embedding`; all linear."""
+
+    def __init__(self, config: S4lConfig, facts: Facts):
+        super().__init__()
+        self.vat, self.num_cores = config.vat, _cores_of_this_rank(config)
+        norm: Norm = S4L_NORM  # in whatever encoder
+        if self.num_cores is not None:
+            norm = partial(GroupBatchNorm, num_groups=self.num_cores, **S4L_NORM.keywords)
+        self.trunk = config.encoder.build(facts.channels, norm)
+        self.fc = nn.Linear(self.trunk.num_features, facts.num_classes)
+        heads = [self.fc]
+        if config.rotation is not None:
+            self.turn = nn.Linear(self.trunk.num_features, len(TURNS))
+            heads.append(self.turn)
+        if config.exemplar is not None:
+            self.embedding = nn.Linear(self.trunk.num_features, config.exemplar.features)
+            heads.append(self.embedding)
+        for head in heads:
+            initialise(head, glorot_uniform)
+
+    def forward(self, x: Tensor, num_images: int, noise: Tensor | None = None) -> dict[str, Tensor]:
+        """This rank's images of all streams, each stream's rows view-major: [views * num_images, C, H, W] -> by name
+
+        logits        [N, num_classes] of all rows
+        turn          [N, 4], and
+        embedding     [N, D], where there are such heads
+        adversarial   where `noise` is given, as large as the last rows of x: the logits of these when perturbed, by
+                      batch statistics that do not count in the running ones
+        perturbation  [rows of noise], the perturbations' lengths
+        """
+        features = self.features(x, num_images)
+        found = {"logits": self.fc(features)}
+        found |= {name: head(features) for name, head in self.named_children() if name in ("turn", "embedding")}
+        if noise is not None:
+            clean = x[-len(noise) :]
+            with frozen_running_stats(self):
+                r = self._perturbation(clean, noise, num_images)
+                found["adversarial"] = self.fc(self.features(clean + r, num_images))
+            found["perturbation"] = torch.linalg.vector_norm(r.flatten(1), dim=1)
+        return found
+
+    def features(self, x: Tensor, num_images: int) -> Tensor:
+        """[views * num_images, C, H, W], of whatever streams, -> [views * num_images, D]."""
+        if self.num_cores is None or self.num_cores == 1:
+            return self.trunk(x)
+        # What a core holds must stand together: its images of the first view, of the second, ...
+        views = [view.chunk(self.num_cores) for view in x.split(num_images)]
+        rows = self.trunk(torch.cat([share for core in zip(*views, strict=True) for share in core]))
+        return rows.unflatten(0, (self.num_cores, len(views), -1)).transpose(0, 1).flatten(0, 2)
+
+    def _perturbation(self, x: Tensor, noise: Tensor, num_images: int) -> Tensor:
+        """The adversarial perturbation of each row, without gradient, in full precision."""
+        vat = self.vat
+        assert vat is not None
+
+        def classify(x: Tensor) -> Tensor:
+            return self.fc(self.features(x, num_images))
+
+        with full_float32(x.device):
+            d = unit(noise)
+            if vat.product == "exact":
+                product = curvature_product(classify, x, d)
+            else:
+                product = difference_product(classify, x, d, vat.xi)
+            if vat.normaliser == "unit":
+                return vat.epsilon * unit(product)
+            rows = len(x) // self.num_cores if self.num_cores is not None else len(x) * dist.world_size()
+            return vat.epsilon * unit_unless_small(product * (vat.xi / rows))  # the gradient of the core's mean
+
+
+def _cores_of_this_rank(config: S4lConfig) -> int | None:
+    if config.core_images is None:
+        return None
+    num_cores, world = config.batch_global // config.core_images, dist.world_size()
+    if num_cores % world:
+        raise ConfigError(
+            f"batches of {config.batch_global} images are {num_cores} virtual cores of {config.core_images}, which "
+            f"{world} ranks cannot share evenly: take a number of ranks that divides {num_cores}, or "
+            "--set core_images=none, which makes one core of the batch"
+        )
+    return num_cores // world
+
+
+class PseudoLabels(nn.Module):
+    """A label for every image of the training set; none before they are loaded."""
+
+    label_I: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("label_I", torch.zeros(0, dtype=torch.int64))
+
+    def forward(self, id_B: Tensor) -> Tensor:
+        """The labels of images by their index, int64 [B]."""
+        return self.label_I[id_B]
+
+
+# ----------------------------------------------------------------------------------------------------------- method
+
+
+class S4l(Method):
+    """The class's cross-entropy on labelled images, and terms that need no labels on all."""
+
+    config: S4lConfig
+    taps = ("backbone", "turned-logits", "logits")
+
+    def __init__(self, config: S4lConfig, facts: Facts, inputs: Mapping[str, Artefact]):
+        if not facts.num_classes:
+            raise ConfigError("no image of the labelled data carries a label: give --data labelled=PATH")
+        super().__init__(config, facts, inputs)
+
+    def plan(self) -> Plan:
+        c = self.config
+        if c.pseudo_labels:
+            labelled = Stream("labelled", "train", (c.turned_view,), Shuffled(), c.batch_global)
+        else:
+            labelled = Stream(
+                "labelled",
+                "labelled",
+                (c.turned_view,),
+                Shuffled(),
+                c.batch_global,
+                ids=parse_subset(c.labels),
+                every_image=True,
+                every_class=True,
+            )
+        unlabelled = Stream("unlabelled", "unlabelled", (c.turned_view,), Shuffled(), c.batch_global)
+        return Plan((labelled, unlabelled) if c.sees_unlabelled else (labelled,), "labelled", self.facts.seed)
+
+    def nets(self) -> Nets:
+        c, online = self.config, S4lNet(self.config, self.facts)
+        return Nets(
+            online,
+            target=None if c.half_life is None else copy_of(online),
+            frozen=PseudoLabels() if c.pseudo_labels else None,
+        )
+
+    def load_inputs(self, nets: Nets) -> None:
+        super().load_inputs(nets)
+        if self.config.pseudo_labels:
+            labels = self.inputs["labels"]
+            _check_made_for(self.facts, self.inputs)
+            assert isinstance(nets.frozen, PseudoLabels)
+            nets.frozen.label_I = labels.load()["pseudo_label"]
+
+    def optimizer(self, nets: Nets) -> SGD:
+        c, parameters = self.config, list(nets.online.parameters())
+        groups = [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": c.weight_decay},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        return SGD(groups, lr=c.lr_peak, momentum=c.momentum)
+
+    def rates(self, step: int, horizon: Horizon) -> tuple[float, ...]:
+        """The release's rates fall one step later: TensorFlow's `piecewise_constant` keeps its bounds."""
+        c = self.config
+        at_steps = [span.steps(horizon.steps_per_epoch) for span in c.decays]
+        rate = warmup_stairs(
+            step, peak=c.lr_peak, factor=0.1, at_steps=at_steps, warmup_steps=horizon.steps(c.warmup)
+        )
+        return rate, rate
+
+    def loss(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:
+        c, labelled = self.config, batch.parts["labelled"]
+        parts = [batch.parts[name] for name in ("labelled", "unlabelled") if name in batch.parts]
+        num_images = len(labelled.ids)
+        x = torch.cat([part.x[c.view.name] for part in parts]) if len(parts) > 1 else labelled.x[c.view.name]
+        smoothed = parts if c.smoothed == "all" else parts[1:]
+        noise = None if c.vat is None else torch.cat([_noise(part, x) for part in smoothed])
+        with autocast(batch.step.device, c.precision):
+            found = nets.online(x, num_images, noise)
+        found = {name: in_full(rows) for name, rows in found.items()}
+
+        logits = found["logits"]
+        num_rows = len(logits) // len(parts)
+        label_B = nets.frozen(labelled.ids) if nets.frozen is not None else labelled.labels
+        values = {"class": F.cross_entropy(logits[:num_rows], label_B.repeat(num_rows // num_images))}
+        total = c.class_weight * values["class"]
+        if c.rotation is not None:
+            values["rotation"] = torch.stack([rotation_loss(rows) for rows in found["turn"].split(num_rows)]).mean()
+            total = total + c.rotation.weight * values["rotation"]
+        if c.exemplar is not None:
+            num_cores, compat = _cores_of_this_rank(c), c.exemplar.compat_identities
+            of_streams = [
+                exemplar_loss(rows, num_images, num_cores, compat=compat) for rows in found["embedding"].split(num_rows)
+            ]
+            values["exemplar"] = torch.stack(of_streams).mean()
+            total = total + c.exemplar.weight * values["exemplar"]
+        clean = logits if c.smoothed == "all" else logits[num_rows:]
+        if c.vat is not None:
+            values["vat"] = divergence(found["adversarial"], clean.detach()).mean()
+            values["perturbation"] = found["perturbation"].mean()
+            total = total + c.vat.weight * values["vat"]
+        if c.entropy_weight > 0:
+            values["entropy"] = entropy(clean).mean()
+            total = total + c.entropy_weight * values["entropy"]
+        return {"total": total, **values}
+
+    def after_step(self, nets: Nets, step: int, horizon: Horizon) -> None:
+        """The average of the weights since the start, of which half is from the last `half_life`: begun at zero and
+        divided by what it has seen, as TensorFlow's `zero_debias`. Running statistics are those of the moment."""
+        if self.config.half_life is not None:
+            assert nets.target is not None
+            decay = 0.5 ** (1.0 / horizon.steps(self.config.half_life))
+            follow(nets.target, nets.online, 1.0 - (1.0 - decay) / (1.0 - decay ** (step + 1)))
+            torch._foreach_copy_(list(nets.target.buffers()), list(nets.online.buffers()))
+
+    def embed(self, nets: Nets, x: Tensor, tap: str) -> Tensor:
+        """"turned-logits" are the mean of the logits of an image's four turns."""
+        net = nets.online if nets.target is None else nets.target
+        assert isinstance(net, S4lNet)
+        turns = TURNS if tap == "turned-logits" else (0,)
+        found = []
+        with autocast(x.device, self.config.precision):
+            for turn in turns:
+                features = net.trunk(x.rot90(turn, (2, 3)) if turn else x)
+                found.append(in_full(features if tap == "backbone" else net.fc(features)))
+        return torch.stack(found).mean(dim=0)
+
+
+class Labeller(S4l):
+    """Labels every image of the training set by the networks it starts from; images whose label shows keep it."""
+
+    config: LabelConfig
+
+    def plan(self) -> Plan:
+        c = self.config
+        stream = Stream(
+            "images", "train", (c.label_view,), Sequential(), c.batch_global, visible=parse_subset(c.labels)
+        )
+        return Plan((stream,), "images", self.facts.seed)
+
+    def produce(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:
+        part, view = batch.parts["images"], self.config.label_view
+        logits = self.embed(nets, part.x[view.name], "logits")
+        votes = logits.unflatten(0, (view.copies * len(view.turns), len(part.ids))).mean(dim=0)
+        return {"pseudo_label": torch.where(part.labels >= 0, part.labels, votes.argmax(dim=1))}
+
+
+def _noise(part: Part, like: Tensor) -> Tensor:
+    """Normal noise for every row of `part`'s views, each image's own; a function of its key."""
+    shape, num_images = like.shape[1:], len(part.ids)
+    num_views = sum(len(x) for x in part.x.values()) // num_images
+    draws = normals(part.keys, _NOISE, num_views * shape.numel())
+    return draws.view(num_images, num_views, *shape).transpose(0, 1).flatten(0, 1).to(like.dtype)
+
+
+def _check_made_for(facts: Facts, inputs: Mapping[str, Artefact]) -> None:
+    """Raise ConfigError where the input "labels" was not made of our images, or not by the networks that the inputs
+    "init" or "teacher" name."""
+    labels = inputs["labels"]
+    made = labels.made_of()
+    if not made:
+        raise ConfigError(f"{labels.path}: nothing beside it says of which images it was made, and by which networks")
+    if facts.train_fingerprint not in made["data"].values():
+        raise ConfigError(f"{labels.path} was made of other images than these: make it anew")
+    by = inputs.get("init") or inputs.get("teacher")
+    if by is not None and by.sha256 not in made["inputs"].values():
+        raise ConfigError(f"{labels.path} was made by other networks than those in {by.path}: make it anew")
+
+
+# ---------------------------------------------------------------------------------------------------------- recipes
+
+
+def supervised() -> Stages:
+    """ImageNet with 10 % of the labels, ResNet-50 v2, labelled images alone. Release: 56.4 %, top-5 80.4 %."""
+    return (_stage("train", _IMAGENET, Epochs(200)),)
+
+
+def supervised_1pct() -> Stages:
+    """As supervised with 1 % of the labels and HSV noise. Release: 25.1 %, top-5 48.3 %."""
+    method = replace(
+        _IMAGENET,
+        labels="s4l-1",
+        view=replace(_CROP, ops=(Flip(), HsvNoise())),
+        lr_peak=0.01,
+        weight_decay=1e-2,
+        decays=(Epochs(700), Epochs(800), Epochs(900)),  # warm-up 5 epochs; the paper says 10
+    )
+    return (_stage("train", method, Epochs(1000)),)
+
+
+def rotation() -> Stages:
+    """S4L-Rotation, ImageNet with 10 % of the labels. Release: 61.4 %, top-5 83.9 %."""
+    return (_stage("train", replace(_IMAGENET, core_images=8, lr_peak=0.03, rotation=Rotation()), Epochs(200)),)
+
+
+def exemplar() -> Stages:
+    """S4L-Exemplar, ImageNet with 10 % of the labels. Release, with swapped identities: 62.2 %, top-5 83.7 %."""
+    method = replace(
+        _IMAGENET,
+        view=replace(_CROP, ops=(HsvNoise(), Flip()), copies=8),
+        batch_global=512,
+        core_images=16,
+        warmup=Epochs(10),
+        exemplar=Exemplar(),
+    )
+    return (_stage("train", method, Epochs(200)),)
+
+
+def vat() -> Stages:
+    """VAT, ImageNet with 10 % of the labels. Release, with shorter perturbations: 60.0 %, top-5 82.7 %."""
+    return (_stage("train", replace(_IMAGENET, core_images=8, lr_peak=0.03, vat=Vat()), Epochs(200)),)
+
+
+def vat_entmin() -> Stages:
+    """As vat, with entropy minimisation. Release: 60.9 %, top-5 83.3 %."""
+    (stage,) = vat()
+    return (replace(stage, method=_changed(stage, entropy_weight=1.0)),)
+
+
+def pseudo_label() -> Stages:
+    """The network of supervised labels all of ImageNet, and another learns that. Release: 60.2 %, top-5 82.9 %."""
+    (teacher,) = supervised()
+    student = _changed(
+        teacher,
+        pseudo_labels=True,
+        weight_decay=1e-4,
+        decays=(Epochs(30), Epochs(60), Epochs(90)),
+    )
+    return _taught(teacher, _stage("train", student, Epochs(100)))
+
+
+def moam() -> Stages:
+    """MOAM, ResNet-50 v2 four times as wide, ImageNet with 10 % of the labels: rotation, VAT and entropy, then the same
+    on pseudo-labels, then the labels alone. Paper: 73.2 %, top-5 91.2 %; after the first stage 88.8 %."""
+    method = replace(
+        _IMAGENET,
+        encoder=S4lResNet(50, width=4),
+        batch_global=128,
+        core_images=None,  # the one network of the release that was synchronised
+        class_weight=0.3,
+        rotation=Rotation(0.4),  # paper .7; the release's weights add up to 1 and reproduce the number
+        vat=Vat(0.3, epsilon=32.0),
+        entropy_weight=0.3,
+        smoothed="unlabelled",
+        weight_decay=2e-4,
+        warmup=Epochs(10),
+        decays=(Epochs(100), Epochs(150), Epochs(190)),
+        half_life=Epochs(1),
+    )
+    # The paper does not say how the second stage warms up, nor the third stage's batch and losses.
+    again = replace(method, pseudo_labels=True, warmup=Epochs(1), decays=(Epochs(6), Epochs(12)))
+    last = replace(
+        method,
+        class_weight=1.0,
+        rotation=None,
+        vat=None,
+        entropy_weight=0.0,
+        lr_peak=5e-4,
+        weight_decay=3e-3,
+        warmup=Epochs(0),
+        decays=(Epochs(5), Epochs(10), Epochs(15)),
+        half_life=None,
+    )
+    five_crops = View("label", 224, FiveCrops(resize=256), pixels=SIGNED, copies=5, turns=TURNS)
+    return _three_stages(
+        _stage("joint", method, Epochs(200)),
+        _stage("relearn", again, Epochs(18)),
+        _stage("finetune", last, Epochs(20)),
+        five_crops,
+    )
+
+
+def supervised_cifar10_small() -> Stages:
+    """CIFAR-10 with 4,000 labels in four minutes on one core: a narrow ResNet-10, the labelled images alone."""
+    return (_small(Epochs(100)),)
+
+
+def rotation_cifar10_small() -> Stages:
+    """As supervised_cifar10_small for as long, with rotation."""
+    return (_small(Epochs(19), rotation=Rotation()),)
+
+
+def exemplar_cifar10_small() -> Stages:
+    """As supervised_cifar10_small for as long, with exemplar: four copies of an image."""
+    view = replace(_SMALL_CROP, ops=(HsvNoise(), Flip()), copies=4)
+    return (_small(Epochs(18), view=view, exemplar=Exemplar(features=128)),)
+
+
+def vat_cifar10_small() -> Stages:
+    """As supervised_cifar10_small for as long, with VAT. At full length VAT reaches 86.4 % (WRN-28-2)."""
+    return (_small(Epochs(14), vat=_SMALL_VAT),)
+
+
+def vat_entmin_cifar10_small() -> Stages:
+    """As vat_cifar10_small, with entropy minimisation."""
+    return (_small(Epochs(14), vat=_SMALL_VAT, entropy_weight=0.1),)
+
+
+def pseudo_label_cifar10_small() -> Stages:
+    """As supervised_cifar10_small for as long in all: half for the teacher, half for the student."""
+    return _taught(_small(Epochs(45)), _small(Epochs(4), pseudo_labels=True))
+
+
+def moam_cifar10_small() -> Stages:
+    """As supervised_cifar10_small for as long in all: MOAM's stages, labels by five crops without their turns."""
+    joint = _small(
+        Epochs(3),
+        name="joint",
+        class_weight=0.3,
+        rotation=Rotation(0.4),
+        vat=replace(_SMALL_VAT, weight=0.3),
+        entropy_weight=0.03,
+        smoothed="unlabelled",
+        half_life=Epochs(1),
+    )
+    again = _changed(joint, pseudo_labels=True, warmup=Steps(20), decays=(Steps(150),), half_life=Steps(50))
+    relearn = replace(joint, name="relearn", method=again, length=Steps(200), evaluate_every=Steps(200))
+    finetune = _small(Epochs(10), name="finetune", lr_peak=0.01)
+    return _three_stages(joint, relearn, finetune, View("label", 28, FiveCrops(), pixels=SIGNED, copies=5))
+
+
+_IMAGENET = S4lConfig(dataset="imagenet", eval_view=_EVAL, labels="s4l-10", core_images=32)  # on eight cores
+_SMALL_CROP = View("crop", 24, Rrc((0.35, 1.0)), (Flip(),), SIGNED)  # things at about their size in all 32 pixels
+_SMALL_VAT = Vat(epsilon=4.0)  # 40 times the root of the pixels' share, about
+
+
+def _small(length: Epochs, name: str = "train", **changes: Any) -> Stage:
+    tenths = [Epochs(max(1, length.count * tenth // 10)) for tenth in (7, 8, 9)]
+    method = S4lConfig(
+        dataset="cifar10",
+        eval_view=View("eval", 32, Whole(), pixels=SIGNED),
+        labels="paws-cifar10-4000-split-91",
+        encoder=ResNet(10, stem="cifar", base_width=16),
+        view=_SMALL_CROP,
+        batch_global=32,
+        warmup=Epochs(1),
+        decays=tuple(tenths),
+    )
+    quarter = Epochs(max(1, length.count // 4))
+    stage = _stage(name, replace(method, **changes), length)
+    return replace(stage, evaluate=("classifier",), evaluate_every=quarter, checkpoint_every=quarter)
+
+
+def _taught(teacher: Stage, student: Stage) -> Stages:
+    """`teacher` labels all images, `student` learns that."""
+    method = teacher.method
+    return (
+        replace(teacher, name="teach"),
+        _labelling("teach", method, method.eval_view),
+        replace(student, name="learn", needs={"labels": Ref(stage="label"), "teacher": Ref(stage="teach")}),
+    )
+
+
+def _three_stages(joint: Stage, relearn: Stage, finetune: Stage, label_view: View) -> Stages:
+    """MOAM's: each stage starts from the one before, the second with labels of the first for all images."""
+    return (
+        joint,
+        _labelling(joint.name, joint.method, label_view),
+        replace(relearn, needs={"init": Ref(stage=joint.name), "labels": Ref(stage="label")}),
+        replace(finetune, needs={"init": Ref(stage=relearn.name)}),
+    )
+
+
+def _labelling(by: str, method: Config, label_view: View) -> Stage:
+    """The stage that labels every image by the networks of stage `by`, which `method` trained."""
+    settings = {field.name: getattr(method, field.name) for field in fields(method)}
+    return Stage(
+        "label", LabelConfig(**settings, label_view=label_view), Epochs(1), do="produce", needs={"init": Ref(stage=by)}
+    )
+
+
+def _stage(name: str, method: S4lConfig, length: Epochs) -> Stage:
+    tenth = Epochs(max(1, length.count // 10))
+    return Stage(
+        name,
+        method,
+        length,
+        evaluate=("classifier", "knn"),
+        evaluate_every=tenth,
+        log_every=Steps(100),
+        checkpoint_every=Epochs(max(1, length.count // 40)),
+    )
+
+
+def _changed(stage: Stage, **changes: Any) -> S4lConfig:
+    assert isinstance(stage.method, S4lConfig)
+    return replace(stage.method, **changes)
