@@ -215,8 +215,8 @@ def _check_labels(stream: Stream, facts: StreamFacts) -> None:
     missing = np.setdiff1d(np.arange(facts.num_classes), labels)
     if stream.every_class and len(missing):
         raise PlanError(
-            f"stream {stream.name!r}: {len(missing)} of {facts.num_classes} classes have no labelled image, first class "
-            f"{missing[0]}: give labels of every class"
+            f"stream {stream.name!r}: {len(missing)} of {facts.num_classes} classes have no labelled image, first "
+            f"class {missing[0]}: give labels of every class"
         )
 
 
