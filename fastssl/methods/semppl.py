@@ -455,7 +455,7 @@ def simclr_rn50_300ep() -> Stages:
 
 def cifar10_small() -> Stages:
     """CIFAR-10 with 4,000 labels on one CPU core in minutes: a small ResNet, two crops of 24 pixels, eight epochs."""
-    # Batch, average and rate by two epochs of relicv2.cifar10_small each on 40,000 training images, scored on the others.
+    # Batch, average and rate by two epochs of relicv2.cifar10_small on 40,000 training images, scored on the others.
     ops = (Flip(), TfColourJitter(0.8, offset=0.4, contrast=0.4, saturation=0.2, hue=0.1), Grayscale(0.2, TF_LUMA))
     odd = View("odd", 24, ClampedRrc((0.35, 1.0)), (*ops, Solarise(0.2, (0.5, 0.5))), CIFAR10)
     method = SempplConfig(
