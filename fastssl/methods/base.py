@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from fastssl import dist
 from fastssl.config import ConfigError, to_plain
+from fastssl.optim.schedule import warmup_cosine, warmup_stairs
 from fastssl.weights import Weights, parts_of, read_weights
 from loaders.batch import Batch
 from loaders.plan.plan import Plan
@@ -79,6 +80,17 @@ class Horizon:
     def steps(self, span: Span) -> int:
         """Steps of `span`, or of the whole stage where that is shorter (a warm-up longer than a short trial run)."""
         return min(span.steps(self.steps_per_epoch), self.total_steps)
+
+    def warmup_cosine(self, step: int, *, peak: float, warmup: Span, start: float = 0.0, final: float = 0.0) -> float:
+        """`fastssl.optim.schedule.warmup_cosine` over the whole stage."""
+        return warmup_cosine(
+            step, start=start, peak=peak, final=final, warmup_steps=self.steps(warmup), total_steps=self.total_steps
+        )
+
+    def warmup_stairs(self, step: int, *, peak: float, factor: float, at: Sequence[Span], warmup: Span) -> float:
+        """`fastssl.optim.schedule.warmup_stairs`, which falls after each of `at`, counted from the stage's start."""
+        at_steps = [span.steps(self.steps_per_epoch) for span in at]
+        return warmup_stairs(step, peak=peak, factor=factor, at_steps=at_steps, warmup_steps=self.steps(warmup))
 
 
 @dataclass(frozen=True)

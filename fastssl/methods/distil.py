@@ -42,7 +42,6 @@ from fastssl.methods.supervised import Classifier, FirstLayer, SupervisedConfig,
 from fastssl.nn.encoders import Encoder, SimclrResNet, encoder_of
 from fastssl.optim.lars import Lars
 from fastssl.optim.param_groups import lars_groups
-from fastssl.optim.schedule import warmup_cosine
 from fastssl.weights import Weights, WeightsError
 from loaders.batch import Batch
 from loaders.plan.ops import Flip
@@ -150,14 +149,7 @@ class Distil(Method):
         return Lars(lars_groups(nets.online, "paper"), lr=c.lr_peak, weight_decay=c.weight_decay, form="simclr")
 
     def rates(self, step: int, horizon: Horizon) -> tuple[float, ...]:
-        rate = warmup_cosine(
-            step,
-            start=0.0,
-            peak=self.config.lr_peak,
-            final=0.0,
-            warmup_steps=horizon.steps(self.config.warmup),
-            total_steps=horizon.total_steps,
-        )
+        rate = horizon.warmup_cosine(step, peak=self.config.lr_peak, warmup=self.config.warmup)
         return rate, rate
 
     def loss(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:

@@ -50,7 +50,6 @@ from fastssl.nn.similarity import (
 )
 from fastssl.optim.lars import Lars
 from fastssl.optim.param_groups import Rule, lars_groups
-from fastssl.optim.schedule import warmup_cosine
 from loaders.batch import Batch
 from loaders.plan.ops import Affine, ColourJitter, Equalize, Flip, GaussianBlur, Grayscale, Noise, Solarise
 from loaders.plan.plan import Plan
@@ -309,14 +308,7 @@ class Paws(Method):
 
     def rates(self, step: int, horizon: Horizon) -> tuple[float, ...]:
         c = self.config
-        rate = warmup_cosine(
-            step,
-            start=c.lr_start,
-            peak=c.lr_peak,
-            final=c.lr_final,
-            warmup_steps=horizon.steps(c.warmup),
-            total_steps=horizon.total_steps,
-        )
+        rate = horizon.warmup_cosine(step, start=c.lr_start, peak=c.lr_peak, final=c.lr_final, warmup=c.warmup)
         return rate, rate
 
     def loss(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:

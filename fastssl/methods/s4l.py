@@ -79,7 +79,6 @@ from fastssl.nn.initialisers import glorot_uniform, initialise
 from fastssl.nn.resnet_v2 import S4L_NORM
 from fastssl.nn.stem import Norm
 from fastssl.nn.triplet import exemplar_loss
-from fastssl.optim.schedule import warmup_stairs
 from loaders.batch import Batch, Part
 from loaders.plan.draws import tag
 from loaders.plan.ops import Flip, HsvNoise
@@ -370,10 +369,7 @@ class S4l(Method):
     def rates(self, step: int, horizon: Horizon) -> tuple[float, ...]:
         """The release's rates fall one step later: TensorFlow's `piecewise_constant` keeps its bounds."""
         c = self.config
-        at_steps = [span.steps(horizon.steps_per_epoch) for span in c.decays]
-        rate = warmup_stairs(
-            step, peak=c.lr_peak, factor=0.1, at_steps=at_steps, warmup_steps=horizon.steps(c.warmup)
-        )
+        rate = horizon.warmup_stairs(step, peak=c.lr_peak, factor=0.1, at=c.decays, warmup=c.warmup)
         return rate, rate
 
     def loss(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:

@@ -49,7 +49,6 @@ from fastssl.nn.nearest import Majority, Ties, majority, nearest
 from fastssl.nn.queues import LabelledQueues
 from fastssl.optim.lars import Lars
 from fastssl.optim.param_groups import lars_groups
-from fastssl.optim.schedule import warmup_cosine
 from loaders.batch import Batch
 from loaders.plan.draws import tag
 from loaders.plan.ops import TF_LUMA, Flip, GaussianKernelBlur, Grayscale, Op, Solarise, TfColourJitter
@@ -252,15 +251,7 @@ class Semppl(Method):
         return Lars(lars_groups(nets.online), lr=0.0, weight_decay=c.weight_decay, form="byol")
 
     def rates(self, step: int, horizon: Horizon) -> tuple[float, ...]:
-        c = self.config
-        rate = warmup_cosine(
-            step,
-            start=0.0,
-            peak=c.lr_peak,
-            final=0.0,
-            warmup_steps=horizon.steps(c.warmup),
-            total_steps=horizon.total_steps,
-        )
+        rate = horizon.warmup_cosine(step, peak=self.config.lr_peak, warmup=self.config.warmup)
         return rate, rate
 
     def loss(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:

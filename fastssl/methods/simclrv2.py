@@ -49,7 +49,6 @@ from fastssl.nn.encoders import Depth, Encoder, SimclrResNet
 from fastssl.nn.heads import simclr_head
 from fastssl.optim.lars import Lars
 from fastssl.optim.param_groups import lars_groups
-from fastssl.optim.schedule import warmup_cosine
 from loaders.batch import Batch
 from loaders.plan.ops import TF_LUMA, Flip, GaussianKernelBlur, Grayscale, TfColourJitter
 from loaders.plan.plan import Plan
@@ -276,14 +275,7 @@ class Simclrv2(Method):
         return Lars(lars_groups(nets.online, "paper"), lr=c.lr_peak, weight_decay=c.weight_decay, form="simclr")
 
     def rates(self, step: int, horizon: Horizon) -> tuple[float, ...]:
-        rate = warmup_cosine(
-            step,
-            start=0.0,
-            peak=self.config.lr_peak,
-            final=0.0,
-            warmup_steps=horizon.steps(self.config.warmup),
-            total_steps=horizon.total_steps,
-        )
+        rate = horizon.warmup_cosine(step, peak=self.config.lr_peak, warmup=self.config.warmup)
         return rate, rate
 
     def loss(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:

@@ -33,6 +33,7 @@ from fastssl.methods.base import (
     Ref,
     Stage,
     Stages,
+    Steps,
     autocast,
     in_full,
 )
@@ -42,7 +43,6 @@ from fastssl.nn.global_batch_norm import set_batch_norm_mode
 from fastssl.nn.similarity import unit_rows
 from fastssl.optim.lars import Lars
 from fastssl.optim.param_groups import Rule, lars_groups
-from fastssl.optim.schedule import warmup_cosine
 from fastssl.weights import Weights
 from loaders.batch import Batch
 from loaders.plan.ops import Flip
@@ -128,9 +128,7 @@ class Suncet(Method):
 
     def rates(self, step: int, horizon: Horizon) -> tuple[float, ...]:
         c = self.config
-        rate = warmup_cosine(
-            step, start=c.lr_peak, peak=c.lr_peak, final=c.lr_final, warmup_steps=0, total_steps=horizon.total_steps
-        )
+        rate = horizon.warmup_cosine(step, peak=c.lr_peak, final=c.lr_final, warmup=Steps(0))
         return rate, rate
 
     def loss(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:

@@ -50,7 +50,6 @@ from fastssl.nn.global_batch_norm import (
     set_batch_norm_mode,
 )
 from fastssl.optim.lars import Lars
-from fastssl.optim.schedule import warmup_cosine, warmup_stairs
 from fastssl.weights import Weights, WeightsError, load_whole
 from loaders.batch import Batch
 from loaders.plan.ops import Flip
@@ -210,13 +209,10 @@ class Supervised(Method):
         return encoder, encoder, classifier, classifier
 
     def _rate(self, peak: float, step: int, horizon: Horizon) -> float:
-        schedule, warmup_steps = self.config.schedule, horizon.steps(self.config.warmup)
+        schedule, warmup = self.config.schedule, self.config.warmup
         if isinstance(schedule, StepDecay):
-            at_steps = [span.steps(horizon.steps_per_epoch) for span in schedule.at]
-            return warmup_stairs(step, peak=peak, factor=schedule.factor, at_steps=at_steps, warmup_steps=warmup_steps)
-        return warmup_cosine(
-            step, start=0.0, peak=peak, final=0.0, warmup_steps=warmup_steps, total_steps=horizon.total_steps
-        )
+            return horizon.warmup_stairs(step, peak=peak, factor=schedule.factor, at=schedule.at, warmup=warmup)
+        return horizon.warmup_cosine(step, peak=peak, warmup=warmup)
 
     def loss(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:
         part, c = batch.parts["labelled"], self.config
