@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastssl import dist
 from fastssl.config import ConfigError, FastsslError
-from fastssl.methods.base import Method, Nets
+from fastssl.methods.base import NO_LABEL, Method, Nets
 from loaders.loader import Bound, Loader, bind
 from loaders.plan.plan import Plan
 from loaders.plan.views import Crop, Sequential, Stream, parse_subset
@@ -120,7 +120,7 @@ class Subject:
 
     def _check_labelled(self) -> None:
         if not self._num_labelled(LABELLED):
-            raise ConfigError("no image of the labelled data carries a label: give --data labelled=PATH")
+            raise ConfigError(NO_LABEL)
 
     @property
     def class_names(self) -> tuple[str, ...]:

@@ -28,6 +28,8 @@ from loaders.plan.views import View, parse_subset
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
+NO_LABEL = "no image of the labelled data carries a label: give --data labelled=PATH"
+
 
 @dataclass(frozen=True)
 class Epochs:
@@ -185,8 +187,11 @@ class Method(ABC):
     anything random in a step is keyed by the batch."""
 
     taps: tuple[str, ...] = ("backbone",)  # what `embed` offers; the last is the one nearest the loss
+    needs_classes = False  # whether it classifies, so that labelled images without any label are refused at the door
 
     def __init__(self, config: Config, facts: Facts, inputs: Mapping[str, Artefact]):
+        if self.needs_classes and not facts.num_classes:
+            raise ConfigError(NO_LABEL)
         self.config, self.facts, self.inputs = config, facts, inputs
 
     @abstractmethod

@@ -97,11 +97,7 @@ class Distil(Method):
 
     config: DistilConfig
     taps = ("backbone", "logits")
-
-    def __init__(self, config: DistilConfig, facts: Facts, inputs: Mapping[str, Artefact]):
-        if not facts.num_classes:
-            raise ConfigError("no image of the labelled data carries a label: give --data labelled=PATH")
-        super().__init__(config, facts, inputs)
+    needs_classes = True
 
     def plan(self) -> Plan:
         c = self.config

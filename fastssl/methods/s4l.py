@@ -318,11 +318,7 @@ class S4l(Method):
 
     config: S4lConfig
     taps = ("backbone", "turned-logits", "logits")
-
-    def __init__(self, config: S4lConfig, facts: Facts, inputs: Mapping[str, Artefact]):
-        if not facts.num_classes:
-            raise ConfigError("no image of the labelled data carries a label: give --data labelled=PATH")
-        super().__init__(config, facts, inputs)
+    needs_classes = True
 
     def plan(self) -> Plan:
         c = self.config

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from fastssl import dist
-from fastssl.config import ConfigError, to_plain
+from fastssl.config import to_plain
 from fastssl.methods import paws
 from fastssl.methods.base import (
     Artefact,
@@ -143,11 +143,7 @@ class Supervised(Method):
 
     config: SupervisedConfig
     taps = ("backbone", "logits")
-
-    def __init__(self, config: SupervisedConfig, facts: Facts, inputs: Mapping[str, Artefact]):
-        if not facts.num_classes:
-            raise ConfigError("no image of the labelled data carries a label: give --data labelled=PATH")
-        super().__init__(config, facts, inputs)
+    needs_classes = True
 
     def plan(self) -> Plan:
         c = self.config
