@@ -303,3 +303,11 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
 def in_full(x: Tensor) -> Tensor:
     """Half-precision values in float32, for losses and similarities; float64, as tests of exactness use it, stays."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def through(layers: Sequence[nn.Module], x: Tensor, precision: Precision) -> Tensor:
+    """x after one of `layers` after the other, under autocast, and then in full precision."""
+    with autocast(x.device, precision):
+        for layer in layers:
+            x = layer(x)
+    return in_full(x)

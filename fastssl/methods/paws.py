@@ -35,6 +35,7 @@ from fastssl.methods.base import (
     Stages,
     autocast,
     in_full,
+    through,
 )
 from fastssl.nn.encoders import Encoder, ResNet, WideResNet
 from fastssl.nn.global_batch_norm import LockstepSequential
@@ -336,13 +337,8 @@ class Paws(Method):
     def embed(self, nets: Nets, x: Tensor, tap: str) -> Tensor:
         net = nets.online
         assert isinstance(net, PawsNet)
-        with autocast(x.device, self.config.precision):
-            features = net.trunk(x)
-            if tap != "backbone":
-                features = net.projection(features)
-            if tap == "z":
-                features = net.prediction(features)
-        return in_full(features)
+        layers = (net.trunk, net.projection, net.prediction)
+        return through(layers[: 1 + self.taps.index(tap)], x, self.config.precision)
 
 
 # ---------------------------------------------------------------------------------------------------------- recipes

@@ -38,6 +38,7 @@ from fastssl.methods.base import (
     Stages,
     autocast,
     in_full,
+    through,
 )
 from fastssl.methods.semppl_loss import Base, Byol, Positives, Relic, SimClr, semppl_loss
 from fastssl.nn.draws import distinct, random_bits
@@ -361,13 +362,8 @@ class Semppl(Method):
     def embed(self, nets: Nets, x: Tensor, tap: str) -> Tensor:
         net = nets.online
         assert isinstance(net, SempplNet)
-        with autocast(x.device, self.config.precision):
-            features = net.trunk(x)
-            if tap != "backbone":
-                features = net.projection(features)
-            if tap == "z":
-                features = net.prediction(features)
-        return in_full(features)
+        layers = (net.trunk, net.projection, net.prediction)
+        return through(layers[: 1 + self.taps.index(tap)], x, self.config.precision)
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ from fastssl.methods.base import (
     Stages,
     Steps,
     autocast,
-    in_full,
+    through,
 )
 from fastssl.methods.supervised import check_encoder, check_same_input
 from fastssl.nn.encoders import Encoder, WideResNet
@@ -141,12 +141,8 @@ class Suncet(Method):
     def embed(self, nets: Nets, x: Tensor, tap: str) -> Tensor:
         net = nets.online
         assert isinstance(net, paws.PawsNet)
-        layers = {"backbone": [], "h": [net.projection], "z": [net.projection, net.prediction]}
-        with autocast(x.device, self.config.precision):
-            features = net.trunk(x)
-            for layer in layers[tap]:
-                features = layer(features)
-        return in_full(features)
+        layers = (net.trunk, net.projection, net.prediction)
+        return through(layers[: 1 + self.taps.index(tap)], x, self.config.precision)
 
 
 # ---------------------------------------------------------------------------------------------------------- recipes
