@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import json
 import os
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ import numpy as np
 
 from loaders.errors import StoreError
 from loaders.store.jpeg import jpeg_header
+from loaders.store.open_file import OpenFile
 from loaders.store.source import digest
 
 VERSION = 2
@@ -234,26 +234,10 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-class BetonFile:
-    """An open `.beton` file. All tables are checked against the file's length before anything trusts them.
-
-    Reads with `pread`, so threads share it, and a file that shrinks while it is open is an error, not a SIGBUS.
-    """
+class BetonFile(OpenFile):
+    """An open `.beton` file. All tables are checked against the file's length before anything trusts them."""
 
     channels = 3
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as e:
-            raise StoreError(f"{path}: cannot be read: {e.strerror}") from e
-        self.close = weakref.finalize(self, os.close, self._fd)
-        try:
-            self._read_tables()
-        except BaseException:
-            self.close()
-            raise
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -397,16 +381,13 @@ class BetonFile:
         return np.frombuffer(self._pread(start, size, what), dtype, count)
 
     def _pread(self, start: int, size: int, what: str) -> bytes:
-        """Exactly `size` bytes. One call reads at most 2 GiB, so long tables take several."""
-        data = b""
-        while len(data) < size:
-            try:
-                more = os.pread(self._fd, size - len(data), start + len(data))
-            except OSError as e:
-                raise StoreError(f"{self.path}: {what} cannot be read: {e.strerror}") from e
-            if not more:
-                raise StoreError(f"{self.path}: the file became shorter while it was open: {what} is gone")
-            data = data + more if data else more
+        """Exactly `size` bytes."""
+        try:
+            data = self._read(start, size)
+        except OSError as e:
+            raise StoreError(f"{self.path}: {what} cannot be read: {e.strerror}") from e
+        if len(data) < size:
+            raise StoreError(f"{self.path}: the file became shorter while it was open: {what} is gone")
         return data
 
     def _damaged(self, how: str) -> StoreError:

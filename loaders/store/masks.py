@@ -21,7 +21,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import weakref
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ import numpy as np
 
 from loaders.errors import StoreError
 from loaders.store.beton import sync_folder
+from loaders.store.open_file import OpenFile
 from loaders.store.source import Concatenated, Source, digest, joined_name
 
 _MAGIC = b"fastssl masks 1\n"
@@ -62,22 +62,9 @@ class Masks(Protocol):
         """sha256 over what identifies the masks."""
 
 
-class MaskFile:
+class MaskFile(OpenFile):
     """An open file of masks; tables are checked against the file's length before anything trusts them. Raises
     StoreError."""
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as e:
-            raise StoreError(f"{path}: cannot be read: {e.strerror}") from e
-        self.close = weakref.finalize(self, os.close, self._fd)
-        try:
-            self._read_tables()
-        except BaseException:
-            self.close()
-            raise
 
     def __len__(self) -> int:
         return len(self._table)
@@ -135,7 +122,7 @@ class MaskFile:
 
     def _pread(self, start: int, size: int) -> bytes:
         try:
-            data = os.pread(self._fd, size, start)
+            data = self._read(start, size)
         except OSError as e:
             raise StoreError(f"{self.path}: cannot be read: {e.strerror}") from e
         if len(data) < size:
