@@ -458,6 +458,8 @@ def cifar10_small() -> Stages:
         small_even_view=None,
         batch_global=128,
         capacity=2560,
+        alpha_on_kl=True,
+        neighbours=20,
         ema=0.97,
         lr_peak=1.4,
         warmup=Epochs(1),
