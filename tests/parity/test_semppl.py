@@ -241,27 +241,29 @@ def slow_step(state, batch, rate, c):
     z = torch.stack([torch.nn.functional.normalize(online([x])[0], dim=1) for x in views])
     with torch.no_grad():
         targets = torch.stack([torch.nn.functional.normalize(target([x])[0], dim=1) for x in views[:2]], dim=1)
-    labels = part.labels.tolist()
+    labels, own = part.labels.tolist(), {}
     for m in range(BATCH):
         if labels[m] >= 0:
+            own[m] = state["next"]
             queues[state["next"]] = (targets[m].clone(), labels[m])
             state["next"] = (state["next"] + 1) % c.capacity
 
     used = [slot for slot in range(c.capacity) if queues[slot] is not None]
+    asked = range(2 if c.voting else 1)
     for m in range(BATCH):
         if labels[m] < 0:
-            ballot = {}
-            for view in range(2):
-                for j in range(2):
+            votes = []
+            for view in asked:
+                for j in asked:
                     cosines = {slot: float(z[view, m].detach() @ queues[slot][0][j]) for slot in used}
-                    best = max(cosines, key=lambda slot: cosines[slot])  # noqa: B023 (used at once)
-                    votes, total = ballot.get(queues[best][1], (0, 0.0))
-                    ballot[queues[best][1]] = (votes + 1, total + cosines[best])
-            labels[m] = max(ballot, key=lambda y: (*ballot[y], -y))  # noqa: B023
+                    best = sorted(used, key=lambda slot: -cosines[slot])[: c.neighbours]  # noqa: B023 (used at once)
+                    votes.append(elected([(queues[slot][1], cosines[slot]) for slot in best], c.ties))
+            labels[m], _ = elected(votes, c.ties)
 
     keys = part.keys.numpy().view(np.uint64)
     draws = {n: np.floor(uniforms(mix(keys, tag(n)), 4) * 2**31).astype(np.int64) for n in ("negatives", "positives")}
     negatives, stored = [], torch.zeros(BATCH, 2, 2, c.out_features, dtype=torch.float64)
+    found = torch.zeros(BATCH, dtype=torch.bool)
     for m in range(BATCH):
         chosen = []
         for number, last in enumerate(range(BATCH - 1 - 3, BATCH - 1)):
@@ -269,12 +271,14 @@ def slow_step(state, batch, rate, c):
             chosen.append(last if drawn in chosen else drawn)
         negatives.append([(m + 1 + shift) % BATCH for shift in chosen])
         alike = [slot for slot in used if queues[slot][1] == labels[m]]
-        for j in range(2):
+        alike = [slot for slot in alike if c.own_entry or slot != own.get(m)]
+        found[m] = bool(alike)
+        for j in range(2 if alike else 0):
             for s in range(2):
                 place = int(draws["positives"][m, 2 * j + s]) * len(alike) >> 31
                 stored[m, j, s] = queues[alike[place]][0][j]
-    positives = Positives(stored, torch.ones(BATCH, dtype=torch.bool))
-    loss = slow_loss(z, targets, list(range(BATCH)), negatives, positives, base=c.base)
+    weights = {name: getattr(c, name) for name in ("base", "alpha", "alpha_on_kl", "same_view_pairs", "normaliser")}
+    loss = slow_loss(z, targets, list(range(BATCH)), negatives, Positives(stored, found), **weights)
 
     named = dict(online.named_parameters())
     with torch.no_grad():
@@ -285,18 +289,39 @@ def slow_step(state, batch, rate, c):
                 ratio = 1e-3 * w.norm() / g.norm() if w.norm() and g.norm() else 1.0
             momenta[name] = 0.9 * momenta.get(name, 0.0) + ratio * g
             w -= rate * momenta[name]
+        stays = 1 - (1 - c.ema) * (math.cos(math.pi * int(batch.step) / 3) + 1) / 2 if c.ema_ramp else c.ema
         for name, average in target.named_parameters():
-            average.copy_(c.ema * average + (1 - c.ema) * named[name])
+            average.copy_(stays * average + (1 - stays) * named[name])
     return loss.item(), labels
 
 
-def test_three_steps_equal_those_written_by_hand():
+def elected(votes, ties):
+    """Of (label, similarity): the label with most votes, of equals that of the largest sum, or the lowest; its sum."""
+    labels = sorted({label for label, _ in votes})
+    sums = {y: sum(similarity for label, similarity in votes if label == y) for y in labels}
+    counts = {y: sum(label == y for label, _ in votes) for y in labels}
+    winner = max(labels, key=lambda y: (counts[y], sums[y] if ties == "similarity" else 0, -y))
+    return winner, sums[winner]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"alpha": 0.7, "alpha_on_kl": True, "same_view_pairs": False, "normaliser": 7},
+        {"voting": False, "own_entry": False, "ema_ramp": True},
+        {"neighbours": 3, "base": Relic(num_negatives=3, tau=0.5, contrast_weight=0.7, invariance_weight=2.0)},
+        {"neighbours": 2, "ties": "lowest"},
+    ],
+    ids=["as published", "weights", "one vote, ramp", "three neighbours", "lowest of equals"],
+)
+def test_three_steps_equal_those_written_by_hand(changes):
     """Weights, averages, queues and pseudo-labels, the ring closing on the way. Catches an average taken before the
     step, a vote before the queue is filled, positives from the class of another image, momenta with the rate inside,
-    statistics of views mixed, and draws that are not keyed by image."""
-    semppl_ = method()
+    statistics of views mixed, draws that are not keyed by image, and settings that never reach what they are for."""
+    semppl_ = method(**changes)
     nets, c = double(semppl_.nets()), semppl_.config
-    theirs = double(method().nets())
+    theirs = double(method(**changes).nets())
     state = {"online": theirs.online, "target": theirs.target, "queues": [None] * 9, "next": 0, "momenta": {}}
     optimizer, horizon = semppl_.optimizer(nets), Horizon(3, 3)
     pseudo = []
@@ -321,6 +346,10 @@ def test_three_steps_equal_those_written_by_hand():
     assert nets.state.label_C.tolist() == [label for _, label in state["queues"]]
     torch.testing.assert_close(nets.state.z_LCD, torch.stack([z for z, _ in state["queues"]], dim=1))
     assert len(set(pseudo)) > 1
+
+
+def test_queues_may_begin_with_random_vectors():
+    assert method(start="random").nets().state.used_C.all() and not method().nets().state.used_C.any()
 
 
 def trained(semppl_, labels=LABELS):
