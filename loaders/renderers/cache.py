@@ -16,7 +16,7 @@ from loaders.plan.views import RandomCrop
 from loaders.renderers.pil import PilRenderer
 from loaders.renderers.resample import CODES, over_grey, resize_boxes
 from loaders.renderers.spread import spread
-from loaders.store.masks import Masks
+from loaders.store.masks import Masks, mask_of
 from loaders.store.source import EncodedSource
 from loaders.timing import CROP, FETCH, StageTimes, now
 
@@ -69,7 +69,7 @@ class CachedRenderer:
         times: StageTimes | None = None,
         masks: Masks | None = None,
     ):
-        self.pool, self.times, self.masks = pool, times or StageTimes(), masks
+        self.source, self.pool, self.times, self.masks = source, pool, times or StageTimes(), masks
         pil = PilRenderer(source, pool, self.times)
         self.cache = DecodedCache(lambda i: np.array(pil.decode(i)), budget_bytes)
 
@@ -83,7 +83,7 @@ class CachedRenderer:
                 start = now()
                 if rows.is_masked(b):
                     assert self.masks is not None
-                    mask = self.masks.mask(int(rows.ids[b]))
+                    mask = mask_of(self.masks, self.source, int(rows.ids[b]))
                     start = self.times.add(FETCH, start)
                 for v in rows.views:
                     cut_first, pixels = isinstance(v.view.crop, RandomCrop), out[v.view.name]

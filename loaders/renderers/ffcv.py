@@ -37,7 +37,7 @@ from loaders.renderers.pil import PilRenderer
 from loaders.renderers.resample import CODES, over_grey, resize_boxes
 from loaders.renderers.spread import spread
 from loaders.store.images import MAX_PIXELS
-from loaders.store.masks import Masks
+from loaders.store.masks import Masks, mask_of
 from loaders.store.source import EncodedSource
 from loaders.timing import CROP, DECODE, FETCH, StageTimes, now
 
@@ -241,7 +241,7 @@ class FfcvRenderer:
         if not rows.is_masked(b):
             return np.empty(0, bool)
         assert self.masks is not None
-        return self.masks.mask(int(rows.ids[b])).ravel()
+        return mask_of(self.masks, self.source, int(rows.ids[b])).ravel()
 
     def _file(self, i: int) -> bytes:
         """The bytes of image `i`; nothing where it cannot be read, so that the `pil` renderer says why."""

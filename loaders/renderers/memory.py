@@ -11,7 +11,7 @@ from loaders.plan.plan import Rows, ViewRows
 from loaders.plan.views import RandomCrop
 from loaders.renderers.resample import CODES, resize_boxes
 from loaders.renderers.spread import spread
-from loaders.store.masks import Masks
+from loaders.store.masks import Masks, mask_of
 from loaders.store.source import ArraySource
 from loaders.timing import CROP, StageTimes, now
 
@@ -57,6 +57,6 @@ class MemoryRenderer:
         boxes, greys = rows.boxes[part], rows.greys[part]
         cut_first, filter = isinstance(rows.view.crop, RandomCrop), CODES[rows.view.filter]
         for k in np.flatnonzero(greys >= 0).tolist():
-            mask, image = self.masks.mask(int(ids[k])), self.source.images[ids[k]]
+            mask, image = mask_of(self.masks, self.source, int(ids[k])), self.source.images[ids[k]]
             masked = np.where(mask[..., None], image, greys[k].astype(np.uint8))[None]
             resize_boxes(masked, _ONLY, boxes[k : k + 1], cut_first, filter, out[k : k + 1])

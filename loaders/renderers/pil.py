@@ -15,7 +15,7 @@ from loaders.plan.views import Filter, RandomCrop, View
 from loaders.renderers.resample import CODES, resize_boxes
 from loaders.renderers.spread import spread
 from loaders.store.images import ImageError, open_image
-from loaders.store.masks import Masks
+from loaders.store.masks import Masks, mask_of
 from loaders.store.source import EncodedSource
 from loaders.timing import CROP, DECODE, FETCH, StageTimes, now
 
@@ -62,7 +62,7 @@ class PilRenderer:
         begin = now()
         if rows.is_masked(b):
             assert self.masks is not None
-            foreground = Image.fromarray(self.masks.mask(int(rows.ids[b])))
+            foreground = Image.fromarray(mask_of(self.masks, self.source, int(rows.ids[b])))
             begin = self.times.add(FETCH, begin)
         for v in rows.views:
             for row in range(b, len(v.boxes), len(rows.ids)):

@@ -14,7 +14,7 @@ from loaders.store import cifar
 from loaders.store.beton import BetonSource
 from loaders.store.digits import open_digits
 from loaders.store.folder import FolderSource, folders_in, images_in
-from loaders.store.masks import MaskFile, Masks, masks_by_key
+from loaders.store.masks import MaskFile, Masks, check_count, masks_by_key
 from loaders.store.source import Source, concatenate, digest, relabelled
 
 TRAIN, VALIDATION, LABELLED = "train", "validation", "labelled"
@@ -50,13 +50,14 @@ class DataSets:
         return source
 
     def masks_of(self, key: str) -> Masks:
-        """The masks of `get(key)`'s images. Raises StoreError where there are none."""
+        """The masks of `get(key)`'s images. Raises StoreError where there are none, or more or fewer than images."""
         masks = self.masks.get(key if key in self.sources else TRAIN)
         if masks is None:
             raise StoreError(
                 f"no masks for the images of {self.get(key).name}: make them with python -m tools.saliency and give "
                 "--data masks=FILE, or train without them: --set masks=off"
             )
+        check_count(masks, self.get(key))
         return masks
 
     def fingerprints(self) -> dict[str, str]:

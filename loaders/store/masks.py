@@ -62,6 +62,17 @@ class Masks(Protocol):
         """sha256 over what identifies the masks."""
 
 
+def mask_of(masks: Masks, source: Source, i: int) -> np.ndarray:
+    """The mask of image `i` of `source`. Raises StoreError where it is not of the image's size: renderers read pixels
+    by address."""
+    mask = masks.mask(i)
+    if mask.dtype != bool or mask.ndim != 2:
+        raise StoreError(f"{masks.name}: the mask of image {i} is {mask.dtype} {list(mask.shape)}, not bool [H, W]")
+    if mask.shape != tuple(source.sizes[i].tolist()):
+        raise _of_another_size(masks.name, source, i, *mask.shape)
+    return mask
+
+
 class MaskFile(OpenFile):
     """An open file of masks; tables are checked against the file's length before anything trusts them. Raises
     StoreError."""
@@ -181,9 +192,14 @@ def masks_by_key(sources: dict[str, Source], files: Sequence[MaskFile]) -> dict[
     return {key: masks for key, masks in found.items() if masks is not None}
 
 
+def check_count(masks: Masks, source: Source) -> None:
+    """Raise StoreError where there is not a mask for each image."""
+    if len(masks.foreground) != len(source):
+        raise StoreError(f"{masks.name}: {len(masks.foreground):,} masks, but {source.name} has {len(source):,} images")
+
+
 def _check_fit(file: MaskFile, source: Source) -> None:
-    if len(file) != len(source):
-        raise StoreError(f"{file.name}: {len(file):,} masks, but {source.name} has {len(source):,} images")
+    check_count(file, source)
     wrong = (file.sizes != source.sizes).any(axis=1)
     if wrong.any():
         raise _of_another_size(file.name, source, int(wrong.argmax()), *file.sizes[wrong.argmax()].tolist())

@@ -11,14 +11,14 @@ from fastssl.engine import stages
 from fastssl.methods.base import Steps
 from fastssl.profiling.workload import usable
 from loaders.errors import PlanError, StoreError
-from loaders.loader import bind
+from loaders.loader import Loader, bind
 from loaders.plan.ops import Flip, GaussianBlur
 from loaders.plan.plan import Plan, StreamFacts
 from loaders.plan.views import Rrc, SaliencyMask, Shuffled, Stream, View
 from loaders.store import data as data_module
 from loaders.store import staging
 from loaders.store.data import DataSets, open_data
-from loaders.store.masks import MaskFile, MaskWriter, packed
+from loaders.store.masks import MaskFile, MaskWriter, mask_of, packed
 from loaders.store.source import ArraySource, Concatenated, concatenate
 from tests import fakes
 from tests.end_to_end.command import metrics
@@ -307,20 +307,44 @@ def test_a_profile_has_masks_for_views_that_want_them():
     assert bound.masks["s"].mask(9).mean() == pytest.approx(bound.masks["s"].foreground[9], abs=0.02)
 
 
-def test_a_program_may_bring_its_own_masks():
-    """Any object with the four members will do: what is foreground may be computed on the way."""
+class LeftHalf:
+    """Masks that a program brings: any object with these members will do."""
 
-    class Left:
-        name, about = "left", "the left half, which saw no labels"
-        foreground = np.full(6, 0.5)
+    name, about = "left", "the left half, which saw no labels"
 
-        def mask(self, i):
-            return np.repeat([True, False], 4)[None].repeat(8, 0)
+    def __init__(self, count=6, side=8):
+        self.foreground, self.side = np.full(count, 0.5), side
 
-        def fingerprint(self):
-            return "left"
+    def mask(self, i):
+        return np.repeat([True, False], self.side // 2)[None].repeat(self.side, 0)
 
-    source = ArraySource("six", np.zeros((6, 8, 8, 1), np.uint8), np.zeros(6, np.int64), ("a",))
+    def fingerprint(self):
+        return "left"
+
+
+def bound_to(masks, source):
     plan = Plan((Stream("s", "train", (replace(VIEW, mask=SaliencyMask(1.0)),), Shuffled(), 6),), "s", 0)
-    bound = bind(plan, DataSets({"train": source}, masks={"train": Left()}))
+    return bind(plan, DataSets({"train": source}, masks={"train": masks}))
+
+
+def test_a_program_may_bring_its_own_masks():
+    source = ArraySource("six", np.zeros((6, 8, 8, 1), np.uint8), np.zeros(6, np.int64), ("a",))
+    bound = bound_to(LeftHalf(), source)
     assert bound.plan.masked_share(0) == 1 and bound.masks["s"].about.startswith("the left half")
+
+
+def test_masks_of_a_program_must_fit_too():
+    """One for every image, at the door; each of its image's size, before a renderer reads pixels by address."""
+    source = ArraySource("six", np.zeros((6, 8, 8, 1), np.uint8), np.zeros(6, np.int64), ("a",))
+    with pytest.raises(StoreError, match="left: 5 masks, but six has 6 images"):
+        bound_to(LeftHalf(count=5), source)
+    for side in (6, 10):
+        with (
+            Loader(bound_to(LeftHalf(side=side), source), threads=1) as loader,
+            pytest.raises(StoreError, match=rf"left: the mask of image \d .* is {side} x {side}, the image 8 x 8"),
+        ):
+            next(iter(loader.batches(0, 1)))
+    numbers = LeftHalf()
+    numbers.mask = lambda i: np.zeros((8, 8), np.uint8)
+    with pytest.raises(StoreError, match="uint8 .*, not bool"):
+        mask_of(numbers, source, 0)
