@@ -89,6 +89,6 @@ def _size(key: str, data: TransferSet) -> dict[str, Any]:
         "learnt_from": {"data": data.learn.name, "fingerprint": data.learn.fingerprint(), "images": learn},
         "tested_on": {"data": data.test.name, "fingerprint": data.test.fingerprint(), "images": test},
     }
-    if learn < whole.num_learn or test < whole.num_test:
+    if (learn, test) != (whole.num_learn, whole.num_test):
         size["partial"] = f"{learn} of {whole.num_learn} and {test} of {whole.num_test} images"
     return size

@@ -38,6 +38,7 @@ ALEXNET_ERROR = {  # of each corruption, over its five severities (hendrycks/rob
     "jpeg_compression": 0.606500,
 }
 SEVERITIES = range(1, 6)
+_C_ARCHIVES = ("noise", "blur", "weather", "digital")  # and extra, which the error of ImageNet-C does not count
 V2_FOLDERS = {
     "matched_frequency": "imagenetv2-matched-frequency-format-val",
     "threshold_0_7": "imagenetv2-threshold0.7-format-val",
@@ -96,13 +97,16 @@ def _imagenet_v2(path: Path, wnids: tuple[str, ...]) -> Parts:
 
 
 def _imagenet_c(path: Path, wnids: tuple[str, ...]) -> Parts:
-    """`CORRUPTION/SEVERITY/WNID/*.JPEG`, all 15 x 5; the four extra corruptions are left aside."""
-    parts = [f"{corruption}/{severity}" for corruption in ALEXNET_ERROR for severity in SEVERITIES]
-    _refuse_missing(path, [part for part in parts if not (path / part).is_dir()], len(parts))
+    """`CORRUPTION/SEVERITY/WNID/*.JPEG`, all 15 x 5, each corruption in `path` or in the folder of its archive there,
+    `blur/defocus_blur/...`; the four extra corruptions are left aside."""
+    places = [path, *(path / archive for archive in _C_ARCHIVES)]
+    folder_of = {c: next((p / c for p in places if (p / c).is_dir()), path / c) for c in ALEXNET_ERROR}
+    roots = {f"{c}/{severity}": folder / str(severity) for c, folder in folder_of.items() for severity in SEVERITIES}
+    _refuse_missing(path, [part for part, root in roots.items() if not root.is_dir()], len(roots))
     same = {wnid: (wnid,) for wnid in wnids}
-    for part in parts:
-        _check_folders(path / part, same, folders_in(path / part))
-    return {part: partial(_by_folder, path / part, same) for part in parts}
+    for root in roots.values():
+        _check_folders(root, same, folders_in(root))
+    return {part: partial(_by_folder, root, same) for part, root in roots.items()}
 
 
 def _some_classes(folder: str, path: Path, wnids: tuple[str, ...]) -> Parts:

@@ -99,9 +99,10 @@ def _birdsnap(path: Path) -> TransferSet:
 
 
 def _sun397(path: Path) -> TransferSet:
-    """Split 1. Some of the files called .jpg are GIF, PNG or BMP."""
+    """Split 1. Some of the files called .jpg are GIF, PNG or BMP. The lists are an archive of their own, which is
+    unpacked to `Partitions/` beside the images' folder `SUN397/` or in it, or straight into it."""
     root = path / "SUN397" if (path / "SUN397").is_dir() else path
-    lists = _root(path, "Training_01.txt", "Partitions", "SUN397")
+    lists = _root(path, "Training_01.txt", "Partitions", "SUN397", "SUN397/Partitions", "../Partitions")
 
     def split(name: str) -> _Rows:
         entries = _lines(lists / f"{name}_01.txt")  # /b/bow_window/indoor/sun_ahsholsagvlrsboa.jpg
@@ -222,8 +223,11 @@ def held_out(labels_N: np.ndarray) -> np.ndarray:
 
 
 def _of_lists(root: Path, train: _Rows, test: _Rows, val: _Rows | None = None) -> TransferSet:
-    """The set whose splits are `train`, `test` and, where published, `val`."""
+    """The set whose splits are `train`, `test` and, where published, `val`. Raises StoreError where there is an image
+    to be learnt from and tested on, or one that is missing, or a class of the test split alone."""
     learn = train + val if val is not None else train
+    if both := sorted(set(learn.paths) & set(test.paths)):
+        raise StoreError(f"{root}: the lists name {both[0]} both to learn from and to be tested on")
     class_names = tuple(sorted(set(learn.classes)))
     number = {name: c for c, name in enumerate(class_names)}
     if strange := sorted(set(test.classes) - number.keys()):

@@ -122,8 +122,19 @@ def test_some_classes_are_scored_masked_and_unmasked(labelled, tmp_path):
 # ImageNet-C
 
 
+ARCHIVES = {  # as they are published
+    "noise": ("gaussian_noise", "shot_noise", "impulse_noise"),
+    "blur": ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
+    "weather": ("snow", "frost", "fog", "brightness"),
+    "digital": ("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
+    "extra": ("spatter",),
+}
+
+
 def imagenet_c(root: Path, wrong: dict[str, int]) -> Path:
-    """Both classes once in each of 75 parts; in the hardest `wrong[corruption]` severities they look swapped."""
+    """Both classes once in each of 75 parts; in the hardest `wrong[corruption]` severities they look swapped. Beside
+    them an extra corruption that would be refused if it were read."""
+    (root / "spatter" / "1" / "no_class").mkdir(parents=True)
     for corruption in ALEXNET_ERROR:
         for severity in range(1, 6):
             swapped = severity > 5 - wrong.get(corruption, 0)
@@ -143,6 +154,23 @@ def test_corruption_errors_are_relative_to_alexnets_and_averaged_over_corruption
     assert details["corruptions"]["fog"]["ce"] == pytest.approx(0.4 / 0.819324)
     assert found["imagenet_c_top1"] == pytest.approx((13 + 0.6) / 15)
     assert found["imagenet_c_mce"] == pytest.approx((0.4 / 0.819324 + 1 / 0.564592) / 15)
+
+
+def test_corruptions_are_found_in_the_folders_of_their_archives(tmp_path):
+    """Catches a layout refused as users keep it, and a corruption read as another: brightness alone is swapped here."""
+    labelled = labelled_folder(tmp_path / "labelled", 2)
+    root = imagenet_c(tmp_path / "c", {"brightness": 5})
+    flat = scores(labelled, imagenet_c=root)
+    for archive, corruptions in ARCHIVES.items():
+        (root / archive).mkdir()
+        for corruption in corruptions:
+            (root / corruption).rename(root / archive / corruption)
+    found = scores(labelled, imagenet_c=root)
+    assert found["imagenet_c_mce"] == flat["imagenet_c_mce"] == pytest.approx(1 / 0.564592 / 15)
+    assert found["robustness"]["imagenet_c"]["corruptions"].keys() == ALEXNET_ERROR.keys()
+    (root / "weather" / "fog" / "3").rename(tmp_path / "away")
+    with pytest.raises(StoreError, match=r"c: 1 of 75 folders are missing: fog/3$"):
+        scores(labelled, imagenet_c=root)
 
 
 def test_corrupted_images_are_seen_whole(tmp_path):

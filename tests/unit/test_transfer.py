@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -179,6 +180,23 @@ def test_every_image_is_in_its_split_with_its_class(key, tmp_path):
     assert data.learn.class_names == data.test.class_names and data.learn.num_classes == 3
 
 
+@pytest.mark.parametrize("lists", ["Partitions", "SUN397/Partitions", "SUN397"])
+def test_suns_lists_are_found_wherever_they_are_unpacked(lists, tmp_path):
+    """Catches a way to unpack that is not looked into, from the images' folder or from the one above it."""
+    root = sun397(tmp_path / "sun")
+    (root / "Partitions").rename(root / "away")
+    (root / lists).mkdir(exist_ok=True)
+    for file in (root / "away").iterdir():
+        file.rename(root / lists / file.name)
+    for path in (root, root / "SUN397"):
+        data = TRANSFERS["sun397"].open(path)
+        assert len(data.learn) == 15 and len(data.test) == 6
+    for file in (root / lists).glob("*.txt"):
+        file.unlink()
+    with pytest.raises(StoreError, match=r"Training_01\.txt is missing; looked there, in Partitions/, in SUN397/"):
+        TRANSFERS["sun397"].open(root)
+
+
 def test_caltech_trains_on_thirty_of_each_of_its_classes_background_among_them(tmp_path):
     root = tmp_path / "101_ObjectCategories"
     for c, name in enumerate(("BACKGROUND_Google", "accordion")):
@@ -254,6 +272,19 @@ def test_what_is_missing_is_named(tmp_path):
         TRANSFERS["cars"].open(root)
 
 
+def test_an_image_to_learn_from_and_be_tested_on_is_refused(tmp_path):
+    """Catches a test score of images that the classifier was trained on, or chosen by."""
+    root = dtd(tmp_path)
+    for i in (0, 4):  # of the training and of the validation split
+        listed = (root / "labels/test1.txt").read_text()
+        with open(root / "labels/test1.txt", "a") as file:
+            file.write(f"cedar/cedar_{i:04d}.jpg\n")
+        named = rf"dtd: the lists name images/cedar/cedar_{i:04d}\.jpg both to learn from and to be tested on"
+        with pytest.raises(StoreError, match=named):
+            TRANSFERS["dtd"].open(root)
+        (root / "labels/test1.txt").write_text(listed)
+
+
 def test_files_that_are_no_images_are_named(tmp_path):
     root = food101(tmp_path)
     bad = root / "images" / CLASSES[0] / "0.jpg"
@@ -315,6 +346,13 @@ def test_sets_are_learnt_and_tested_each_by_its_metric(tmp_path):
     assert "dtd" in details["not_given"] and "pets" not in details["not_given"]
     assert np.prod([len(values) for values in details["paper_sweep_not_done"].values()]) == 12_000
     json.dumps(found, allow_nan=False)
+
+
+def test_images_too_many_are_said_as_too_few_are(tmp_path, monkeypatch):
+    """Catches a set that somebody added to, and that passes for the published one."""
+    monkeypatch.setitem(TRANSFERS, "dtd", replace(TRANSFERS["dtd"], num_learn=15, num_test=5))
+    found = transfer.evaluate(subject_of(labelled_folder(tmp_path / "own"), {"dtd": dtd(tmp_path)}, FeaturesOnly))
+    assert found["transfer"]["dtd"]["partial"] == "15 of 15 and 6 of 5 images"
 
 
 def test_the_last_training_takes_the_validation_images_too(tmp_path):
