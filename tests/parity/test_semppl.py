@@ -9,7 +9,7 @@ import torch
 
 from fastssl.config import ConfigError
 from fastssl.methods import relicv2, semppl
-from fastssl.methods.base import Facts, Horizon
+from fastssl.methods.base import Facts, Horizon, through
 from fastssl.methods.semppl import Semppl, SempplConfig
 from fastssl.methods.semppl_loss import Byol, Positives, Relic, SimClr, semppl_loss
 from fastssl.nn.encoders import ByolResNet
@@ -17,7 +17,8 @@ from fastssl.profiling.workload import sized
 from fastssl.recipes import resolve
 from loaders.batch import Batch, Part
 from loaders.plan.draws import mix, tag, uniforms
-from loaders.plan.views import UNIT, Rrc, View, Whole
+from loaders.plan.ops import TF_LUMA, Flip, GaussianKernelBlur, Grayscale, Solarise, TfColourJitter
+from loaders.plan.views import UNIT, Rrc, SaliencyMask, View, Whole
 from tests.parity.test_paws_loss import NoWaiting, relative_error
 
 GLOBAL, WIDTH, NEGATIVES, POSITIVES = 6, 5, 3, 2
@@ -369,8 +370,8 @@ def trained(semppl_, labels=LABELS):
 
 
 def test_without_alpha_it_is_relicv2_bitwise():
-    """Whatever the settings of queues, votes and positives, and whatever the labels: the losses are those of the
-    equations without semantic terms, no queue exists, and three steps end on the same bits."""
+    """Whatever the settings of queues, votes and positives, and whatever the labels: no queue exists, and three steps
+    end on the same bits."""
     (plain,) = relicv2._without_positives(resolve_tiny())
     settings = {"capacity": 64, "positives": 7, "neighbours": 3, "voting": False, "start": "random"}
     ours, losses = trained(method(alpha=0.0, labels="all", alpha_on_kl=True, **settings))
@@ -515,7 +516,16 @@ def test_the_imagenet_recipe_is_the_papers():
     (stage,) = resolve("semppl.rn50_300ep")
     c = stage.method
     assert (c.batch_global, c.capacity, c.lr_peak, c.weight_decay, c.ema) == (4096, 20 * 4096, 0.3 * 16, 1e-6, 0.996)
+    assert (c.alpha, c.positives, c.neighbours, c.voting, c.ema_ramp, c.normaliser) == (0.2, 3, 1, True, False, None)
+    assert c.base == Relic(tau=0.2, num_negatives=10, contrast_weight=0.3, invariance_weight=5.0)
     assert [v.copies for v in c.views] == [2, 2, 1, 1] and [v.size for v in c.views] == [224, 224, 96, 96]
+    assert [v.crop.area for v in c.views] == [(0.14, 1.0), (0.08, 1.0), (0.05, 0.14), (0.05, 0.14)]
+    assert [v.mask for v in c.views] == [SaliencyMask(p=0.1, least_foreground=0.2)] * 2 + [None] * 2
+    jitter = TfColourJitter(0.8, offset=0.4, contrast=0.4, saturation=0.2, hue=0.1)
+    for view, taps in zip(c.views, (23, 23, 9, 9), strict=True):
+        odd = view.name.endswith("odd")
+        photometric = (Flip(0.5), jitter, Grayscale(0.2, TF_LUMA), GaussianKernelBlur(0.1 if odd else 1.0, taps=taps))
+        assert view.ops == photometric + ((Solarise(0.2, (0.5, 0.5)),) if odd else ())
     ours = Semppl(c, Facts(1000, 3, 0), {})
     assert ours.votes and ours.rates(1564, Horizon(312, 93_835)) == pytest.approx((4.8 * 1564 / 3120,) * 2)
     with torch.device("meta"):
@@ -524,6 +534,29 @@ def test_the_imagenet_recipe_is_the_papers():
     heads = 2048 * 4096 + 3 * 4096 + 4096 * 256, 256 * 4096 + 3 * 4096 + 4096 * 256
     assert sizes == {"trunk": 23_508_032, "projection": heads[0], "prediction": heads[1]}
     assert nets.state.z_LCD.numel() * 4 == 335_544_320
+
+
+def test_the_recipes_on_other_bases_are_the_papers():
+    (byol,), (simclr,) = resolve("semppl.byol_rn50_300ep"), resolve("semppl.simclr_rn50_300ep")
+    for c in (byol.method, simclr.method):
+        assert [(v.name, v.copies, v.crop.area, v.mask) for v in c.views] == [
+            ("odd", 1, (0.08, 1.0), None), ("even", 1, (0.08, 1.0), None)
+        ]  # fmt: skip
+        assert (c.alpha, c.positives, c.capacity, c.same_view_pairs) == (0.2, 3, 81_920, False)
+    b, s = byol.method, simclr.method
+    assert (b.base, b.normaliser, b.ema, b.ema_ramp, b.lr_peak, b.weight_decay) == (Byol(), 1, 0.99, True, 4.8, 1e-6)
+    assert (s.base, s.normaliser, s.labels, s.out_features) == (SimClr(tau=0.1), None, "all", 128)
+
+
+def test_views_are_one_batch_on_simclr_s_base_alone():
+    """As the authors' code of each has it: statistics of both views' rows, or of each view's."""
+    views = [torch.rand(BATCH, 1, 8, 8, dtype=torch.float64) for _ in range(2)]
+    simclr = {"base": SimClr(), "same_view_pairs": False, "small_odd_view": None}
+    for changes, together in ((simclr, True), ({}, False)):
+        net = double(method(**changes).nets()).online
+        layers = net.trunk, net.projection, net.prediction
+        expected = through(layers, torch.cat(views), "fp32").chunk(2)
+        assert all(torch.allclose(z, e, rtol=1e-9) for z, e in zip(net(views), expected, strict=True)) == together
 
 
 def test_a_profile_takes_as_many_images_as_negatives_need():
