@@ -1,11 +1,14 @@
 """Blocks that are computed again for backward: the same values, no message twice, and the memory that they promise."""
 
 import copy
+from functools import partial
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.memory import compiled, megabytes_per_image
+from fastssl.nn.global_batch_norm import GlobalBatchNorm, frozen_running_stats
+from fastssl.nn.group_batch_norm import GroupBatchNorm
 from fastssl.nn.recompute import recompute_blocks
 from fastssl.nn.resnet import resnet
 from fastssl.nn.wide_resnet import wide_resnet
@@ -35,6 +38,27 @@ def test_recomputed_blocks_give_the_very_same_gradients_and_statistics():
     for net in (resnet(50, base_width=8), resnet(18, base_width=8), wide_resnet(10, 1)):
         (kept, _), (again, _) = twice(net)
         assert torch.equal(kept, again)
+
+
+def test_a_pass_with_frozen_statistics_is_computed_again_with_frozen_statistics():
+    """Beside one that counts, and backward after the context has ended, as in a step with VAT. Catches operations that
+    are others the second time, which backward refuses, and running statistics that move or stay frozen for good."""
+
+    def step(net):
+        x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        counted = net(x)
+        with frozen_running_stats(net):
+            uncounted = net(x + 0.1)
+        (counted.square().mean() + uncounted.square().mean()).backward()
+        assert all(layer.update_running_stats for layer in net.modules() if isinstance(layer, GlobalBatchNorm))
+        return [p.grad for p in net.parameters()], list(net.buffers())
+
+    for norm in (GlobalBatchNorm, partial(GroupBatchNorm, num_groups=2)):
+        net = resnet(10, base_width=8, norm=norm).double()
+        again = copy.deepcopy(net)
+        recompute_blocks(again)
+        for kept, recomputed in zip(step(net), step(again), strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(kept, recomputed, strict=True))
 
 
 def test_recomputing_costs_a_tenth_of_the_step():
