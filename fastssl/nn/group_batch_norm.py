@@ -15,7 +15,8 @@ class GroupBatchNorm(GlobalBatchNorm):
 
     Outputs and gradients depend on which rows stand together and not on the number of ranks. Running statistics move
     once a pass, by the mean over all groups of all ranks, for which ranks send one message; they stay equal on all.
-    Has forward-mode derivatives. Raises ValueError where the groups do not divide the rows.
+    Has forward-mode derivatives. Raises ValueError where the groups do not divide the rows, or a group has one value a
+    channel.
     """
 
     def __init__(
@@ -33,6 +34,8 @@ class GroupBatchNorm(GlobalBatchNorm):
             self._check_input_dim(x)
             if len(x) % self.num_groups:
                 raise ValueError(f"{len(x)} rows are no {self.num_groups} groups of equally many")
+            if x.numel() == self.num_groups * self.num_features:
+                raise ValueError("batch norm needs more than one row in a group to have a variance")
         groups = [group for x in xs for group in x.chunk(self.num_groups)]
         shortcuts = [group for residual in residuals or () for group in residual.chunk(self.num_groups)]
         ys, (mean_RC, var_RC, n_R1) = self._normalised(groups, shortcuts, relu, None)

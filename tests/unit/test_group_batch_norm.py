@@ -91,3 +91,16 @@ def test_rows_that_are_no_whole_groups_are_refused():
     layer, x = layer_and_rows()
     with pytest.raises(ValueError, match="4 rows are no 3 groups"):
         layer(x[:4])
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 1, 1), (3, 4)])
+def test_groups_of_one_row_are_refused(shape):
+    """Its outputs would be the biases, and the running variance not a number. Rows of more pixels have a variance, and
+    evaluation needs none."""
+    layer, x = layer_and_rows(shape)
+    with pytest.raises(ValueError, match="more than one row in a group"):
+        layer(x)
+    assert layer.running_var.isfinite().all() and layer.eval()(x).isfinite().all()
+    layer, x = layer_and_rows((3, 4, 1, 2))
+    layer(x)
+    assert layer.running_var.isfinite().all()
