@@ -46,7 +46,8 @@ class DataSets:
             source = self.sources.get(TRAIN)
             if source is None:
                 given = ", ".join(sorted(self.sources)) or "none"
-                raise StoreError(f"no data for {key!r}: give --data PATH or --data {key}=PATH (given: {given})")
+                how = f"--data PATH or --data {key}=PATH" if key != TRAIN else "--data PATH, several times for several sets"
+                raise StoreError(f"no data for {key!r}: give {how} (given: {given})")
         return source
 
     def masks_of(self, key: str) -> Masks:
