@@ -8,13 +8,12 @@ from fastssl import launch
 from fastssl.config import ConfigError
 from fastssl.datasets import KNOWN_SETS
 from fastssl.engine.job import Job
-from fastssl.engine.stages import facts_of
+from fastssl.engine.stages import joined
 from fastssl.methods.base import Facts, Stage
 from fastssl.profiling import memory
 from fastssl.profiling.cost import StepCost, ours
 from fastssl.profiling.trace import Untraceable, trace_step
 from loaders.errors import LoaderError
-from loaders.loader import bind
 from loaders.plan.plan import check_world
 from loaders.plan.views import All, Sequential
 from loaders.store.data import DataSets, open_data
@@ -49,20 +48,19 @@ def _opened(job: Job) -> tuple[DataSets | None, list[str]]:
 
 
 def _describe_stage(job: Job, stage: Stage, data: DataSets | None, warnings: list[str]) -> list[str]:
-    known = KNOWN_SETS[stage.method.dataset]
-    assumed = Facts(known.num_classes, known.channels, job.seed)
-    facts = facts_of(data, job.seed) if data else assumed
-    method = stage.method.build(facts, {})
-    plan = method.plan()
-    epoch_stream = plan.stream(plan.epoch_of)
-    check_world(job.world, [s.batch_global for s in plan.streams if not isinstance(s.order, Sequential)])
-
     steps_per_epoch = None
     if data:
-        steps_per_epoch = bind(plan, data).plan.steps_per_epoch
-    elif isinstance(epoch_stream.ids, All):
-        steps_per_epoch = known.num_images // epoch_stream.batch_global
-        warnings.append(f"no --data: steps assume {stage.method.dataset}'s {known.num_images:,} images")
+        method, bound = joined(job, stage, data, {})
+        plan, steps_per_epoch = method.plan(), bound.plan.steps_per_epoch
+    else:
+        known = KNOWN_SETS[stage.method.dataset]
+        method = stage.method.build(Facts(known.num_classes, known.channels, job.seed), {})
+        plan = method.plan()
+        check_world(job.world, [s.batch_global for s in plan.streams if not isinstance(s.order, Sequential)])
+        epoch_stream = plan.stream(plan.epoch_of)
+        if isinstance(epoch_stream.ids, All):
+            steps_per_epoch = known.num_images // epoch_stream.batch_global
+            warnings.append(f"no --data: steps assume {stage.method.dataset}'s {known.num_images:,} images")
     with torch.device("meta"):
         num_parameters = sum(p.numel() for p in method.nets().online.parameters())
 
@@ -76,7 +74,7 @@ def _describe_stage(job: Job, stage: Stage, data: DataSets | None, warnings: lis
         lines.append(f"  steps        {total:,}, {steps_per_epoch:,} an epoch")
     lines.append(f"  network      {num_parameters:,} parameters")
     if stage.do == "train":
-        lines += _describe_cost(stage, facts, job.world)
+        lines += _describe_cost(stage, method.facts, job.world)
     return lines
 
 

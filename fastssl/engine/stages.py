@@ -92,6 +92,8 @@ def _all_stages(
     job: Job, data: DataSets, device: torch.device, threads: int, stop: StopRequest
 ) -> dict[str, dict[str, Any]]:
     """The result of each stage by name, each trained or produced where it is not done yet."""
+    for later in job.stages[1:]:
+        joined(job, later, data, {})  # what does not fit must not wait for the end of the stages before
     artefacts: dict[str, Artefact] = {}
     results: dict[str, dict[str, Any]] = {}
     for stage in job.stages:
@@ -136,6 +138,15 @@ def facts_of(data: DataSets, seed: int) -> Facts:
     return Facts(labelled.num_classes, labelled.channels, seed, fingerprint, all_labelled)
 
 
+def joined(job: Job, stage: Stage, data: DataSets, inputs: Mapping[str, Artefact]) -> tuple[Method, Bound]:
+    """`stage`'s method, and its plan joined with `data`; nothing in `inputs` is opened, none need be there. Raises
+    FastsslError or LoaderError where method, data and number of ranks do not fit."""
+    method = stage.method.build(facts_of(data, job.seed), inputs)
+    bound = bind(method.plan(), data)
+    bound.plan.check_world(job.world)
+    return method, bound
+
+
 class _StageRun:
     """One stage on one rank, with what it needs around it."""
 
@@ -153,8 +164,7 @@ class _StageRun:
         self.job, self.stage, self.folder, self.data = job, stage, folder, data
         self.device, self.threads, self.stop = device, threads, stop
         torch.manual_seed(job.seed)
-        self.method: Method = stage.method.build(facts_of(data, job.seed), inputs)
-        self.bound: Bound = bind(self.method.plan(), data)
+        self.method, self.bound = joined(job, stage, data, inputs)
         self.protocols = stage.evaluate if VALIDATION in data.sources or job.held_out is not None else ()
 
     def finish(self) -> dict[str, Any]:
