@@ -6,7 +6,7 @@ classifier on random crops, this one is trained WITHOUT augmentation, as probes 
 Two solvers. Where labelled images x features x classes are at most 2^31, L-BFGS finds the optimum of L2-regularised
 logistic regression, and C is chosen (as for transfer in SimCLR, arXiv 2002.05709, B.8). Larger sets are learnt by SGD,
 thirteen learning rates in one pass over the data (as in DINOv2, arXiv 2304.07193, B.3), with the rest as in SemPPL's
-linear evaluation (arXiv 2301.05158).
+linear evaluation (arXiv 2301.05158), which has no weight decay; where a protocol asks for some, each with every rate.
 
 The choice is made on labelled images held out for it: the validation images give one number, with the chosen setting,
 of a classifier that was then trained on all labelled images. To a network that has itself learnt from these labels the
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,12 +34,13 @@ from fastssl.evaluation.summary import wilson
 from loaders.plan.draws import mix, tag
 
 Solver = Literal["l-bfgs", "sgd"]
+Setting = Mapping[str, float]
 
 LARGEST_FOR_LBFGS = 2**31  # images x features x classes: all of CIFAR-10 with 4,096 features
 CS = tuple(10.0**k for k in range(-5, 4))  # decades; SimCLR sweeps 1 / C from 1e5 down, in finer steps
 MAX_ITERATIONS = 1000
 RATES = tuple(10.0 ** (k / 3) for k in range(-9, 4))  # thirteen over four decades, as in DINOv2; for 256 images a step
-BATCH, EPOCHS, MOMENTUM = 1024, 100, 0.9  # SemPPL; Nesterov, cosine to 0, no warm-up, no weight decay
+BATCH, EPOCHS, MOMENTUM = 1024, 100, 0.9  # SemPPL; Nesterov, cosine to 0, no warm-up
 HELD_OUT_PER_CLASS = 12  # as on PAWS's list of training images for such choices
 HELD_OUT_SHARE = 5  # one labelled image in so many, where that is fewer
 _QUERIES = 4096  # classified at a time
@@ -72,14 +73,16 @@ def choose_head(
     num_classes: int,
     *,
     score: Callable[[Tensor, Tensor], float] = top1,
+    decays: Sequence[float] = (0.0,),
     solver: Solver | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[Heads, dict[str, Any]]:
     """One head, and in plain values how it came about: with every setting a head is trained on the images not held out;
     that of the best `score(classes, labels)` on those held out (of equals the middle one) is trained again, on all N.
 
-    labels_N int64 without -1; held_N bool. `solver` None: by size, as above. SGD computes on `device`, L-BFGS on the
-    CPU; the head is on the CPU. Raises ConfigError where nothing is held out, or one class alone is learnt from.
+    labels_N int64 without -1; held_N bool. `solver` None: by size, as above. SGD tries the weight `decays` beside every
+    rate, and computes on `device`; L-BFGS, whose C is one, on the CPU; the head is on the CPU. Raises ConfigError where
+    nothing is held out, or one class alone is learnt from.
     """
     if not held_N.any():
         raise ConfigError("a linear probe holds labelled images out to choose its settings: it needs two of a class")
@@ -88,29 +91,39 @@ def choose_head(
     if solver is None:
         solver = "l-bfgs" if train_ND.numel() * num_classes <= LARGEST_FOR_LBFGS else "sgd"
 
-    def fitted(rows: Tensor | slice, values: Sequence[float]) -> Heads:
+    def fitted(rows: Tensor | slice, settings: Sequence[Setting]) -> Heads:
         if solver == "l-bfgs":
-            return logistic_regression(train_ND[rows], labels_N[rows], num_classes, values)
-        return linear_heads(train_ND[rows], labels_N[rows], num_classes, values, device=device)
+            return logistic_regression(train_ND[rows], labels_N[rows], num_classes, [s["C"] for s in settings])
+        pairs = [(s["rate"], s["weight_decay"]) for s in settings]
+        return linear_heads(train_ND[rows], labels_N[rows], num_classes, pairs, device=device)
 
-    name, values = ("C", CS) if solver == "l-bfgs" else ("rate", RATES)
-    classes_SH = fitted(~held_N, values).classes(train_ND[held_N])
+    settings: list[Setting]
+    if solver == "l-bfgs":
+        settings = [{"C": c} for c in CS]
+    else:
+        settings = [{"rate": rate, "weight_decay": decay} for rate in RATES for decay in decays]
+    classes_SH = fitted(~held_N, settings).classes(train_ND[held_N])
     scores = [score(classes_H, labels_N[held_N]) for classes_H in classes_SH]
-    best = [value for value, found in zip(values, scores, strict=True) if found == max(scores)]
+    best = [setting for setting, found in zip(settings, scores, strict=True) if found == max(scores)]
     chosen = best[(len(best) - 1) // 2]
     about = {
         "solver": solver,
         "augmented": False,
-        "chosen": {name: chosen},
+        "chosen": chosen,
         "held_out": {
             "images": int(held_N.sum()),
-            score.__name__: {f"{value:.3g}": found for value, found in zip(values, scores, strict=True)},
+            score.__name__: {in_words(setting): found for setting, found in zip(settings, scores, strict=True)},
         },
         "labelled_images": len(labels_N),
         **({"max_iterations": MAX_ITERATIONS} if solver == "l-bfgs" else
            {"batch": min(BATCH, len(labels_N)), "epochs": EPOCHS, "momentum": MOMENTUM}),
     }  # fmt: skip
     return fitted(slice(None), [chosen]).cpu(), about
+
+
+def in_words(setting: Setting) -> str:
+    """`C=0.01`; `rate=0.1, weight_decay=0`."""
+    return ", ".join(f"{name}={value:.3g}" for name, value in setting.items())
 
 
 def held_out(labels_N: Tensor, ids_N: Tensor) -> Tensor:
@@ -156,27 +169,29 @@ def linear_heads(
     train_ND: Tensor,
     labels_N: Tensor,
     num_classes: int,
-    rates: Sequence[float],
+    settings: Sequence[tuple[float, float]],
     *,
     batch: int = BATCH,
     epochs: int = EPOCHS,
     device: torch.device | str = "cpu",
 ) -> Heads:
-    """One head for each of `rates`, each batch serving all: every head is what it would be if trained alone, and one
-    that diverges leaves the others as they are. On `device`, in the features' dtype.
+    """One head for each (rate, weight decay) of `settings`, each batch serving all: every head is what it would be if
+    trained alone, and one that diverges leaves the others as they are. On `device`, in the features' dtype.
 
     Cross-entropy from zero, Nesterov momentum 0.9, rate x batch / 256 falling to 0 along a cosine; batches (at most all
-    N) in a keyed order, the last partial one of an epoch left out. Features are divided by their root mean square, so
-    that a rate means the same for any network; the heads returned take them as they are.
+    N) in a keyed order, the last partial one of an epoch left out. Weight decay is torch's, decay x weight added to the
+    gradient, of all but the bias. Features are divided by their root mean square, so that a rate and a decay, which
+    then draws at the weights of such features, mean the same for any network; the heads returned take them as they are.
     """
     count, width = train_ND.shape
     batch = min(batch, count)
     steps_per_epoch = count // batch
     total_steps = epochs * steps_per_epoch
     scale = _root_mean_square(train_ND)
-    peak_S11 = torch.tensor(rates, dtype=train_ND.dtype, device=device)[:, None, None] * (batch / 256)
+    rate_S, decay_S = torch.tensor(settings, dtype=train_ND.dtype, device=device).T
+    peak_S11 = rate_S[:, None, None] * (batch / 256)
     # The bias is the weight of one more feature, which is 1.
-    heads_SKE = torch.zeros(len(rates), num_classes, width + 1, dtype=train_ND.dtype, device=device)
+    heads_SKE = torch.zeros(len(settings), num_classes, width + 1, dtype=train_ND.dtype, device=device)
     velocity_SKE = torch.zeros_like(heads_SKE)
     with full_fp32():
         for step in range(total_steps):
@@ -188,6 +203,7 @@ def linear_heads(
             target_BK = F.one_hot(labels_N[rows_B].to(device), num_classes)
             p_SBK = torch.einsum("be,ske->sbk", x_BE, heads_SKE).softmax(dim=2)
             gradient_SKE = torch.einsum("sbk,be->ske", p_SBK - target_BK, x_BE) / batch
+            gradient_SKE[:, :, :-1] += decay_S[:, None, None] * heads_SKE[:, :, :-1]
             velocity_SKE.mul_(MOMENTUM).add_(gradient_SKE)
             cosine = (1 + math.cos(math.pi * step / total_steps)) / 2
             heads_SKE -= cosine * peak_S11 * (gradient_SKE + MOMENTUM * velocity_SKE)

@@ -19,6 +19,7 @@ from torch import Tensor
 from fastssl import dist
 from fastssl.config import ConfigError
 from fastssl.evaluation.linear import choose_head, held_out
+from fastssl.evaluation.progress import tell
 from fastssl.evaluation.subject import Subject
 from fastssl.evaluation.summary import wilson
 from loaders.plan.views import Whole
@@ -30,8 +31,8 @@ _WNID = re.compile(r"n\d{8}")
 
 def evaluate(subject: Subject) -> dict[str, Any]:
     """Accuracies on each set that is given, `imagenet_v2_matched_frequency_top1`, `imagenet_r_top1_masked`, ..., of
-    ImageNet-C also `imagenet_c_mce`; details under `robustness`. Raises ConfigError where none is given, or the classes
-    are not ImageNet's."""
+    ImageNet-C also `imagenet_c_mce`, told as soon as they are measured; details under `robustness`. Raises ConfigError
+    where none is given, or the classes are not ImageNet's."""
     paths = subject.given(SETS)
     if strange := [name for name in subject.class_names if not _WNID.fullmatch(name)]:
         raise ConfigError(f"robustness is measured on ImageNet's classes, called n01440764, ...; not on {strange[0]!r}")
@@ -43,24 +44,25 @@ def evaluate(subject: Subject) -> dict[str, Any]:
         scores = score(logits_of(features.values), features.labels, groups(shifted, subject.class_names))
         return scores | _size(shifted, shift.num_images)
 
-    found = {
-        key: {part: measured(SHIFTS[key], open_part()) for part, open_part in its_parts.items()}
-        for key, its_parts in parts.items()
-    }
     not_given = [key for key in SETS if key not in paths]
-    if "imagenet_v2" in found:  # three sets that are published apart
-        not_given += [f"imagenet_v2_{part}" for part in V2_FOLDERS if part not in found["imagenet_v2"]]
+    if "imagenet_v2" in parts:  # three sets that are published apart
+        not_given += [f"imagenet_v2_{part}" for part in V2_FOLDERS if part not in parts["imagenet_v2"]]
     headlines: dict[str, Any] = {}
     details: dict[str, Any] = {"classifier": about, "not_given": not_given}
-    for key, scores in found.items():
+    for key, its_parts in parts.items():
+        scores: dict[str, dict[str, Any]] = {}
+        numbers: dict[str, Any] = {}
+        for part, open_part in its_parts.items():
+            scores[part] = measured(SHIFTS[key], open_part())
+            of_part = _headlines(f"{key}_{part}" if part else key, scores[part])
+            tell(of_part)
+            numbers |= of_part
+        details[key] = scores.get("", scores)
         if key == "imagenet_c":
             details[key] = corruptions(scores)
-            headlines |= {"imagenet_c_top1": details[key]["top1"], "imagenet_c_mce": details[key]["mce"]}
-            continue
-        details[key] = scores.get("", scores)
-        for part, values in scores.items():
-            name = f"{key}_{part}" if part else key
-            headlines |= {f"{name}_{k}": v for k, v in values.items() if k in ("top1", "top1_masked", "top1_unmasked")}
+            numbers = {"imagenet_c_top1": details[key]["top1"], "imagenet_c_mce": details[key]["mce"]}
+            tell(numbers)
+        headlines |= numbers
     return headlines | {"robustness": details}
 
 
@@ -101,6 +103,11 @@ def corruptions(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "mce": fmean(c["ce"] for c in by_corruption.values()),
         "corruptions": by_corruption,
     }
+
+
+def _headlines(name: str, scores: Mapping[str, Any]) -> dict[str, float]:
+    """The top-1 accuracies among `scores`, as those of `name`."""
+    return {f"{name}_{k}": scores[k] for k in ("top1", "top1_unmasked", "top1_masked") if k in scores}
 
 
 def _size(shifted: ShiftedSet, published: int) -> dict[str, Any]:

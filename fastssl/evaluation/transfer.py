@@ -1,8 +1,10 @@
 """Transfer: what the frozen backbone features are worth to other classes, on the eleven small sets of SemPPL (arXiv
 2301.05158), BYOL and SimCLR.
 
-A linear classifier is trained for each set that is given: its one setting is chosen on the validation split, with it it
-is trained again on training and validation split, and scored once on the test split. How it is trained is said in
+Images are seen in the run's evaluation view; one that scales them and cuts the centre scales the shorter side to the
+crop's own size, so that no more is cut off than a square needs (SimCLR, arXiv 2002.05709, B.8; BYOL, arXiv 2006.07733,
+D.2). A linear classifier is trained for each set that is given: its one setting is chosen on the validation split, with
+it it is trained again on training and validation split, and scored once on the test split. How it is trained is said in
 `linear`: not by the paper's sweep over SGD's settings, which stands in every result beside what was done instead.
 """
 
@@ -16,11 +18,14 @@ from torch import Tensor
 
 from fastssl import dist
 from fastssl.evaluation.linear import choose_head, top1
+from fastssl.evaluation.progress import tell
 from fastssl.evaluation.subject import Subject
 from fastssl.evaluation.summary import wilson
+from loaders.plan.views import Centre, Crop, View
 from loaders.store.transfer_sets import TRANSFERS, Metric, TransferSet
 
 SETS = tuple(TRANSFERS)
+DECAYS = (0.0, 1e-5, 1e-4, 1e-3)  # beside every rate of SGD: three of the paper's six, and none
 PAPER_SWEEP = {  # SemPPL's, 12,000 trainings a set
     "lr": (0.001, 0.01, 0.1, 0.2, 0.25, 0.3, 0.35, 0.4, 1.0, 2.0),
     "batch": (128, 256, 512, 1024, 2048),
@@ -33,8 +38,8 @@ PAPER_SWEEP = {  # SemPPL's, 12,000 trainings a set
 
 
 def evaluate(subject: Subject) -> dict[str, Any]:
-    """`food101_top1`, `pets_mean_per_class`, ... on the test split of each set that is given; details under `transfer`.
-    Raises ConfigError where none is given."""
+    """`food101_top1`, `pets_mean_per_class`, ... on the test split of each set that is given, told as soon as it is
+    measured; details under `transfer`. Raises ConfigError where none is given."""
     paths = subject.given(SETS)
     opened = {key: TRANSFERS[key].open(path) for key, path in paths.items()}
     tap = subject.method.taps[0]
@@ -44,8 +49,14 @@ def evaluate(subject: Subject) -> dict[str, Any]:
         metric = TRANSFERS[key].metric
         details[key] = _measured(subject, tap, data, metric) | _size(key, data)
         scores[f"{key}_{metric}"] = details[key][metric]
+        tell({f"{key}_{metric}": details[key][metric]})
     about = {"tap": tap, "not_given": [key for key in SETS if key not in paths], "paper_sweep_not_done": PAPER_SWEEP}
     return scores | {"transfer": about | details}
+
+
+def crop_of(eval_view: View) -> Crop:
+    """How images are cut that the run sees in `eval_view`: where that cuts the centre, to the largest square."""
+    return Centre(resize=eval_view.size) if isinstance(eval_view.crop, Centre) else eval_view.crop
 
 
 def mean_per_class(classes_N: Tensor, labels_N: Tensor) -> float:
@@ -59,7 +70,8 @@ METRICS: dict[Metric, Callable[[Tensor, Tensor], float]] = {"top1": top1, "mean_
 
 
 def _measured(subject: Subject, tap: str, data: TransferSet, metric: Metric) -> dict[str, Any]:
-    learn, test = subject.features_of(data.learn, tap), subject.features_of(data.test, tap)
+    crop = crop_of(subject.method.config.eval_view)
+    learn, test = (subject.features_of(source, tap, crop) for source in (data.learn, data.test))
     head, about = dist.broadcast_object(
         choose_head(
             learn.values,
@@ -67,6 +79,7 @@ def _measured(subject: Subject, tap: str, data: TransferSet, metric: Metric) -> 
             torch.from_numpy(data.is_val_N),
             data.learn.num_classes,
             score=METRICS[metric],
+            decays=DECAYS,
             device=subject.device,
         )
     )

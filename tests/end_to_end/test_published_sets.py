@@ -46,7 +46,7 @@ def test_a_run_is_measured_on_published_sets_beside_its_own_data(folder):
     sets = ("--data", f"imagenet_r={folder / 'imagenet-r'}", "--data", f"dtd={folder}")
     result = invoke("evaluate", folder / "run", "--protocol", "robustness", "--protocol", "transfer", *sets)
     assert result.exit_code == 0, result.output
-    scores = json.loads(result.output)
+    scores = json.loads(result.stdout)
     details = scores["robustness"]["imagenet_r"]
     assert details["images"] == details["classes"] == 2 and details["partial"] == "2 of 30000 images"
     assert scores["imagenet_r_top1_unmasked"] in (0, 0.5, 1) and scores["imagenet_r_top1_masked"] in (0, 0.5, 1)

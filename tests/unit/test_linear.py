@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from fastssl import dist
 from fastssl.config import ConfigError
 from fastssl.evaluation import linear, load_protocol
-from fastssl.evaluation.linear import Heads, choose_head, held_out, linear_heads, logistic_regression
+from fastssl.evaluation.linear import Heads, choose_head, held_out, in_words, linear_heads, logistic_regression
 from loaders.store.data import DataSets
 from loaders.store.digits import open_digits
 from loaders.store.source import ArraySource
@@ -40,39 +40,61 @@ def test_separable_classes_are_all_found(solver):
     head, about = choose_head(x, labels, held_out(labels, torch.arange(90)), 3, solver=solver)
     assert torch.equal(head.classes(queries)[0], truth)
     accuracies = about["held_out"]["top1"]
-    (chosen,) = about["chosen"].values()
     assert len(accuracies) == (9 if solver == "l-bfgs" else 13) and max(accuracies.values()) == 1
-    best = [value for value, accuracy in accuracies.items() if accuracy == 1]
-    assert f"{chosen:.3g}" == best[(len(best) - 1) // 2] and len(best) > 2
+    best = [setting for setting, accuracy in accuracies.items() if accuracy == 1]
+    assert in_words(about["chosen"]) == best[(len(best) - 1) // 2] and len(best) > 2
+    assert about["chosen"].get("weight_decay", 0) == 0  # SemPPL's linear evaluation has none
     assert about["held_out"]["images"] == 3 * 6 and about["solver"] == solver
 
 
 def test_a_head_among_many_is_trained_as_if_alone():
-    """Would catch one learning rate for all, a shared momentum, and a loss averaged over heads."""
+    """Would catch one learning rate or decay for all, a shared momentum, and a loss averaged over heads."""
     x, labels = blobs(40, 4, 6, spread=1.5)
-    rates = (0.01, 0.3, 5.0)
-    together = linear_heads(x, labels, 4, rates, batch=16, epochs=3)
-    for s, rate in enumerate(rates):
-        alone = linear_heads(x, labels, 4, [rate], batch=16, epochs=3)
+    settings = ((0.01, 0.0), (0.3, 0.01), (5.0, 0.0), (5.0, 0.1))
+    together = linear_heads(x, labels, 4, settings, batch=16, epochs=3)
+    for s, setting in enumerate(settings):
+        alone = linear_heads(x, labels, 4, [setting], batch=16, epochs=3)
         torch.testing.assert_close(together.weight_SKD[s], alone.weight_SKD[0], rtol=1e-12, atol=1e-14)
         torch.testing.assert_close(together.bias_SK[s], alone.bias_SK[0], rtol=1e-12, atol=1e-14)
 
 
-def test_a_head_equals_torchs_own_layer_and_optimizer():
-    """Would catch momentum that is not Nesterov's, another cosine, a rate not per 256 images and a bias not trained."""
+def test_the_best_pair_of_rate_and_decay_is_chosen_and_trained_again():
+    """Would catch scores beside the wrong pairs, and a last training without the decay that was chosen."""
+    x, labels = blobs(96, 2, 60, spread=3.0)
+    decays = (0.01, 1.0)
+    held = held_out(labels, torch.arange(96))
+    head, about = choose_head(x, labels, held, 2, decays=decays, solver="sgd")
+    pairs = [(rate, decay) for rate in linear.RATES for decay in decays]
+    each = linear_heads(x[~held], labels[~held], 2, pairs).classes(x[held])
+    right = (each == labels[held]).double().mean(dim=1).tolist()
+    assert list(about["held_out"]["top1"].values()) == right
+    named = [f"rate={rate:.3g}, weight_decay={decay:.3g}" for rate, decay in pairs]
+    assert list(about["held_out"]["top1"]) == named
+    rate, decay = chosen = tuple(about["chosen"].values())
+    assert right[pairs.index(chosen)] == max(right) > min(right)
+    again, without = (linear_heads(x, labels, 2, [(rate, d)]).weight_SKD for d in (decay, 0.0))
+    torch.testing.assert_close(head.weight_SKD, again)
+    assert (head.weight_SKD - without).norm() > 0.01 * without.norm()
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_a_head_equals_torchs_own_layer_and_optimizer(decay):
+    """Would catch momentum that is not Nesterov's, another cosine, a rate not per 256 images, a bias not trained, decay
+    of the bias, of features as they are, or past the momentum, and heads left in the scale they were trained in."""
     x, labels = blobs(32, 4, 6, spread=1.5)
     layer = nn.Linear(6, 4, dtype=torch.float64)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     peak, steps = 0.8 * 32 / 256, 25
-    optimizer = torch.optim.SGD(layer.parameters(), lr=peak, momentum=0.9, nesterov=True)
+    groups = [{"params": [layer.weight], "weight_decay": decay}, {"params": [layer.bias], "weight_decay": 0.0}]
+    optimizer = torch.optim.SGD(groups, lr=peak, momentum=0.9, nesterov=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
         optimizer.zero_grad()
         F.cross_entropy(layer(scaled(x)), labels).backward()
         optimizer.step()
         schedule.step()
-    heads = linear_heads(x, labels, 4, [0.8], epochs=steps)  # 1,024 images a step are all 32
+    heads = linear_heads(x, labels, 4, [(0.8, decay)], epochs=steps)  # 1,024 images a step are all 32
     torch.testing.assert_close(heads.logits(x)[0], layer(scaled(x)).detach(), rtol=1e-9, atol=1e-11)
     assert layer.weight.abs().max() > 0.05
 
@@ -80,7 +102,7 @@ def test_a_head_equals_torchs_own_layer_and_optimizer():
 def test_a_batch_is_of_every_image_once_an_epoch_in_changing_order():
     """Would catch the same partial batch left out of every epoch: the last class of a set sorted by class is one."""
     x, labels = torch.eye(6, dtype=torch.float64), torch.tensor([0, 0, 0, 0, 1, 1])
-    heads = linear_heads(x, labels, 2, [1.0], batch=4, epochs=50)
+    heads = linear_heads(x, labels, 2, [(1.0, 0.0)], batch=4, epochs=50)
     assert (heads.classes(x)[0] == labels).all() and heads.weight_SKD[0].abs().min() > 0
 
 
@@ -88,7 +110,7 @@ def test_sgd_comes_to_the_optimum_that_l_bfgs_finds():
     """Would catch a gradient of something else than the mean cross-entropy."""
     x, labels = blobs(60, 3, 2, spread=1.0)
     nearly_free = logistic_regression(x, labels, 3, [1e5])
-    heads = linear_heads(x, labels, 3, [2.0], epochs=3000)
+    heads = linear_heads(x, labels, 3, [(2.0, 0.0)], epochs=3000)
     best, found = (float(F.cross_entropy(h.logits(x)[0], labels)) for h in (nearly_free, heads))
     assert 0.1 < best < 1 and found == pytest.approx(best, abs=1e-5)  # classes that overlap
 
@@ -125,8 +147,9 @@ def test_two_classes_of_several():
 def test_a_rate_that_diverges_leaves_the_others_as_they_are_and_is_never_right():
     """Would catch NaN spreading over the heads that share a batch, and NaN's argmax taken for class 0."""
     x, labels = (t.float() if t.is_floating_point() else t for t in blobs(40, 4, 6, spread=1.0))
-    heads = linear_heads(x, labels, 4, (0.1, 1e39), batch=16, epochs=5)  # the second is infinite in float32
-    alone = linear_heads(x, labels, 4, (0.1,), batch=16, epochs=5)
+    settings = [(0.1, 1e-3), (1e39, 1e-3)]  # the second rate is infinite in float32
+    heads = linear_heads(x, labels, 4, settings, batch=16, epochs=5)
+    alone = linear_heads(x, labels, 4, settings[:1], batch=16, epochs=5)
     assert not heads.weight_SKD[1].isfinite().all()
     torch.testing.assert_close(heads.weight_SKD[0], alone.weight_SKD[0], rtol=1e-5, atol=1e-7)
     assert (heads.classes(x)[1] == -1).all() and (heads.classes(x)[0] >= 0).all()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fastssl import dist
 from fastssl.config import ConfigError
 from fastssl.evaluation import robustness
 from loaders.errors import StoreError
@@ -119,6 +120,20 @@ def test_some_classes_are_scored_masked_and_unmasked(labelled, tmp_path):
         scores(labelled, imagenet_a=root)
 
 
+def test_what_is_measured_is_told_before_a_later_set_fails(labelled, tmp_path, capsys, monkeypatch):
+    """Catches numbers that took hours, kept back until all sets are done and lost with the last; and lines of every
+    rank, or on stdout, where JSON is read."""
+    swatch(tmp_path / "r" / WNIDS[2] / "art_0.jpg", 2)
+    (tmp_path / "a" / WNIDS[3]).mkdir(parents=True)
+    (tmp_path / "a" / WNIDS[3] / "x.jpg").write_text("no image")
+    for main in (True, False):
+        monkeypatch.setattr(dist, "is_main", lambda main=main: main)
+        with pytest.raises(StoreError, match=r"x\.jpg: not a JPEG"):
+            scores(labelled, imagenet_r=tmp_path / "r", imagenet_a=tmp_path / "a")
+        told = "imagenet_r_top1_unmasked: 1.0000\nimagenet_r_top1_masked: 1.0000\n"
+        assert capsys.readouterr() == ("", told if main else "")
+
+
 # ImageNet-C
 
 
@@ -144,7 +159,7 @@ def imagenet_c(root: Path, wrong: dict[str, int]) -> Path:
     return root
 
 
-def test_corruption_errors_are_relative_to_alexnets_and_averaged_over_corruptions(tmp_path):
+def test_corruption_errors_are_relative_to_alexnets_and_averaged_over_corruptions(tmp_path, capsys):
     """Catches errors pooled before they are divided, and accuracies where errors belong."""
     labelled = labelled_folder(tmp_path / "labelled", 2)
     found = scores(labelled, imagenet_c=imagenet_c(tmp_path / "c", {"fog": 2, "brightness": 5}))
@@ -154,6 +169,8 @@ def test_corruption_errors_are_relative_to_alexnets_and_averaged_over_corruption
     assert details["corruptions"]["fog"]["ce"] == pytest.approx(0.4 / 0.819324)
     assert found["imagenet_c_top1"] == pytest.approx((13 + 0.6) / 15)
     assert found["imagenet_c_mce"] == pytest.approx((0.4 / 0.819324 + 1 / 0.564592) / 15)
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 75 + 2 and "imagenet_c_fog/4_top1: 0.0000" in told and told[-2] == "imagenet_c_top1: 0.9067"
 
 
 def test_corruptions_are_found_in_the_folders_of_their_archives(tmp_path):

@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 
 from fastssl.config import ConfigError
-from fastssl.evaluation import divide, load_protocol, transfer
+from fastssl.evaluation import divide, linear, load_protocol, transfer
 from fastssl.evaluation.transfer import mean_per_class
-from loaders.errors import StoreError
+from loaders.errors import RenderError, StoreError
+from loaders.plan.views import Rrc, View, Whole
 from loaders.store import cifar
 from loaders.store.matlab import numbers, structs
 from loaders.store.transfer_sets import TRANSFERS, held_out
@@ -345,6 +346,37 @@ def test_sets_are_learnt_and_tested_each_by_its_metric(tmp_path):
     assert details["birdsnap"]["partial"] == "14 of 47386 and 6 of 2443 images"
     assert "dtd" in details["not_given"] and "pets" not in details["not_given"]
     assert np.prod([len(values) for values in details["paper_sweep_not_done"].values()]) == 12_000
+    json.dumps(found, allow_nan=False)
+
+
+def test_images_are_seen_to_the_edge(tmp_path):
+    """Catches ImageNet's view, which scales to more than the crop and so cuts an edge off: only a red border of 2
+    pixels in 42 tells the last class from the first, and that view cuts 4."""
+    root = food101(tmp_path)
+    for path in (root / "images" / CLASSES[2]).iterdir():
+        swatch(path, 0, form="PNG", size=38, border=2)
+    found = transfer.evaluate(subject_of(labelled_folder(tmp_path / "own"), {"food101": root}, FeaturesOnly))
+    assert found["food101_top1"] == 1.0
+    assert transfer.crop_of(View("eval", 32, Whole())) == Whole()
+    assert transfer.crop_of(View("eval", 224, Rrc((0.1, 1.0)))) == Rrc((0.1, 1.0))
+
+
+def test_what_is_measured_is_told_before_a_later_set_fails(tmp_path, capsys):
+    """Catches a number that took hours and is lost with the next set, of which one image is damaged."""
+    sets = {"food101": food101(tmp_path), "pets": pets(tmp_path)}
+    (sets["pets"] / "images" / f"{CLASSES[0]}_6.jpg").write_bytes(encoded(0, form="PNG", size=38)[:60])
+    with pytest.raises(RenderError):
+        transfer.evaluate(subject_of(labelled_folder(tmp_path / "own"), sets, FeaturesOnly))
+    assert capsys.readouterr() == ("", "food101_top1: 1.0000\n")
+
+
+def test_sets_too_large_for_l_bfgs_are_learnt_with_several_decays(tmp_path, monkeypatch):
+    """Catches SGD without weight decay, which the papers sweep."""
+    monkeypatch.setattr(linear, "LARGEST_FOR_LBFGS", 0)
+    found = transfer.evaluate(subject_of(labelled_folder(tmp_path / "own"), {"dtd": dtd(tmp_path)}, FeaturesOnly))
+    about = found["transfer"]["dtd"]
+    assert about["solver"] == "sgd" and about["chosen"].keys() == {"rate", "weight_decay"}
+    assert "rate=0.1, weight_decay=0.0001" in about["held_out"]["top1"] and len(about["held_out"]["top1"]) == 13 * 4
     json.dumps(found, allow_nan=False)
 
 
