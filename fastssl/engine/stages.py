@@ -43,6 +43,7 @@ from fastssl.methods.base import Artefact, Facts, Method, Stage
 from fastssl.record import Recorder, result_lines
 from fastssl.weights import BACKBONE, Weights, read_weights
 from loaders.loader import Bound, Loader, bind
+from loaders.plan.views import Sequential
 from loaders.store import staging
 from loaders.store.data import LABELLED, TRAIN, VALIDATION, DataSets, open_data, search_folders
 
@@ -302,17 +303,33 @@ class _StageRun:
                     found.setdefault(name, []).append(dist.gather_ragged(values).cpu())
                 batch.release()
         agreement.close()
-        tensors = {name: torch.cat(values) for name, values in found.items()}
-        if dist.is_main():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.folder / PRODUCED, tensors)
-        dist.barrier()
+        result = self._stored(stream, {n: torch.cat(v) for n, v in found.items()}) if dist.is_main() else {}
+        return dist.broadcast_object(result)
+
+    def _stored(self, stream: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """Write what was produced of the images of `stream`, in its order; the stage's result. The row of a damaged
+        image that was replaced is its substitute's."""
+        assert isinstance(self.bound.plan.plan.stream(stream).order, Sequential), "rows must be in the images' order"
+        facts = self.bound.plan.facts[stream]
+        ids = torch.arange(facts.num_images) if facts.ids is None else torch.from_numpy(facts.ids)
+        replaced = ids != tensors["ids"]
+        pairs = zip(ids[replaced].tolist(), tensors["ids"][replaced].tolist(), strict=True)
+        instead = {str(lost): substitute for lost, substitute in pairs}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.folder / PRODUCED, tensors | {"ids": ids})
         made_of = {
+            "sha256": sha256_of(self.folder / PRODUCED),
             "inputs": {name: artefact.sha256 for name, artefact in self.method.inputs.items()},
             "data": {name: source.fingerprint() for name, source in self.bound.sources.items()},
+            "num_images": len(self.bound.sources[stream]),
         }
-        produced = {"images": len(tensors["ids"]), "produced": sorted(tensors), "made_of": made_of}
-        return {"stage": self.stage.name, **produced}
+        return {
+            "stage": self.stage.name,
+            "images": len(ids),
+            "produced": sorted(tensors),
+            "made_of": made_of,
+            "replaced_images": {stream: instead} if instead else {},
+        }
 
     def _announce(self, recorder: Recorder, trainer: Trainer) -> None:
         plan = self.bound.plan.plan

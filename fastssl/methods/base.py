@@ -123,12 +123,21 @@ class Artefact:
         return torch.load(self.path, map_location="cpu", weights_only=True)
 
     def made_of(self) -> dict[str, Any]:
-        """Of what a stage that produces stored, as is noted beside it: {"inputs": {name: sha256}, "data": {stream: the
-        fingerprint of its source}}. Empty where nothing is noted."""
+        """Of what a stage that produces made this file, as is noted beside it: {"sha256": of the file, "inputs": {name:
+        sha256}, "data": {stream: the fingerprint of its source}, "num_images": of the source whose images the rows
+        are}. Empty where nothing is noted. Raises ConfigError where what is noted is not of this file."""
+        noted = self.path.parent / "result.json"
         try:
-            return json.loads((self.path.parent / "result.json").read_text()).get("made_of", {})
+            made = json.loads(noted.read_text()).get("made_of", {})
         except FileNotFoundError:
             return {}
+        if made and made.get("sha256") != self.sha256:
+            why = "is not the file" if "sha256" in made else "is older than the digests, so it may not be the file"
+            raise ConfigError(
+                f"{self.path} {why} that {noted} tells of: make it anew. Remove {noted.parent}, and the result.json of "
+                "its run if that is finished, and give the run's command again"
+            )
+        return made
 
     def weights(self) -> Weights:
         """The networks in it, on the CPU. Raises WeightsError where it holds none."""

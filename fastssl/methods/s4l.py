@@ -349,10 +349,8 @@ class S4l(Method):
     def load_inputs(self, nets: Nets) -> None:
         super().load_inputs(nets)
         if self.config.pseudo_labels:
-            labels = self.inputs["labels"]
-            _check_made_for(self.facts, self.inputs)
             assert isinstance(nets.frozen, PseudoLabels)
-            nets.frozen.label_I = labels.load()["pseudo_label"]
+            nets.frozen.label_I = _pseudo_labels(self.facts, self.inputs)
 
     def optimizer(self, nets: Nets) -> SGD:
         c, parameters = self.config, list(nets.online.parameters())
@@ -453,9 +451,9 @@ def _noise(part: Part, like: Tensor) -> Tensor:
     return draws.view(num_images, num_views, *shape).transpose(0, 1).flatten(0, 1).to(like.dtype)
 
 
-def _check_made_for(facts: Facts, inputs: Mapping[str, Artefact]) -> None:
-    """Raise ConfigError where the input "labels" was not made of our images, or not by the networks that the inputs
-    "init" or "teacher" name."""
+def _pseudo_labels(facts: Facts, inputs: Mapping[str, Artefact]) -> Tensor:
+    """The input "labels": of every training image by its index, int64 [N]. Raises ConfigError where it was not made of
+    our images, of all of them, or not by the networks that the inputs "init" or "teacher" name."""
     labels = inputs["labels"]
     made = labels.made_of()
     if not made:
@@ -465,6 +463,13 @@ def _check_made_for(facts: Facts, inputs: Mapping[str, Artefact]) -> None:
     by = inputs.get("init") or inputs.get("teacher")
     if by is not None and by.sha256 not in made["inputs"].values():
         raise ConfigError(f"{labels.path} was made by other networks than those in {by.path}: make it anew")
+    found = labels.load()
+    if not torch.equal(found["ids"], torch.arange(made["num_images"])):
+        raise ConfigError(
+            f"{labels.path} does not hold the labels of images 0 to {made['num_images'] - 1} in this order, which are "
+            "all training images: make it anew"
+        )
+    return found["pseudo_label"]
 
 
 # ---------------------------------------------------------------------------------------------------------- recipes
