@@ -247,7 +247,7 @@ def _seeds(text: str) -> list[int]:
     "protocols",
     multiple=True,
     required=True,
-    help="soft-nn, knn, classifier, linear, robustness or transfer.",
+    help="soft-nn, knn, classifier, turned-classifier, linear, robustness or transfer.",
 )
 @click.option(
     "--data",
@@ -255,15 +255,16 @@ def _seeds(text: str) -> list[int]:
     metavar="[KEY=]PATH",
     help="KEY: labelled, validation, or a published set that the protocol measures on: imagenet_v2, food101, ...",
 )
+@click.option("--labels", help="Images to learn from: all, per-class=N, a list's name or path [as the run did].")
 @_in_users_words
-def evaluate(run: Path, protocols: tuple[str, ...], data: tuple[str, ...]) -> None:
+def evaluate(run: Path, protocols: tuple[str, ...], data: tuple[str, ...], labels: str | None) -> None:
     """Score the encoder of RUN at its newest checkpoint; prints JSON."""
     from fastssl.engine.reopen import open_run
     from fastssl.evaluation import divide, load_protocol
 
     chosen = [load_protocol(name) for name in protocols]
     own, sets = divide(data, chosen)
-    subject, step = open_run(run, own, sets)
+    subject, step = open_run(run, own, sets, labels)
     scores = {key: value for protocol in chosen for key, value in protocol.evaluate(subject).items()}
     command = shlex.join(["fastssl", *sys.argv[1:]])
     provenance = subject.provenance(subject.looked_at)

@@ -19,15 +19,21 @@ from fastssl.engine.stages import facts_of
 from fastssl.evaluation.subject import Subject
 from fastssl.methods.base import Method, Stages
 from fastssl.recipes import resolve
-from loaders.store.data import DataSets, open_data
+from loaders.loader import resolved
+from loaders.plan.views import parse_subset
+from loaders.store.data import LABELLED, DataSets, open_data
 
 
-def open_run(run: Path, data: tuple[str, ...], sets: Mapping[str, Path] | None = None) -> tuple[Subject, int]:
+def open_run(
+    run: Path, data: tuple[str, ...], sets: Mapping[str, Path] | None = None, labels: str | None = None
+) -> tuple[Subject, int]:
     """The networks of `run`'s last stage at its newest checkpoint, beside `data` (default: what the run was trained
     and scored on), and the step they are from. A damaged checkpoint is passed over for the one before, with a line on
-    stderr. Raises FastsslError where the run cannot be read or its recipe has changed.
-    `sets` are Subject's."""
+    stderr. Raises FastsslError where the run cannot be read or its recipe has changed, LoaderError where the data lacks
+    images of `labels`. `sets` and `labels` are Subject's."""
     method, sources, folder = open_method(run, data)
+    if labels is not None:
+        _check_labels(labels, sources)
     state = Checkpoints(folder / CHECKPOINTS).load_newest(lambda text: print(f"warning: {text}", file=sys.stderr))
     if state is None:
         raise CheckpointError(f"{run} has no checkpoint yet")
@@ -39,7 +45,10 @@ def open_run(run: Path, data: tuple[str, ...], sets: Mapping[str, Path] | None =
         module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     held_out = None if data else read_json(run / RESOLVED).get("held_out")
     threads = len(os.sched_getaffinity(0))
-    return Subject(method, nets, sources, device=device, threads=threads, held_out=held_out, sets=sets), state["step"]
+    subject = Subject(
+        method, nets, sources, device=device, threads=threads, held_out=held_out, labels=labels, sets=sets
+    )
+    return subject, state["step"]
 
 
 def open_method(run: Path, data: tuple[str, ...]) -> tuple[Method, DataSets, Path]:
@@ -76,6 +85,14 @@ def job_to_replay(dump: Path, data: tuple[str, ...], device: Literal["cpu", "cud
         unsafe_pickle=began.get("unsafe_pickle", False),  # runs begun before there was the flag lack it
         replay=dump,
     )
+
+
+def _check_labels(labels: str, sources: DataSets) -> None:
+    try:
+        subset = parse_subset(labels)
+    except ValueError as error:
+        raise ConfigError(f"--labels: {error}") from None
+    resolved(subset, sources.get(LABELLED), sources)
 
 
 def _settings(run: Path) -> tuple[dict[str, Any], Stages]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,9 +41,9 @@ class Features:
 
 class Subject:
     """A method's networks beside a run's data. A role is a source key; `labelled` means the images of that source whose
-    labels the method sees, any other role all images of its source. Where `held_out` is given (a subset as users write
-    it), `validation` means those images of the labelled source instead. `batch` counts images a rank.
-    `sets` are published sets to measure on, by key, not opened yet.
+    labels the method sees, or those that `labels` (a subset as users write it) says in their place; any other role all
+    images of its source. Where `held_out` is given (likewise), `validation` means those images of the labelled source
+    instead. `batch` counts images a rank. `sets` are published sets to measure on, by key, not opened yet.
 
     Every rank must ask for the same features in the same order; all get all rows.
     """
@@ -58,9 +59,11 @@ class Subject:
         batch: int = 512,
         renderer: str = "auto",
         held_out: str | None = None,
+        labels: str | None = None,
         sets: Mapping[str, Path] | None = None,
     ):
-        self.method, self.nets, self.data, self.held_out = method, nets, data, held_out
+        self.method, self.nets, self.data = method, nets, data
+        self.held_out, self.labels = held_out, method.config.labels if labels is None else labels
         self.device, self.threads, self.batch = torch.device(device), threads, batch
         self.renderer, self.sets = renderer, sets or {}
         self._bound: dict[str, Bound] = {}
@@ -107,8 +110,10 @@ class Subject:
         return labelled
 
     def labelled_and_validation(self, tap: str) -> tuple[Features, Features]:
-        """The labelled images and the validation images at `tap`, none without a label. Raises as `check` does."""
+        """The labelled images and the validation images at `tap`, none without a label. Raises as `check` does, and
+        ConfigError where images are both."""
         self.check()
+        self._check_apart()
         return self.labelled(tap), self.features(VALIDATION, tap)
 
     def check(self) -> None:
@@ -121,6 +126,17 @@ class Subject:
     def _check_labelled(self) -> None:
         if not self._num_labelled(LABELLED):
             raise ConfigError(NO_LABEL)
+
+    def _check_apart(self) -> None:
+        if self.held_out is None:
+            return  # two sources
+        subsets = [self._bind(role).subsets[role] for role in (LABELLED, VALIDATION)]
+        learnt, held = (np.arange(subset.count) if subset.ids is None else subset.ids for subset in subsets)
+        if both := len(np.intersect1d(learnt, held)):
+            raise ConfigError(
+                f"{both} of {len(held)} held-out images are among the {len(learnt)} labelled ones ({subsets[0].name}): "
+                f"give --labels not:{self.held_out}, or --data for other validation images"
+            )
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -161,7 +177,7 @@ class Subject:
             raise ConfigError("no validation split: give --data validation=PATH")
         if role not in self._bound:
             config = self.method.config
-            subset = {LABELLED: config.labels, VALIDATION: self.held_out}.get(role)
+            subset = {LABELLED: self.labels, VALIDATION: self.held_out}.get(role)
             stream = Stream(
                 name=role,
                 source=LABELLED if subset is not None else role,

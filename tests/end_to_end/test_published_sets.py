@@ -55,6 +55,19 @@ def test_a_run_is_measured_on_published_sets_beside_its_own_data(folder):
     assert scores["step"] == 2 and scores["provenance"]["labelled"]["count"] == 12
 
 
+def test_labels_of_an_evaluation_are_told_in_its_provenance(folder):
+    """Catches a flag that goes nowhere: two images a class are learnt from, where the run had four."""
+    labels = ("--labels", "per-class=2", "--data", f"validation={folder / 'imagenet'}")
+    data = ("--data", f"labelled={folder / 'imagenet'}")
+    result = invoke("evaluate", folder / "run", "--protocol", "linear", *data, *labels)
+    assert result.exit_code == 0, result.output
+    scores = json.loads(result.stdout)
+    assert scores["linear"]["labelled_images"] == scores["provenance"]["labelled"]["count"] == 6
+    assert scores["provenance"]["labelled"]["split"] == "2-per-class-split-0"
+    result = invoke("evaluate", folder / "run", "--protocol", "linear", "--labels", "per-class=ten")
+    assert result.exit_code == 1 and "Error: --labels: 'per-class=ten': write per-class=COUNT" in result.output
+
+
 def test_a_misspelt_set_is_put_right_before_anything_is_read(folder):
     result = invoke("evaluate", folder / "run", "--protocol", "transfer", "--data", "dtt=nowhere")
     assert result.exit_code == 1 and "no protocol asks for 'dtt'; did you mean 'dtd'?" in result.output

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,13 +13,15 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
-from fastssl import dist
+from fastssl import cli, dist
 from fastssl.config import ConfigError, FastsslError
 from fastssl.evaluation import collapse, cosine, load_protocol, protocol_names, summary
 from fastssl.evaluation.embed import embed
 from fastssl.evaluation.knn import knn
 from fastssl.evaluation.subject import Subject, eval_mode
-from fastssl.methods.base import Config, Method, Nets
+from fastssl.methods.base import Config, Facts, Method, Nets
+from fastssl.methods.s4l import S4lConfig
+from fastssl.nn.encoders import ResNet
 from loaders.plan.views import UNIT, View, Whole
 from loaders.store.data import DataSets
 from loaders.store.digits import open_digits
@@ -142,6 +145,12 @@ def test_protocols_are_found_by_name_and_a_slip_is_put_right():
         load_protocol("cosine")
 
 
+def test_the_command_line_names_every_protocol():
+    """Would catch a protocol that nobody hears of."""
+    (option,) = (p for p in cli.evaluate.params if p.name == "protocols")
+    assert set(re.findall(r"[a-z-]+", option.help)) - {"or"} == set(protocol_names())
+
+
 # --- a fake method, end to end ---
 
 
@@ -198,6 +207,26 @@ def test_digits_end_to_end(digits):
     assert about["labelled"]["split"] == "10-per-class-split-0" and about["labelled"]["count"] == 100
     assert about["validation"]["count"] == count and about["validation"]["data"] == "digits (held out)"
     json.dumps([soft, near, about], allow_nan=False)
+
+
+def test_four_turns_outvote_the_image_as_it_is():
+    """Would catch the unturned logits scored under the other name. Class 0's logit is the upper left pixel, class 1's
+    half the other three: lit there alone, an image is of class 0 as it is, and of class 1 by its four turns."""
+    images = np.zeros((4, 2, 2, 1), np.uint8)
+    images[:, 0, 0] = 200
+    source = ArraySource("corners", images, np.array([1, 1, 1, 0]), ("0", "1"))
+    eval_view = View("eval", 2, Whole(), pixels=UNIT)
+    config = S4lConfig("digits", eval_view, precision="fp32", encoder=ResNet(10, base_width=4), view=eval_view)
+    method = config.build(Facts(2, 1, 0), {})
+    nets = method.nets()
+    nets.online.trunk, nets.online.fc = nn.Flatten(), nn.Linear(4, 2, bias=False)
+    nets.online.fc.weight.data = torch.tensor([[1, 0, 0, 0], [0, 0.5, 0.5, 0.5]])
+    subject = Subject(method, nets, DataSets({"train": source, "validation": source}), threads=1)
+    assert load_protocol("classifier").evaluate(subject)["classifier_top1"] == 1 / 4
+    found = load_protocol("turned-classifier").evaluate(subject)
+    assert found["turned_classifier_top1"] == 3 / 4 and found["turned_classifier"]["images"] == 4
+    with pytest.raises(ConfigError, match="PixelsMethod has no turned-logits to classify by"):
+        load_protocol("turned-classifier").evaluate(subject_of(DataSets({"train": source, "validation": source})))
 
 
 def test_features_are_the_pixels_of_the_images_named_by_the_ids(digits):

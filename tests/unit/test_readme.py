@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastssl.evaluation.linear import LARGEST_FOR_LBFGS
 from fastssl.methods.base import Epochs
 from fastssl.recipes import recipes
+from loaders.store.transfer_sets import TRANSFERS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -37,6 +39,17 @@ def test_paper_numbers_in_the_table_are_those_of_the_recipes():
         said = " ".join((recipes()[name].__doc__ or "").split())
         assert f"{fine_tuned} % fine-tuned" in said, name
         assert (f"{neighbours} % nearest" in said) == (neighbours != "–"), name
+
+
+def test_sets_said_to_be_learnt_by_sgd_are_those_too_large_for_l_bfgs():
+    """A limit moved, or a set added, without the sentence."""
+    num_classes = {
+        "food101": 101, "cifar10": 10, "cifar100": 100, "birdsnap": 500, "sun397": 397, "cars": 196, "aircraft": 100,
+        "dtd": 47, "pets": 37, "caltech101": 102, "flowers": 102,
+    }  # fmt: skip
+    large = {k for k, t in TRANSFERS.items() if t.num_learn * 2048 * num_classes[k] > LARGEST_FOR_LBFGS}
+    (said,) = re.findall(r"2,048 features these are (.*?);", " ".join(README.split()))
+    assert set(re.findall(r"`(.*?)`", said)) == large
 
 
 def test_two_set_up_commands_each_make_their_own_environment():

@@ -2,8 +2,11 @@
 
 import pytest
 
+from fastssl.config import ConfigError
 from fastssl.engine import reopen
 from fastssl.engine.stages import run
+from fastssl.evaluation import load_protocol
+from loaders.errors import StoreError
 from tests import fakes
 
 
@@ -22,3 +25,31 @@ def test_a_damaged_checkpoint_is_passed_over_and_named_on_stderr(tmp_path, capsy
     assert reopen.open_run(tmp_path, ())[1] == 3
     out, err = capsys.readouterr()
     assert out == "" and err.startswith(f"warning: checkpoint {newest.parent} is damaged") and "to step 3" in err
+
+
+def test_an_evaluation_may_have_labels_of_its_own(tmp_path):
+    """Catches labels that go nowhere, a provenance that tells the run's own, and a mistake found after hours."""
+    run(fakes.job(fakes.stages("paws"), tmp_path))
+    own, other = (reopen.open_run(tmp_path, (), labels=labels)[0] for labels in (None, "all"))
+    assert own.provenance()["labelled"]["split"] == "10-per-class-split-0"
+    all_of_them = len(other.data.get("labelled"))
+    assert len(other.labelled("z").labels) == all_of_them > 1000
+    assert other.provenance()["labelled"].items() >= {"split": "all", "count": all_of_them}.items()
+    (tmp_path / "checkpoints").rename(tmp_path / "away")  # said before any network is read
+    with pytest.raises(ConfigError, match="--labels: 'per-class=ten': write per-class=COUNT"):
+        reopen.open_run(tmp_path, (), labels="per-class=ten")
+    with pytest.raises(StoreError, match="label list 'nolist' was not found"):
+        reopen.open_run(tmp_path, (), labels="nolist")
+    with pytest.raises(StoreError, match="500 were asked for"):
+        reopen.open_run(tmp_path, (), labels="per-class=500")
+
+
+def test_images_that_a_sweep_holds_out_are_not_learnt_from(tmp_path):
+    """Catches `--labels all` for a run that is scored on some of these images."""
+    run(fakes.job(fakes.stages("paws"), tmp_path, held_out="per-class=12 of not:per-class=10"))
+    assert load_protocol("knn").evaluate(reopen.open_run(tmp_path, ())[0])["knn_top1"] > 0
+    learns_all = reopen.open_run(tmp_path, (), labels="all")[0]
+    with pytest.raises(ConfigError, match=r"120 of 120 held-out images are among the \d+ labelled ones \(all\): give"):
+        load_protocol("knn").evaluate(learns_all)
+    apart = reopen.open_run(tmp_path, (), labels="not:per-class=12 of not:per-class=10")[0]
+    load_protocol("knn").evaluate(apart)
