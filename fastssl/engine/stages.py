@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import replace
@@ -30,6 +31,7 @@ from fastssl.engine.checkpoint import (
     write_atomically,
 )
 from fastssl.engine.job import Job, threads_per_rank, versions
+from fastssl.engine.produced import RowsSoFar
 from fastssl.engine.run_dir import CHECKPOINTS, PRODUCED, RESOLVED, RESULT, claim, finished
 from fastssl.engine.run_lock import held
 from fastssl.engine.same_everywhere import check_same_everywhere
@@ -47,6 +49,7 @@ from loaders.plan.views import Sequential
 from loaders.store import staging
 from loaders.store.data import LABELLED, TRAIN, VALIDATION, DataSets, open_data, search_folders
 
+_NUM_KEPT = 20  # a stage that produces has one epoch, so `checkpoint_every` alone might keep nothing on the way
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 
@@ -178,6 +181,8 @@ class _StageRun:
             result = self._produce(loader) if self.stage.do == "produce" else self._train(loader)
         if dist.is_main():
             write_atomically(done, json.dumps(result, indent=2) + "\n")
+            if self.stage.do == "produce":
+                shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)  # the rows that were kept on the way
         dist.barrier()
         return result
 
@@ -284,27 +289,43 @@ class _StageRun:
         return scores
 
     def _produce(self, loader: Loader) -> dict[str, Any]:
-        """Store what the method says of every image of its first stream, in the stream's order."""
+        """Store what the method says of every image of its first stream, in the stream's order; the stage's result.
+        What is done is kept on the way, and at a stop."""
         nets = self.method.nets()
         self.method.load_inputs(nets)
         for module in nets.modules().values():
             module.to(self.device).eval()
-        stream = self.bound.plan.plan.streams[0].name
-        found: dict[str, list[torch.Tensor]] = {}
-        agreement = Agreement()
-        with torch.no_grad(), closing(loader.batches(0, self.bound.plan.num_steps(stream))) as batches:
-            for batch in batches:
-                if asked := agreement.exchange(self.stop.signum):
+        plan = self.bound.plan
+        stream = plan.plan.streams[0].name
+        total = plan.num_steps(stream)
+        every = max(1, min(self.stage.checkpoint_every.steps(plan.steps_per_epoch), total // _NUM_KEPT))
+        rows = RowsSoFar(Checkpoints(self.folder / CHECKPOINTS, self.stage.keep_checkpoints), self._origin())
+        start, agreement = rows.resume(), Agreement()
+        with torch.no_grad(), closing(loader.batches(start, total)) as batches:
+            for step, batch in enumerate(batches, start):
+                asked = agreement.exchange(self.stop.signum)
+                if step > start and (asked or step % every == 0):
+                    rows.keep(step)
+                if asked:
                     agreement.close()
-                    raise Stopped(f"stopped, as {Signals(asked).name} asked; the same command begins stage "
-                                  f"{self.stage.name} anew", asked)  # fmt: skip
-                rows = self.method.produce(nets, batch) | {"ids": batch.parts[stream].ids}
-                for name, values in rows.items():
-                    found.setdefault(name, []).append(dist.gather_ragged(values).cpu())
+                    raise Stopped(f"kept what stage {self.stage.name} made and stopped after step {step} of {total}, "
+                                  f"as {Signals(asked).name} asked; the same command continues", asked)  # fmt: skip
+                rows.add(self.method.produce(nets, batch) | {"ids": batch.parts[stream].ids})
                 batch.release()
         agreement.close()
-        result = self._stored(stream, {n: torch.cat(v) for n, v in found.items()}) if dist.is_main() else {}
-        return dist.broadcast_object(result)
+        return dist.broadcast_object(self._stored(stream, rows.tensors()) if dist.is_main() else {})
+
+    def _made_of(self) -> dict[str, Any]:
+        """By what, and of what, this stage makes its rows."""
+        return {
+            "inputs": {name: artefact.sha256 for name, artefact in self.method.inputs.items()},
+            "data": {name: source.fingerprint() for name, source in self.bound.sources.items()},
+        }
+
+    def _origin(self) -> dict[str, Any]:
+        """`_made_of`, and all else that rows must have in common: settings, and which labels show."""
+        visible = {name: subset.sha256 for name, subset in self.bound.visible.items()}
+        return {**self._made_of(), "visible": visible, "about": self.method.about()}
 
     def _stored(self, stream: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Write what was produced of the images of `stream`, in its order; the stage's result. The row of a damaged
@@ -317,17 +338,12 @@ class _StageRun:
         instead = {str(lost): substitute for lost, substitute in pairs}
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / PRODUCED, tensors | {"ids": ids})
-        made_of = {
-            "sha256": sha256_of(self.folder / PRODUCED),
-            "inputs": {name: artefact.sha256 for name, artefact in self.method.inputs.items()},
-            "data": {name: source.fingerprint() for name, source in self.bound.sources.items()},
-            "num_images": len(self.bound.sources[stream]),
-        }
+        of_this_file = {"sha256": sha256_of(self.folder / PRODUCED), "num_images": len(self.bound.sources[stream])}
         return {
             "stage": self.stage.name,
             "images": len(ids),
             "produced": sorted(tensors),
-            "made_of": made_of,
+            "made_of": of_this_file | self._made_of(),
             "replaced_images": {stream: instead} if instead else {},
         }
 
