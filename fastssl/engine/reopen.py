@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,14 +30,21 @@ def open_run(
 ) -> tuple[Subject, int]:
     """The networks of `run`'s last stage at its newest checkpoint, beside `data` (default: what the run was trained
     and scored on), and the step they are from. A damaged checkpoint is passed over for the one before, with a line on
-    stderr. Raises FastsslError where the run cannot be read or its recipe has changed, LoaderError where the data lacks
-    images of `labels`. `sets` and `labels` are Subject's."""
+    stderr. The data may have other classes than the run's: its networks are built for their own. Raises FastsslError
+    where the run cannot be read or its recipe has changed, LoaderError where the data lacks images of `labels`. `sets`
+    and `labels` are Subject's."""
     method, sources, folder = open_method(run, data)
     if labels is not None:
         _check_labels(labels, sources)
     state = Checkpoints(folder / CHECKPOINTS).load_newest(lambda text: print(f"warning: {text}", file=sys.stderr))
     if state is None:
         raise CheckpointError(f"{run} has no checkpoint yet")
+    if (began_with := state.get("about", {}).get("facts")) is not None:  # runs of before it was stored lack it
+        if began_with["channels"] != method.facts.channels:
+            raise ConfigError(
+                f"{run} has learnt from images of {began_with['channels']} channels; these have {method.facts.channels}"
+            )
+        method = method.config.build(replace(method.facts, num_classes=began_with["num_classes"]), {})
     nets = method.nets()
     for name, module in nets.saved().items():
         module.load_state_dict(state["nets"][name])

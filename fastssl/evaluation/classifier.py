@@ -17,9 +17,14 @@ def evaluate(subject: Subject) -> dict[str, Any]:
 
 def scores(subject: Subject, protocol: str, tap: str) -> dict[str, Any]:
     """`PROTOCOL_top1` of the largest value at `tap`, on the validation images. Raises ConfigError where the method has
-    no such tap."""
+    no such tap, or knows another number of classes."""
     if tap not in subject.method.taps:
         raise ConfigError(f"{type(subject.method).__name__} has no {tap} to classify by: choose another protocol")
+    if (known := subject.method.facts.num_classes) != subject.num_classes:
+        raise ConfigError(
+            f"the run's classifier knows {known} classes, this data has {subject.num_classes}: --protocol linear "
+            "trains one on the frozen features"
+        )
     subject.check()
     features = subject.features(VALIDATION, tap)
     correct = int((features.values.argmax(dim=1) == features.labels).sum())

@@ -119,7 +119,7 @@ def _size(shifted: ShiftedSet, published: int) -> dict[str, Any]:
 
 def _classifier(subject: Subject) -> tuple[str, Callable[[Tensor], Tensor], dict[str, Any]]:
     """The tap whose features it takes, what makes logits of them, and what it is."""
-    if "logits" in subject.method.taps:
+    if "logits" in subject.method.taps and subject.method.facts.num_classes == subject.num_classes:
         return "logits", lambda values: values, {"kind": "the run's own", "tap": "logits"}
     tap = subject.method.taps[0]
     labelled = subject.labelled(tap)

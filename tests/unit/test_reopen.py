@@ -6,7 +6,10 @@ from fastssl.config import ConfigError
 from fastssl.engine import reopen
 from fastssl.engine.stages import run
 from fastssl.evaluation import load_protocol
+from fastssl.recipes import resolve
 from loaders.errors import StoreError
+from loaders.store.data import DataSets, open_data
+from loaders.store.source import ArraySource
 from tests import fakes
 
 
@@ -53,3 +56,32 @@ def test_images_that_a_sweep_holds_out_are_not_learnt_from(tmp_path):
         load_protocol("knn").evaluate(learns_all)
     apart = reopen.open_run(tmp_path, (), labels="not:per-class=12 of not:per-class=10")[0]
     load_protocol("knn").evaluate(apart)
+
+
+def digits_of(count, channels=1):
+    """The first `count` digits, of each split."""
+
+    def chosen(source):
+        rows = source.labels < count
+        images = source.images[rows].repeat(channels, axis=3)
+        return ArraySource(f"{count} digits", images, source.labels[rows], source.class_names[:count])
+
+    digits = open_data(("digits",))
+    return DataSets({key: chosen(digits.sources[key]) for key in ("train", "validation")})
+
+
+def test_features_are_worth_something_on_other_classes(tmp_path, monkeypatch):
+    """A second data set's linear probe, beside networks with a classifier of the first's ten classes. Catches networks
+    that are built for the new data's classes, and a classifier that is scored on classes it never knew."""
+    monkeypatch.setattr(reopen, "resolve", resolve)
+    (stage,) = resolve("supervised.digits", ("epochs=1", "precision=fp32"))
+    run(fakes.job((stage,), tmp_path, recipe="supervised.digits", changes=("epochs=1", "precision=fp32")))
+    monkeypatch.setattr(reopen, "open_data", lambda data, **_: digits_of(4))
+    subject, _ = reopen.open_run(tmp_path, ("four",), labels="per-class=50")
+    assert load_protocol("linear").evaluate(subject)["linear_top1"] > 0.5
+    for protocol in ("classifier", "turned-classifier"):
+        with pytest.raises(ConfigError, match="knows 10 classes, this data has 4|has no turned-logits"):
+            load_protocol(protocol).evaluate(subject)
+    monkeypatch.setattr(reopen, "open_data", lambda data, **_: digits_of(10, channels=3))
+    with pytest.raises(ConfigError, match="learnt from images of 1 channels; these have 3"):
+        reopen.open_run(tmp_path, ("coloured",))
