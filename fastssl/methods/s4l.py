@@ -1,4 +1,4 @@
-"""S4L: a classifier of few labelled images that also learns, from all images, what self-supervision asks of it.
+r"""S4L: a classifier of few labelled images that also learns, from all images, what self-supervision asks of it.
 
 Paper      Zhai, Oliver, Kolesnikov and Beyer, ICCV 2019, arXiv 1905.03670
 Code       google-research/s4l at 8f1cf05 (TensorFlow 1, TPUs), which reproduces the published numbers; where paper and
@@ -15,7 +15,7 @@ epochs are counted in labelled images. The terms beside the class's cross-entrop
 rotation   by how many quarter turns an image is turned; all four turns of every image are shown
 exemplar   an image's eight distorted copies stay nearer each other than to other images: batch-hard triplets
 vat        predictions stay as they are under the perturbation that would change them most; such a step is eager, as
-           torch compiles no forward-mode derivatives
+           torch compiles neither forward-mode derivatives nor, for either product, the switch to full float32
 entropy    predictions are sure of themselves
 
 Batch norm and triplets know the images of one TPU core alone, `core_images` labelled ones and as many of all; ranks
@@ -23,9 +23,18 @@ must share the cores evenly. With `core_images=none` they know the whole batch, 
 
 Label lists are the release's, with 128 and 13 images a class, `s4l-10` and `s4l-1`: not SimCLR's, which `--labels
 simclr-10` takes. They are published as JSON (`label_map_count_128000_index_0`, `label_map_count_13000_index_0`); save
-the file names under "values", one a line, as `s4l-10.txt` and `s4l-1.txt` beside the data. The paper chose among rates
-.3, .1 and .03 and decays 1e-4, 3e-4 and 1e-3 (10 %), .03, .01 and .003 and 3e-3, 1e-2 and 3e-2 (1 %), and weights .5
-and 1 of the unlabelled loss; for 1 % only the supervised baseline's settings were released.
+the file names under "values", one a line, as `s4l-10.txt` and `s4l-1.txt` beside the data.
+
+The paper chose rate, decay and weight of the unlabelled loss from these, with 10 % and with 1 % of the labels:
+
+    fastssl train s4l.rotation --data PATH --gpus 8 --sweep lr_peak=.3,.1,.03 --sweep weight_decay=1e-4,3e-4,1e-3 \
+        --sweep rotation.weight=.5,1
+    fastssl train s4l.rotation --data PATH --gpus 8 --sweep lr_peak=.03,.01,.003 --sweep weight_decay=3e-3,1e-2,3e-2 \
+        --sweep rotation.weight=.5,1 --labels s4l-1 --set epochs=1000 --set warmup=10 --set decays=700,800,900
+
+and so `s4l.exemplar` with `exemplar.weight`, `s4l.vat` and `s4l.vat_entmin` with `vat.weight`. For 1 % only the
+supervised baseline's settings were released: that the others are as long is inferred, and its HSV noise, which exemplar
+has anyway, is not theirs here, as nothing says so and `--set` cannot express it.
 
 Resizing is Pillow's bilinear filter, which widens when it shrinks an image, for the release's legacy bilinear in
 training and its area filter in evaluation.
@@ -552,7 +561,9 @@ def moam() -> Stages:
         decays=(Epochs(100), Epochs(150), Epochs(190)),
         half_life=Epochs(1),
     )
-    # The paper does not say how the second stage warms up, nor the third stage's batch and losses.
+    # Inferred, as the paper does not say: how the second stage warms up, and that half of its average is from the last
+    # epoch of all images, 10,009 steps; the third stage's batch and losses, and that it starts from the weights
+    # themselves, not from their average, which is what labels and is evaluated.
     again = replace(method, pseudo_labels=True, warmup=Epochs(1), decays=(Epochs(6), Epochs(12)))
     last = replace(
         method,
@@ -607,7 +618,8 @@ def pseudo_label_cifar10_small() -> Stages:
 
 
 def moam_cifar10_small() -> Stages:
-    """As supervised_cifar10_small for as long in all: MOAM's stages, labels by five crops without their turns."""
+    """As supervised_cifar10_small for as long in all: MOAM's stages, labels by five crops without their turns, which
+    would make labelling four times as long."""
     joint = _small(
         Epochs(6),
         name="joint",
