@@ -107,6 +107,7 @@ from loaders.plan.views import (
 )
 
 TURNS = (0, 1, 2, 3)  # quarter turns, counter-clockwise as numpy.rot90's
+RELEASE_XI = 1e-6  # the release's step, by which the lengths of its gradients count: semi_supervised/vat_utils.py
 _NOISE = tag("vat")
 
 _CROP = View("crop", 224, DistortedBox((0.05, 1.0), (0.75, 1.33)), (Flip(),), SIGNED)
@@ -147,8 +148,9 @@ class Vat:
 
     product     "exact": derivatives; "differences": the release's quotient of step `xi` (there 1e-6, which float32 does
                 not resolve), of which a step of 1e-3 to 1e-2 is nearly the same
-    normaliser  "unit": r has its length; "compat": the release's, which leaves small gradients of the batch's mean
-                small, so that r is shorter than it says (the metric `perturbation` tells)
+    normaliser  "unit": r has its length; "compat": the release's, which leaves gradients below 1e-6 small, so that r is
+                shorter than it says (the metric `perturbation` tells): those of the mean over a core's rows, 16 in the
+                release, at its step of 1e-6 whatever `xi` is. Without virtual cores all rows of the batch count
     """
 
     weight: float = 0.5
@@ -289,7 +291,7 @@ class S4lNet(nn.Module):
             if vat.normaliser == "unit":
                 return vat.epsilon * unit(product)
             rows = len(x) // self.num_cores if self.num_cores is not None else len(x) * dist.world_size()
-            return vat.epsilon * unit_unless_small(product * (vat.xi / rows))  # the gradient of the core's mean
+            return vat.epsilon * unit_unless_small(product * (RELEASE_XI / rows))  # the gradient of the core's mean
 
 
 def _cores_of_this_rank(config: S4lConfig) -> int | None:

@@ -1,17 +1,23 @@
 """S4L's losses against loop-by-loop float64 transcriptions, value and gradient; which images they see; schedules."""
 
+import copy
 import json
 import math
+import re
+import shlex
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from click.testing import CliRunner
 
-from fastssl import dist
+from fastssl import dist, dry_run
+from fastssl.cli import main
 from fastssl.config import ConfigError
-from fastssl.methods.base import Artefact, Facts, Horizon
+from fastssl.methods import s4l
+from fastssl.methods.base import Artefact, Epochs, Facts, Horizon
 from fastssl.methods.s4l import (
     TURNS,
     Exemplar,
@@ -22,14 +28,18 @@ from fastssl.methods.s4l import (
     Vat,
     rotation_loss,
 )
-from fastssl.nn.adversarial import divergence, entropy
+from fastssl.nn.adversarial import curvature_product, divergence, entropy, unit
 from fastssl.nn.encoders import ResNet
+from fastssl.nn.recompute import recompute_blocks
 from fastssl.nn.triplet import exemplar_identities, exemplar_loss
+from fastssl.profiling import memory
+from fastssl.profiling.trace import Untraceable
 from fastssl.recipes import resolve
 from loaders.errors import PlanError
 from loaders.loader import Loader, bind
+from loaders.plan.ops import Flip, HsvNoise
 from loaders.plan.plan import StreamFacts
-from loaders.plan.views import SIGNED, FiveCrops, Rrc, View, Whole
+from loaders.plan.views import SIGNED, Centre, FiveCrops, Rrc, View, Whole
 from loaders.store.data import DataSets, open_data
 from loaders.store.source import ArraySource
 
@@ -160,6 +170,33 @@ def watched(nets):
     return seen
 
 
+def by_cores(nets, config, num_cores):
+    """(x, num_images) -> the trunk's features, each core's images run by themselves through the same weights with plain
+    batch norm; and the classifier that belongs to it."""
+    plain = replace(config, core_images=None).build(Facts(10, 1, 0), {}).nets().online.double()
+    plain.load_state_dict(nets.online.state_dict())
+
+    def features(x, num_images):
+        size, found = num_images // num_cores, {}
+        for core in range(num_cores):
+            rows = [row for row in range(len(x)) if row % num_images // size == core]
+            found |= dict(zip(rows, plain.trunk(x[rows]), strict=True))
+        return torch.stack([found[row] for row in range(len(x))])
+
+    return features, plain
+
+
+@pytest.mark.parametrize("core_images", [None, 2, 4])
+def test_features_are_those_of_each_core_s_images(core_images):
+    """In the order of the rows, of two streams and four turns. Catches rows that stay as the cores had them, and a core
+    of a view's images or of a stream's instead of its own."""
+    method, nets, batch = built(config(core_images=core_images, rotation=Rotation()))
+    x = torch.cat([part.x["crop"] for part in batch.parts.values()])
+    features, _ = by_cores(nets, method.config, 8 // (core_images or 8))
+    with torch.no_grad():
+        torch.testing.assert_close(nets.online.features(x, 8), features(x, 8), rtol=1e-9, atol=1e-9)
+
+
 def test_turns_are_those_of_rot90():
     method, _, batch = built(config(rotation=Rotation()))
     for part in batch.parts.values():
@@ -177,7 +214,7 @@ TERMS = {"rotation": Rotation(0.4), "vat": Vat(0.2, epsilon=2.0), "entropy_weigh
 @pytest.mark.parametrize("core_images", [None, 4])
 def test_the_total_is_made_of_its_terms_and_of_the_right_images(smoothed, core_images):
     """Class: all turns of the labelled images. Rotation: labelled and all images, half each. VAT and entropy: both, or
-    the unlabelled alone. Catches rows of one stream taken for the other's, also where cores rearrange them."""
+    the unlabelled alone. Catches a term made of the other stream's rows of what the network returns."""
     method, nets, batch = built(config(smoothed=smoothed, core_images=core_images, **TERMS))
     seen = watched(nets)
     values = method.loss(nets, batch)
@@ -200,19 +237,45 @@ def test_the_total_is_made_of_its_terms_and_of_the_right_images(smoothed, core_i
     assert len(seen["noise"]) == len(seen["adversarial"]) == len(clean)
 
 
-def test_vat_s_gradient_is_that_of_the_perturbed_branch():
-    """With p(x) and r as constants. Catches gradient through the clean logits or through the search for r."""
-    method, nets, batch = built(config(vat=Vat(1.0, epsilon=2.0), class_weight=0.0))
+@pytest.mark.parametrize("smoothed", ["all", "unlabelled"])
+@pytest.mark.parametrize("core_images", [None, 4])
+def test_vat_s_gradient_is_that_of_the_perturbed_branch(smoothed, core_images):
+    """With p(x) and r as constants, of the images that are smoothed, each among its core's. Catches gradient through
+    the clean logits or through the search for r, and the labelled images perturbed for the unlabelled."""
+    changes = {"vat": Vat(1.0, epsilon=2.0), "class_weight": 0.0, "smoothed": smoothed, "core_images": core_images}
+    method, nets, batch = built(config(**changes))
+    features, plain = by_cores(nets, method.config, 8 // (core_images or 8))
     seen = watched(nets)
-    weights = list(nets.online.parameters())
-    got = torch.autograd.grad(method.loss(nets, batch)["total"], weights)
-    x, noise, clean = seen["x"], seen["noise"], seen["logits"].detach()
+    got = torch.autograd.grad(method.loss(nets, batch)["total"], list(nets.online.parameters()))
+
+    def classify(x):
+        return plain.fc(features(x, 8))
+
+    labelled, unlabelled = (batch.parts[name].x["crop"] for name in ("labelled", "unlabelled"))
     with torch.no_grad():
-        r = nets.online._perturbation(x, noise, 8)
-    adversarial = nets.online.fc(nets.online.trunk(x + r))
-    expected = torch.autograd.grad(divergence(adversarial, clean).mean(), weights)
+        clean = classify(torch.cat([labelled, unlabelled]))
+    x = torch.cat([labelled, unlabelled]) if smoothed == "all" else unlabelled
+    r = 2.0 * unit(curvature_product(classify, x, unit(seen["noise"])))
+    loss = divergence(classify(x + r), clean[-len(x) :]).mean()
+    expected = torch.autograd.grad(loss, list(plain.parameters()))
     whole = torch.cat([g.flatten() for g in expected]).norm()
     assert max((one - other).norm() / whole for one, other in zip(got, expected, strict=True)) < 1e-9
+
+
+@pytest.mark.parametrize("product", ["exact", "differences"])
+@pytest.mark.parametrize("core_images", [None, 4])
+def test_recomputed_steps_with_vat_are_the_kept_ones(product, core_images):
+    """`--step eager-recompute`: gradients and running statistics. Catches a perturbed pass that is computed again as
+    one that counts."""
+    method, nets, batch = built(config(vat=Vat(product=product), core_images=core_images))
+    again = copy.deepcopy(nets)
+    assert recompute_blocks(again.online) > 0
+    for each in (nets, again):
+        method.loss(each, batch)["total"].backward()
+    for one, other in zip(nets.online.parameters(), again.online.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)
+    for one, other in zip(nets.online.buffers(), again.online.buffers(), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("product", ["exact", "differences"])
@@ -228,19 +291,21 @@ def test_perturbed_passes_leave_running_statistics_bitwise_alone(product, core_i
     assert buffers[0]["trunk.bn1.num_batches_tracked"] == 1
 
 
-def test_the_release_s_normaliser_shortens_perturbations():
-    """By the gradient of the mean of a core's rows: twice the rows to a core, half the length."""
-    lengths = {}
-    for core_images in (2, 4):
-        vat = Vat(epsilon=1.0, xi=1e-9, normaliser="compat")
-        method, nets, batch = built(config(vat=vat, core_images=core_images))
-        seen = watched(nets)
-        method.loss(nets, batch)
-        with torch.no_grad():
-            product = nets.online._perturbation(seen["x"], seen["noise"], 8)
-        lengths[core_images] = seen["perturbation"]
-        assert torch.equal(product.flatten(1).norm(dim=1), seen["perturbation"])
-    assert lengths[2].max() < 0.1 and lengths[2].min() > 0
+@pytest.mark.parametrize("product", ["exact", "differences"])
+@pytest.mark.parametrize("core_images", [None, 4])
+def test_the_release_s_normaliser_shortens_perturbations(product, core_images):
+    """By the gradient of the mean of a core's rows at the release's step of 1e-6, where that is below 1e-6. Catches a
+    clamp at the step that differences take, and rows of the batch counted for a core's."""
+    vat = Vat(epsilon=3.0, product=product, xi=1e-3, normaliser="compat")
+    method, nets, batch = built(config(vat=vat, core_images=core_images))
+    features, plain = by_cores(nets, method.config, 8 // (core_images or 8))
+    seen = watched(nets)
+    method.loss(nets, batch)
+    gradient = 1e-6 * curvature_product(lambda x: plain.fc(features(x, 8)), seen["x"], unit(seen["noise"]))
+    lengths = [float(image.norm()) / (2 * (core_images or 8)) for image in gradient]
+    expected = [3.0 * length / max(length, 1e-6) for length in lengths]
+    assert seen["perturbation"].tolist() == pytest.approx(expected, rel=1e-6 if product == "exact" else 0.02)
+    assert min(expected) < 1.0
 
 
 def test_an_image_s_noise_is_its_own_on_any_number_of_ranks():
@@ -294,8 +359,6 @@ def test_the_average_has_no_memory_of_the_start():
         expected = sum(weight * value for weight, value in zip(seen, history, strict=True)) / sum(seen)
         torch.testing.assert_close(nets.target.fc.weight, expected, rtol=1e-12, atol=1e-12)
         assert torch.equal(nets.target.trunk.bn1.running_mean, nets.online.trunk.bn1.running_mean)
-    decay = 0.5 ** (1 / 1000)
-    assert decay == pytest.approx(0.999307, abs=1e-6)  # MOAM's, 1,000 steps an epoch
 
 
 def test_evaluation_looks_at_the_average():
@@ -319,30 +382,35 @@ def test_turned_logits_are_the_mean_over_quarter_turns():
         assert not torch.allclose(method.embed(nets, x, "logits"), expected)
 
 
-def test_images_are_labelled_by_the_mean_logits_of_crops_and_turns():
+@pytest.mark.parametrize("half_life", [None, Epochs(1)])
+def test_images_are_labelled_by_the_mean_logits_of_crops_and_turns(half_life):
     """Twenty views of each image, whose own slices and turns are taken here; labels that show are kept. Catches a vote
-    by probabilities or by the first crop alone, and rows of one image counted as another's."""
+    by probabilities or by the first crop alone, rows of one image counted as another's, and labels by the weights
+    themselves where there is an average."""
     view = View("label", 6, FiveCrops(), pixels=SIGNED, copies=5, turns=TURNS)
-    settings = {**vars(config(batch_global=100)), "labels": "per-class=2", "label_view": view}
+    settings = {**vars(config(batch_global=100, half_life=half_life)), "labels": "per-class=2", "label_view": view}
     method = LabelConfig(**settings).build(Facts(10, 1, 0), {})
     torch.manual_seed(0)
     nets = method.nets()
     nets.online.double().eval()
+    votes_by = nets.online if half_life is None else nets.target.double().eval()
+    torch.nn.init.normal_(votes_by.fc.weight, std=30.0)  # so sure that a mean of probabilities is another vote
     batch = first_batch(method)
     with torch.no_grad():
         got = method.produce(nets, batch)["pseudo_label"]
     digits = open_data(("digits",)).get("train")
-    part, kept = batch.parts["images"], 0
+    part, kept, unlike = batch.parts["images"], 0, 0
     for row, image_id in enumerate(part.ids.tolist()):
         image = digits.images[image_id].astype(np.float64) / 255 * 2 - 1
         crops = [image[1:7, 1:7], image[:6, :6], image[:6, 2:], image[2:, :6], image[2:, 2:]]
         turned = np.stack([np.rot90(crop, turn) for crop in crops for turn in TURNS]).transpose(0, 3, 1, 2)
         with torch.no_grad():
-            logits = nets.online.fc(nets.online.trunk(torch.from_numpy(np.ascontiguousarray(turned)))).mean(dim=0)
+            logits = votes_by.fc(votes_by.trunk(torch.from_numpy(np.ascontiguousarray(turned))))
         shown = int(part.labels[row])
-        assert got[row] == (shown if shown >= 0 else logits.argmax())
+        assert got[row] == (shown if shown >= 0 else logits.mean(dim=0).argmax())
         kept += shown >= 0
-    assert 0 < kept < 100
+        unlike += shown < 0 and logits.softmax(dim=1).mean(dim=0).argmax() != logits.mean(dim=0).argmax()
+    assert 0 < kept < 100 and unlike > 0
     assert len(set(got.tolist())) > 1
 
 
@@ -440,8 +508,8 @@ def test_pseudo_labels_that_are_not_one_an_image_in_order_are_refused(ids, made)
 
 
 def test_recipes_say_what_the_release_s_configurations_say():
-    """Batch, images to a core, rate, decay, warm-up and length of each: the constants that the method's numbers hang
-    on."""
+    """Batch, images to a core, rate, decay, warm-up and length of each, and its terms: the constants that the method's
+    numbers hang on."""
     said = {}
     for name in ("supervised", "supervised_1pct", "rotation", "exemplar", "vat", "vat_entmin", "pseudo_label", "moam"):
         stage = resolve(f"s4l.{name}")[-1 if name == "pseudo_label" else 0]
@@ -459,6 +527,61 @@ def test_recipes_say_what_the_release_s_configurations_say():
         "pseudo_label": (256, 32, 0.1, 1e-4, 5, 30, 60, 90, 100),
         "moam": (128, None, 0.1, 2e-4, 10, 100, 150, 190, 200),
     }
+    terms = {}
+    for name in said:
+        c = resolve(f"s4l.{name}")[-1 if name == "pseudo_label" else 0].method
+        terms[name] = c.class_weight, c.rotation, c.exemplar, c.vat, c.entropy_weight, c.smoothed, c.half_life
+    none = 1.0, None, None, None, 0.0, "all", None
+    vat = Vat(0.5, 40.0, "exact", 1e-3, "unit")
+    assert terms == {
+        "supervised": none,
+        "supervised_1pct": none,
+        "rotation": (1.0, Rotation(1.0), None, None, 0.0, "all", None),
+        "exemplar": (1.0, None, Exemplar(1.0, 1000, False), None, 0.0, "all", None),
+        "vat": (1.0, None, None, vat, 0.0, "all", None),
+        "vat_entmin": (1.0, None, None, vat, 1.0, "all", None),
+        "pseudo_label": none,
+        "moam": (0.3, Rotation(0.4), None, replace(vat, weight=0.3, epsilon=32.0), 0.3, "unlabelled", Epochs(1)),
+    }
     joint = resolve("s4l.moam")[0].method
-    weights = joint.class_weight, joint.rotation.weight, joint.vat.weight, joint.entropy_weight
-    assert weights == (0.3, 0.4, 0.3, 0.3) and math.isclose(sum(weights[:3]), 1.0)
+    assert math.isclose(joint.class_weight + joint.rotation.weight + joint.vat.weight, 1.0)
+    views = {name: (c.view.copies, c.view.ops) for name in said if (c := resolve(f"s4l.{name}")[0].method)}
+    plain = 1, (Flip(),)
+    noisy = {"supervised_1pct": (1, (Flip(), HsvNoise())), "exemplar": (8, (HsvNoise(), Flip()))}
+    assert views == dict.fromkeys(said, plain) | noisy
+
+
+def test_moam_s_later_stages_are_the_paper_s():
+    """Labels by five crops in four turns; the second stage with all losses on pseudo-labels, the third without any but
+    the class's, on the labels."""
+    joint, label, relearn, finetune = resolve("s4l.moam")
+    view = View("label", 224, FiveCrops(resize=256), pixels=SIGNED, copies=5, turns=(0, 1, 2, 3))
+    assert label.do == "produce" and label.method.label_view == view
+    again = {"pseudo_labels": True, "warmup": Epochs(1), "decays": (Epochs(6), Epochs(12))}
+    assert relearn.method == replace(joint.method, **again) and relearn.length == Epochs(18)
+    c = finetune.method
+    assert (c.batch_global, c.lr_peak, c.weight_decay, c.warmup) == (128, 5e-4, 3e-3, Epochs(0))
+    assert (*c.decays, finetune.length) == (Epochs(5), Epochs(10), Epochs(15), Epochs(20))
+    assert (c.class_weight, c.rotation, c.exemplar, c.vat, c.entropy_weight) == (1.0, None, None, None, 0.0)
+    assert (c.labels, c.pseudo_labels, c.half_life) == ("s4l-10", False, None)
+    single = resolve("s4l.pseudo_label")[1].method.label_view
+    assert (single.copies, single.turns, single.crop) == (1, (0,), Centre(resize=256))
+
+
+def test_the_header_s_sweeps_are_accepted(monkeypatch):
+    """Catches a key that a recipe no longer has, and another recipe's weight that is named otherwise."""
+
+    def not_traced(stage, facts, world):
+        raise Untraceable("too large for a test")
+
+    for module in (dry_run, memory):
+        monkeypatch.setattr(module, "trace_step", not_traced)
+    text = s4l.__doc__.replace("\\\n", "")
+    commands = re.findall(r"^ +fastssl (train s4l.rotation .*--sweep.*)$", text, re.MULTILINE)
+    assert len(commands) == 2
+    for recipe, term in (("rotation", "rotation"), ("exemplar", "exemplar"), ("vat", "vat"), ("vat_entmin", "vat")):
+        for command in commands:
+            mine = command.replace("s4l.rotation", f"s4l.{recipe}").replace("rotation.weight", f"{term}.weight")
+            result = CliRunner().invoke(main, [*shlex.split(mine), "--dry-run"])
+            assert result.exit_code == 0, result.output
+            assert "18 runs" in result.output
