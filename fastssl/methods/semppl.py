@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from fastssl.config import ConfigError
 from fastssl.dist import gather_rows, gather_rows_together, mean_over_ranks, rank, world_size
 from fastssl.methods.base import (
+    DTYPES,
     Artefact,
     Config,
     Epochs,
@@ -282,7 +283,7 @@ class Semppl(Method):
                 with torch.no_grad():
                     large = nets.target(views[: c.num_large])
         # What half-precision networks put out travels as such, and loses nothing.
-        dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[c.precision]
+        dtype = None if c.precision == "fp32" else DTYPES[c.precision]
         (rows,) = gather_rows_together(torch.stack(large, dim=1).flatten(1), dtype=dtype)
         z_VBD = _unit(torch.stack(z))
         target_GLD = _unit(rows.unflatten(1, (c.num_large, -1)))

@@ -31,7 +31,7 @@ from fastssl.datasets import KNOWN_SETS
 from fastssl.engine.job import Job, threads_per_rank
 from fastssl.engine.stages import facts_of, keep_freed_memory
 from fastssl.engine.step import TrainingStep, default_how
-from fastssl.methods.base import Facts, Horizon, Method, Stage
+from fastssl.methods.base import DTYPES, Facts, Horizon, Method, Stage
 from fastssl.profiling.live_memory import LiveMemory
 from fastssl.profiling.probes import (
     CoreProbe,
@@ -125,10 +125,9 @@ class _Measuring:
             alone = bind(self.asked.alone.method.build(self.facts, {}).plan(), self.data)
             kinds += self._loader_kinds(alone)
         if what in ("step", "all"):
-            dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
             precision = self.asked.stage.method.precision
             found.probes |= {
-                "flop_s": gemm_flop_s(self.device, dtype[precision]),
+                "flop_s": gemm_flop_s(self.device, DTYPES[precision]),
                 "copy_bytes_s": copy_bytes_s(self.device),
                 "precision": precision,
             }

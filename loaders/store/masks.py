@@ -164,7 +164,7 @@ class JoinedMasks:
 
 def masks_by_key(sources: dict[str, Source], files: Sequence[MaskFile]) -> dict[str, Masks]:
     """Of each key whose source, or all of whose parts, one of `files` belongs to: the masks. Raises StoreError where a
-    file belongs to none of the sources, or does not fit its own."""
+    file belongs to none of the sources, or does not fit its own, or to a part of a source whose other parts have none."""
     used: list[MaskFile] = []
 
     def matching(source: Source) -> Masks | None:
@@ -178,8 +178,12 @@ def masks_by_key(sources: dict[str, Source], files: Sequence[MaskFile]) -> dict[
             return own[0]
         if not isinstance(source, Concatenated):
             return None
-        parts = [masks for masks in map(matching, source.sources) if masks is not None]
-        return JoinedMasks(parts) if len(parts) == len(source.sources) else None
+        parts = [(part, matching(part)) for part in source.sources]
+        there = [masks for _, masks in parts if masks is not None]
+        if there and len(there) < len(parts):
+            without = ", ".join(part.name for part, masks in parts if masks is None)
+            raise StoreError(f"{without}: no masks, but {there[0].name} is of images beside them; give masks of all")
+        return JoinedMasks(there) if there else None
 
     found = {key: matching(source) for key, source in sources.items()} if files else {}
     for file in files:

@@ -233,6 +233,8 @@ def test_masks_find_their_images_among_several_sets(tmp_path):
     assert data.fingerprints() == without.fingerprints() | {"masks": data.fingerprints()["masks"]}
     with pytest.raises(StoreError, match=r"no masks for the images of .*one .*two: make them with .*masks=off"):
         without.masks_of("labelled")
+    with pytest.raises(StoreError, match=r"^[^,]*two[^,]*: no masks, but .*one.masks is of images beside them"):
+        open_data((*specs, f"masks={files[ours[0]]}"))
 
 
 def test_masks_of_other_data_are_refused(tmp_path):
