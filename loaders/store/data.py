@@ -46,8 +46,8 @@ class DataSets:
             source = self.sources.get(TRAIN)
             if source is None:
                 given = ", ".join(sorted(self.sources)) or "none"
-                how = f"--data PATH or --data {key}=PATH" if key != TRAIN else "--data PATH, several times for several sets"
-                raise StoreError(f"no data for {key!r}: give {how} (given: {given})")
+                other = ", several times for several sets" if key == TRAIN else f" or --data {key}=PATH"
+                raise StoreError(f"no data for {key!r}: give --data PATH{other} (given: {given})")
         return source
 
     def masks_of(self, key: str) -> Masks:

@@ -164,7 +164,8 @@ class JoinedMasks:
 
 def masks_by_key(sources: dict[str, Source], files: Sequence[MaskFile]) -> dict[str, Masks]:
     """Of each key whose source, or all of whose parts, one of `files` belongs to: the masks. Raises StoreError where a
-    file belongs to none of the sources, or does not fit its own, or to a part of a source whose other parts have none."""
+    file belongs to none of the sources, does not fit its own, or belongs to a part of a source that has parts without.
+    """
     used: list[MaskFile] = []
 
     def matching(source: Source) -> Masks | None:
