@@ -16,7 +16,7 @@ Whatever touches a whole x does so in the four functions at the end of this file
 operators allow or, where `_on_kernels`, as `batch_norm_triton` needs.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
@@ -179,15 +179,24 @@ def frozen_running_stats(module: nn.Module) -> Iterator[None]:
     for layer in module.modules():
         if isinstance(layer, _BatchNorm) and not isinstance(layer, GlobalBatchNorm):
             raise TypeError(f"can freeze the running statistics of GlobalBatchNorm only, found {type(layer).__name__}")
-    layers = [layer for layer in module.modules() if isinstance(layer, GlobalBatchNorm)]
-    before = [layer.update_running_stats for layer in layers]
-    for layer in layers:
-        layer.update_running_stats = False
+    with running_stats_updated({layer: False for layer in module.modules() if isinstance(layer, GlobalBatchNorm)}):
+        yield
+
+
+@contextmanager
+def running_stats_updated(updates: Mapping[GlobalBatchNorm, bool]) -> Iterator[None]:
+    """Within the context, whether training-mode passes through each of these layers move its running statistics."""
+    before = {layer: layer.update_running_stats for layer in updates}
+
+    def put(values: Mapping[GlobalBatchNorm, bool]) -> None:
+        for layer, value in values.items():
+            layer.update_running_stats = value
+
+    put(updates)
     try:
         yield
     finally:
-        for layer, value in zip(layers, before, strict=True):
-            layer.update_running_stats = value
+        put(before)
 
 
 def set_batch_norm_mode(module: nn.Module, mode: BatchNormMode) -> None:

@@ -5,7 +5,7 @@ convolutions that widen (a tenth of the products of a ResNet-50's step), batch n
 sent twice, and running statistics move once.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from fastssl.nn.global_batch_norm import GlobalBatchNorm, Lockstep, LockstepSequential
+from fastssl.nn.global_batch_norm import GlobalBatchNorm, Lockstep, LockstepSequential, running_stats_updated
 
 _MESSAGES = (torch.ops._c10d_functional.all_reduce.default, torch.ops._c10d_functional.wait_tensor.default)
 
@@ -43,12 +43,11 @@ def recompute_blocks(module: nn.Module) -> int:
 def recomputed(block: Lockstep, xs: Sequence[Tensor]) -> list[Tensor]:
     """`block.lockstep(xs)`, keeping little for backward: the same values, gradients and running statistics, which may
     be frozen meanwhile (`frozen_running_stats`) and free again when backward computes the block again."""
-    norms = [layer for layer in block.modules() if isinstance(layer, GlobalBatchNorm)]
-    updates = [norm.update_running_stats for norm in norms]
+    updates = {layer: layer.update_running_stats for layer in block.modules() if isinstance(layer, GlobalBatchNorm)}
 
     def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
         first, again = create_selective_checkpoint_contexts(_policy)
-        return first, _leaving_buffers(block, norms, updates, again)
+        return first, _leaving_buffers(block, updates, again)
 
     return checkpoint(block.lockstep, list(xs), use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
@@ -65,23 +64,15 @@ def _policy(ctx: Any, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Chec
 
 @contextmanager
 def _leaving_buffers(
-    block: Lockstep, norms: Sequence[GlobalBatchNorm], updates: Sequence[bool], context: AbstractContextManager
+    block: Lockstep, updates: Mapping[GlobalBatchNorm, bool], context: AbstractContextManager
 ) -> Iterator[None]:
-    """`context`, in which each norm's `update_running_stats` is what it was in the first pass, and after which it and
-    the block's buffers are what they were. (Selective checkpointing insists on the very same operations when it
-    computes again, so running statistics move then, too, if they did in the first pass.)"""
+    """`context`, in which running statistics are updated as in the first pass, and after which the block's buffers are
+    what they were. (Selective checkpointing insists on the very same operations when it computes again, so running
+    statistics move then, too, if they did in the first pass.)"""
     before = [buffer.clone() for buffer in block.buffers()]
-    updates_now = [norm.update_running_stats for norm in norms]
-    _set_updates(norms, updates)
     try:
-        with context:
+        with running_stats_updated(updates), context:
             yield
     finally:
-        _set_updates(norms, updates_now)
         for buffer, value in zip(block.buffers(), before, strict=True):
             buffer.data.copy_(value)  # .data: autograd may hold the buffer, and its version must not move
-
-
-def _set_updates(norms: Sequence[GlobalBatchNorm], updates: Sequence[bool]) -> None:
-    for norm, value in zip(norms, updates, strict=True):
-        norm.update_running_stats = value
