@@ -10,12 +10,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
+from fastssl import dist
 from fastssl.config import FastsslError
 from fastssl.tensor_files import WeightsError, read_tensors, sha256_of
 
@@ -24,6 +26,18 @@ STATE, DIGEST, LATEST = "state.pt", "digest.json", "latest"
 
 class CheckpointError(FastsslError):
     """A checkpoint that cannot be read or written."""
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """Where one rank's CheckpointError within the context is raised on all of them; every rank must enter it."""
+    problem = ""
+    try:
+        yield
+    except CheckpointError as error:
+        problem = str(error)
+    if problem := next(filter(None, dist.gather_objects(problem)), ""):
+        raise CheckpointError(problem)
 
 
 class Checkpoints:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastssl import dist
-from fastssl.engine.checkpoint import CheckpointError, Checkpoints
+from fastssl.engine.checkpoint import CheckpointError, Checkpoints, failing_together
 
 
 class RowsSoFar:
@@ -51,14 +51,9 @@ class RowsSoFar:
 
     def keep(self, step: int) -> None:
         """Write the rows of the first `step` steps. Raises CheckpointError, on every rank, where the disk refuses."""
-        problem = ""
-        if dist.is_main():
-            try:
+        with failing_together():
+            if dist.is_main():
                 self.checkpoints.save(step, {"origin": self.origin, "rows": self.tensors()})
-            except CheckpointError as error:
-                problem = str(error)
-        if problem := dist.broadcast_object(problem):
-            raise CheckpointError(problem)
 
     def tensors(self) -> dict[str, Tensor]:
         """All rows so far, on the CPU."""

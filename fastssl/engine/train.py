@@ -18,7 +18,7 @@ from fastssl import dist
 from fastssl.clock import Clock
 from fastssl.config import ConfigError, FastsslError, Stopped
 from fastssl.engine import stragglers
-from fastssl.engine.checkpoint import CheckpointError, Checkpoints
+from fastssl.engine.checkpoint import CheckpointError, Checkpoints, failing_together
 from fastssl.engine.nonfinite import FirstNotFinite, LeftOut, describe
 from fastssl.engine.saver import Saver
 from fastssl.engine.signals import Agreement, StopRequest
@@ -242,10 +242,5 @@ class Trainer:
 
     def _finish_saving(self) -> None:
         """Wait for the checkpoint that is being written. Raises CheckpointError, on every rank, where it failed."""
-        problem = ""
-        try:
+        with failing_together():
             self.saver.finish()
-        except CheckpointError as error:
-            problem = str(error)
-        if problem := next(filter(None, dist.gather_objects(problem)), ""):
-            raise CheckpointError(problem)
