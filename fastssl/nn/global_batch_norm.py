@@ -429,9 +429,14 @@ def _affine(x: Tensor, scale_C: Tensor, shift_C: Tensor, residual: Tensor | None
     if torch.compiler.is_compiling():
         y = x.to(scale_C.dtype) * _per_channel(scale_C, x) + _per_channel(shift_C, x)
         y = y if residual is None else y + residual
-        return (y.relu() if relu else y).to(x.dtype)
-    # torch's kernel at mean 0 and variance 1: one pass over x, also where it is in half precision.
-    y = F.batch_norm(x, torch.zeros_like(scale_C), torch.ones_like(scale_C), scale_C, shift_C, eps=0.0)
+        y = y.relu() if relu else y
+        # Dynamo 2.11.0 marks the output of a Function as without gradient where a `to` that converts nothing ends it:
+        # every weight below would get zeros, without a word.
+        return y if y.dtype == x.dtype else y.to(x.dtype)
+    # torch's kernel at mean 0 and variance 1: one pass over x, also where it is in half precision. By its operator:
+    # `F.batch_norm` of torch 2.10 and 2.11 refuses an eps of 0.
+    mean_C, var_C = torch.zeros_like(scale_C), torch.ones_like(scale_C)
+    y = torch.batch_norm(x, scale_C, shift_C, mean_C, var_C, False, 0.0, 0.0, torch.backends.cudnn.enabled)
     return _finish(y, residual, relu)
 
 

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastssl.nn.encoders import ResNet, WideResNet
-from fastssl.nn.global_batch_norm import GlobalBatchNorm, LockstepSequential, frozen_running_stats
+from fastssl.nn.global_batch_norm import GlobalBatchNorm, LockstepSequential, _affine, frozen_running_stats
 from fastssl.nn.heads import prediction_head, projection_head
 from fastssl.nn.resnet import resnet
 from fastssl.nn.wide_resnet import wide_resnet
@@ -149,6 +149,34 @@ def test_batch_norm_alone_is_torch_s(shape, dtype):
         results.append([output, own.grad, layer.weight.grad, layer.bias.grad, evaluated, *layer.buffers()])
     for ours, theirs in zip(*results, strict=True):
         assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+
+
+def test_normalising_asks_no_release_of_torch_for_an_eps_of_zero(monkeypatch):
+    """torch 2.10 and 2.11 refuse it in `F.batch_norm`: statistics of several ranks or virtual cores would not train."""
+
+    def as_in_2_10(*args, eps=1e-5, **kwargs):
+        assert eps > 0, "batch_norm eps must be positive"
+
+    monkeypatch.setattr(F, "batch_norm", as_in_2_10)
+    x = torch.randn(4, 3, 2, 2, dtype=torch.float64)
+    scale_C, shift_C = torch.randn(2, 3, dtype=torch.float64)
+    expected = x * scale_C.view(3, 1, 1) + shift_C.view(3, 1, 1)
+    assert torch.allclose(_affine(x, scale_C, shift_C, None, False), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_compiled_norm_ends_in_no_conversion_of_nothing(dtype):
+    """torch 2.11.0 gives every weight below such a one a gradient of zero."""
+    x, one_C = torch.randn(4, 3, 2, 2, dtype=dtype), torch.ones(3, dtype=torch.promote_types(dtype, torch.float32))
+    graphs = []
+
+    def seen(graph, inputs):
+        graphs.append([node.target for node in graph.graph.nodes if node.op == "call_method"])
+        return graph
+
+    y = torch.compile(lambda x: _affine(x, one_C, one_C, None, False), backend=seen, fullgraph=True)(x)
+    assert y.dtype == dtype
+    assert graphs[0].count("to") == (1 if dtype != one_C.dtype else 0) + 1  # the other one converts x: see `_affine`
 
 
 @pytest.mark.parametrize("training", (True, False))
