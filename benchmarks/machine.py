@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import platform
-import subprocess
 from pathlib import Path
+
+from fastssl.engine import job
 
 
 def commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    described = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-    return described.stdout.strip() or "unknown"
+    """Short, and `-dirty` where files differ from it."""
+    return job.commit("describe", "--always", "--dirty", "--abbrev=12")
 
 
 def cpu_model() -> str:

@@ -80,13 +80,25 @@ def threads_per_rank() -> int:
 
 def versions() -> dict[str, str]:
     """What this process computes with."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
         "machine": platform.machine(),
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit(),
     }
+
+
+def commit(*how: str) -> str:
+    """The commit that this code is, as `git rev-parse HEAD` or, with `how`, another command of git's says; "unknown"
+    where there is no git, or where no repository tracks this code: a copy that is installed inside somebody's."""
+    file = Path(__file__).resolve()
+    tracked = _git("ls-files", "--error-unmatch", file.name, folder=file.parent)
+    return (tracked and _git(*(how or ("rev-parse", "HEAD")), folder=file.parent)) or "unknown"
+
+
+def _git(*words: str, folder: Path) -> str:
+    try:
+        return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
