@@ -450,7 +450,7 @@ def doctor(data: Path | None, as_json: bool) -> None:
     if as_json:
         click.echo(doctors.as_json(rows))
     else:
-        Console().print(doctors.as_table(rows))
+        Console(markup=False, emoji=False).print(doctors.as_table(rows))
     sys.exit(0 if doctors.usable(rows) else 1)
 
 

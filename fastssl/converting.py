@@ -68,8 +68,10 @@ def reporting() -> Iterator[Report]:
     if not sys.stderr.isatty():
         yield _plain_lines()
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+    name = TextColumn("{task.description}", markup=False)
+    rate = TextColumn("{task.fields[rate]}", markup=False)
+    console = Console(stderr=True, markup=False, emoji=False)
+    with Progress(name, BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn(), console=console) as bar:
         tasks: dict[str, TaskID] = {}
         starts: dict[str, tuple[float, int]] = {}
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich.table import Table
+from rich.text import Text
 
 IMPORT_TIMEOUT_S = 120.0  # CUDA's libraries from a cold network disk
 READ_S = 2.0  # of the file system test
@@ -67,7 +68,8 @@ def as_table(rows: list[Row]) -> Table:
     table = Table("", "found", "verdict", "what to do", box=None, pad_edge=False)
     styles = {"ok": "green", "absent": "dim", "look": "yellow", "broken": "bold red"}
     for row in rows:
-        table.add_row(row.name, row.found, f"[{styles[row.verdict]}]{row.verdict}[/]", row.remedy)
+        verdict = Text(row.verdict, styles[row.verdict])
+        table.add_row(Text(row.name), Text(row.found), verdict, Text(row.remedy))  # a str is markup: '.[dali]' a style
     return table
 
 

@@ -209,3 +209,17 @@ def test_no_file_holds_a_path_of_one_machine():
     assert one_machine.search(b"see /" + b"work/x") and not one_machine.search(b"../" + b"work/x")
     files = [path for path in tracked() if b"\0" not in path.read_bytes()[:8192]]
     assert [str(p.relative_to(ROOT)) for p in files if one_machine.search(p.read_bytes())] == []
+
+
+def test_no_text_is_read_as_markup():
+    """Rich takes `[...]` for a style and `:name:` for a picture, in paths and extras as well."""
+    wrong = []
+    for module, tree in sources("fastssl", "loaders", "benchmarks", "tools").items():
+        for node in ast.walk(tree):
+            name = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
+            off = {k.arg for k in node.keywords if not getattr(k.value, "value", True)} if name else set()
+            if {"Console": {"markup", "emoji"}, "TextColumn": {"markup"}}.get(name, set()) - off:
+                wrong.append(f"{module}:{node.lineno}")
+        if imports(tree) & {"rich.print", "rich.markup.render", "rich.prompt.Prompt"}:
+            wrong.append(module)
+    assert wrong == []

@@ -119,7 +119,7 @@ def run(job: Job, what: measure.What, seconds: float, trace: bool, baseline: Pat
     if os.environ.get("RANK", "0") != "0":
         return
     profile = read(job.out / PROFILE)
-    Console().print(as_text(profile))
+    Console(markup=False, emoji=False).print(as_text(profile))
     print(f"written: {job.out / PROFILE}, {job.out / PAGE}" + (f", {job.out / TRACE}" if trace else ""))
     if compared:
         print(baselines.check(compared, profile))

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 from fastssl import doctor
 from fastssl.cli import main
@@ -41,6 +42,14 @@ def test_only_what_training_needs_makes_the_exit_code(monkeypatch):
     assert result.exit_code == 1 and "broken" in result.output and "Traceback" not in result.output
     optional = {"DALI", "FFCV", "Triton", "apex", "submitit"}
     assert all(row.verdict != "broken" for row in doctor.examine() if row.name in optional)
+
+
+def test_the_table_shows_every_character(capsys):
+    """Catches brackets that rich takes for a style: `pip install -e '.[dali]'` was shown as `'.'`."""
+    row = doctor.Row("[a]", "/data/[b]/x:warning:", "look", "pip install -e '.[dali]'")
+    Console(width=200).print(doctor.as_table([row]))
+    shown = capsys.readouterr().out.split("\n")[1].split("  ")
+    assert [cell.strip() for cell in shown if cell.strip()] == [row.name, row.found, row.verdict, row.remedy]
 
 
 def test_crash_of_a_library_is_its_row_alone():
