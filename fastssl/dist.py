@@ -29,9 +29,7 @@ _host_group: td.ProcessGroup | None = None
 _store: td.Store | None = None
 
 
-def init(
-    backend: str, *, init_method: str = "env://", timeout_s: float = 600.0, join_timeout_s: float = 600.0
-) -> None:
+def init(backend: str, *, init_method: str = "env://", timeout_s: float = 600.0, join_timeout_s: float = 600.0) -> None:
     """Join the other ranks; `backend` is "gloo" or "nccl" (which also selects this rank's GPU).
 
     Reads RANK, LOCAL_RANK and WORLD_SIZE, and for `env://` MASTER_ADDR and MASTER_PORT, as torchrun sets them.

@@ -1,9 +1,9 @@
 """A run's networks for use elsewhere: a folder that needs no fastssl, and that `--init-from` takes.
 
-    backbone.safetensors   the trunk, with torchvision's key names
-    heads.safetensors      whatever else the network had: projection and prediction heads, a classifier
-    config.json            architecture, input, accuracies, provenance, hashes of the files
-    README.md              the same as a model card
+backbone.safetensors   the trunk, with torchvision's key names
+heads.safetensors      whatever else the network had: projection and prediction heads, a classifier
+config.json            architecture, input, accuracies, provenance, hashes of the files
+README.md              the same as a model card
 """
 
 from __future__ import annotations

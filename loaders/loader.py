@@ -334,7 +334,6 @@ def _finished_on_gpu(rows: ViewRows, crops: np.ndarray | Tensor, out: Tensor) ->
     return out
 
 
-
 class _Timed:
     """The pool, counting what its threads are given as the stage `finish`."""
 

@@ -213,9 +213,7 @@ class _StageRun:
             evaluations.append(self._evaluate(trainer))
             return evaluations[-1]
 
-        with Recorder(
-            self.folder, main=dist.is_main(), resume_step=trainer.step, log_to=self.job.log_to
-        ) as recorder:
+        with Recorder(self.folder, main=dist.is_main(), resume_step=trainer.step, log_to=self.job.log_to) as recorder:
             for text in damaged:
                 recorder.warn(text)
             self._announce(recorder, trainer)

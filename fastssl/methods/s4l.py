@@ -423,7 +423,7 @@ class S4l(Method):
             torch._foreach_copy_(list(nets.target.buffers()), list(nets.online.buffers()))
 
     def embed(self, nets: Nets, x: Tensor, tap: str) -> Tensor:
-        """"turned-logits" are the mean of the logits of an image's four turns."""
+        """ "turned-logits" are the mean of the logits of an image's four turns."""
         net = nets.online if nets.target is None else nets.target
         assert isinstance(net, S4lNet)
         turns = TURNS if tap == "turned-logits" else (0,)

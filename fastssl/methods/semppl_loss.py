@@ -193,9 +193,7 @@ def _byol_terms(z_VBD: Tensor, own_BLD: Tensor, positives: Positives | None) -> 
     return replace(terms, semantic=(2 - 2 * _products(z_BVD, positives.z_BLPD)).sum(dim=3))
 
 
-def _simclr_terms(
-    z_VBD: Tensor, target_GLD: Tensor, row_B: Tensor, positives: Positives | None, tau: float
-) -> Terms:
+def _simclr_terms(z_VBD: Tensor, target_GLD: Tensor, row_B: Tensor, positives: Positives | None, tau: float) -> Terms:
     """NT-Xent: of view i with view j, among all views of all other images. A semantic positive takes j's place."""
     z_BVD, num_images = z_VBD.transpose(0, 1), len(target_GLD)
     logit_BVGL = (z_BVD @ target_GLD.flatten(0, 1).T / tau).unflatten(2, target_GLD.shape[:2])

@@ -41,9 +41,7 @@ MATRIX_CLASSES = 20  # beyond, a table of what is confused most
 # ----------------------------------------------------------------------------------------------------- contact sheet
 
 
-def crops(
-    bound: Bound, stream: str, step: int, renderer: str, num_images: int
-) -> list[list[tuple[str, np.ndarray]]]:
+def crops(bound: Bound, stream: str, step: int, renderer: str, num_images: int) -> list[list[tuple[str, np.ndarray]]]:
     """[image][crop] (view name, uint8 [S, S, 3]): every row of every view of the batch's first images, normalisation
     undone."""
     views = {view.name: view for view in bound.plan.plan.stream(stream).views}

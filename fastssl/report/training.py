@@ -377,9 +377,7 @@ def _settings(history: History, other: History | None) -> Html:
     found = [tuple(part for part in change.partition(": ")[::2]) for change in differences(mine, theirs)]
     if not found:
         return paragraph("Both runs have the same recipe, seed, settings and data.") + own
-    return (
-        paragraph(f"What differs, {history.path} -> {other.path}:") + table(("setting", "change"), found) + own
-    )
+    return paragraph(f"What differs, {history.path} -> {other.path}:") + table(("setting", "change"), found) + own
 
 
 def _flat(value: object, path: str) -> list[tuple[str, str]]:

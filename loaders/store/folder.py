@@ -22,9 +22,7 @@ _SIGNATURES = (b"\xff\xd8", b"\x89PNG")
 def images_in(folder: Path) -> list[str]:
     """Names of the image files straight in `folder`, sorted; hidden files are no images."""
     with os.scandir(folder) as entries:
-        return sorted(
-            e.name for e in entries if e.name.lower().endswith(SUFFIXES) and e.name[0] != "." and e.is_file()
-        )
+        return sorted(e.name for e in entries if e.name.lower().endswith(SUFFIXES) and e.name[0] != "." and e.is_file())
 
 
 def folders_in(folder: Path) -> list[str]:

@@ -236,8 +236,13 @@ def test_hosts_that_cannot_hold_the_ranks_are_refused(asked):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("90", 90), ("90:30", 91), ("24:00:00", 1440), ("1:00:01", 61),
-        ("2-0", 2880), ("1-2:30", 1590), ("1-0:0:5", 1441),
+        ("90", 90),
+        ("90:30", 91),
+        ("24:00:00", 1440),
+        ("1:00:01", 61),
+        ("2-0", 2880),
+        ("1-2:30", 1590),
+        ("1-0:0:5", 1441),
     ],  # fmt: skip
 )
 def test_slurms_notation_of_time(text, expected):

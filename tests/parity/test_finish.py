@@ -71,8 +71,13 @@ def tables(ops: tuple[Op, ...], num: int, seed: int = 0) -> tuple[np.ndarray, ..
     return tuple(op.parameters(rng.random((num, op.num_draws))) for op in ops)
 
 
-def fast(crops: np.ndarray, ops: tuple[Op, ...], tables_: tuple[np.ndarray, ...], pixels: Pixels = UNIT,
-         pool: ThreadPoolExecutor | None = None) -> np.ndarray:
+def fast(
+    crops: np.ndarray,
+    ops: tuple[Op, ...],
+    tables_: tuple[np.ndarray, ...],
+    pixels: Pixels = UNIT,
+    pool: ThreadPoolExecutor | None = None,
+) -> np.ndarray:
     out = np.full(crops.shape, np.nan, np.float32)
     numba_cpu.finish(crops, ops, tables_, pixels, out, pool)
     return out
@@ -263,8 +268,10 @@ def test_noise_is_standard_normal_and_keyed():
 
 def test_noise_words_are_pinned():
     """Catches an edit of the hash: old runs could not be replayed."""
-    words = [reference.noise_words(np.uint64(low), np.uint64(high), np.uint64(index))
-             for low, high, index in ((0, 0, 0), (2**24 - 1, 1, 150527))]
+    words = [
+        reference.noise_words(np.uint64(low), np.uint64(high), np.uint64(index))
+        for low, high, index in ((0, 0, 0), (2**24 - 1, 1, 150527))
+    ]
     assert [tuple(int(word) for word in pair) for pair in words] == [(340428713, 4025183836), (1601831873, 3815954196)]
 
 

@@ -372,8 +372,7 @@ def _compiled_and_eager():
 
 def _step_of_two(net):
     xs = [
-        _normal(seed, (10, 3, size, size))[_shard()].to(memory_format=CHANNELS_LAST)
-        for seed, size in ((8, 8), (9, 6))
+        _normal(seed, (10, 3, size, size))[_shard()].to(memory_format=CHANNELS_LAST) for seed, size in ((8, 8), (9, 6))
     ]
     sum(z.pow(3).mean() for z in net(xs)).backward()
 

@@ -39,9 +39,7 @@ def test_each_group_is_normalised_by_itself(shape):
         variances.append(plain.running_var.clone())
     expected = torch.cat(ys)
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
-    wanted = torch.autograd.grad(
-        expected.square().sum() + expected.pow(3).sum(), [x, plain.weight, plain.bias]
-    )
+    wanted = torch.autograd.grad(expected.square().sum() + expected.pow(3).sum(), [x, plain.weight, plain.bias])
     for one, other in zip(got, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(layer.running_mean, 0.2 * sum(means) / GROUPS, rtol=1e-12, atol=1e-12)

@@ -203,7 +203,6 @@ def _free_bytes(folder: Path) -> int:
     return found.f_bavail * found.f_frsize
 
 
-
 # ------------------------------------------------------------------------------------------------- schedulers, hosts
 
 

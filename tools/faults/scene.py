@@ -59,8 +59,10 @@ class Scene:
         at = max(first, done + self.random.randint(0, LATEST // self.num_faults))
         with command.running(self.folder, *train) as process:
             command.wait_until(
-                lambda: process.poll() is not None
-                or (len(ranks_of(process)) == RANKS and command.steps_logged(self.run_dir) >= at)
+                lambda: (
+                    process.poll() is not None
+                    or (len(ranks_of(process)) == RANKS and command.steps_logged(self.run_dir) >= at)
+                )
             )
             time.sleep(self.random.uniform(0, 0.1))  # more than a step
             everyone = command.children(process.pid)
