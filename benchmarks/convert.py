@@ -31,7 +31,7 @@ from typing import Any
 
 from PIL import Image
 
-from loaders.store.convert import Options, convert, prepare
+from loaders.convert.conversion import Options, convert, prepare
 from loaders.store.folder import FolderSource
 
 TARGETS = {"fastssl": 1.4, "unchecked": 5.0}  # times FFCV's images a second

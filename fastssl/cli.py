@@ -416,7 +416,7 @@ def convert_imagenet(
     """SRC, ImageNet's archives or folders train/CLASS/* and val/CLASS/*, to OUT/train.beton, OUT/val.beton and
     OUT/manifest.json. The same command continues a conversion that was stopped. SRC is only read."""
     from fastssl import converting
-    from loaders.store import convert
+    from loaders.convert import conversion as convert
 
     start_s = time.monotonic()
     if verify is not None:

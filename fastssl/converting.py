@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from fastssl.config import ConfigError
-from loaders.store.convert import Plan
-from loaders.store.convert import Progress as Report
-from loaders.store.judge import Reencode
+from loaders.convert.conversion import Plan
+from loaders.convert.conversion import Progress as Report
+from loaders.convert.judge import Reencode
 
 PLAIN_EVERY_S = 10.0
 MAX_SHOWN = 25  # odd files; the manifest has all

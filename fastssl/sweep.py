@@ -31,10 +31,10 @@ from fastssl.evaluation.summary import accuracy_cell, mean_and_spread
 from fastssl.methods.base import Config, Epochs, Stage
 from fastssl.recipes import resolve
 from fastssl.trackers import WANDB_RUN_ID
+from loaders.labels.subsets import Resolved
 from loaders.loader import resolved
 from loaders.plan.views import parse_subset
 from loaders.store.data import LABELLED, VALIDATION, DataSets, open_data
-from loaders.store.subsets import Resolved
 
 FINAL, RECORD, TABLE = "final", "sweep.json", "sweep.md"
 HELD_OUT_PER_CLASS = 12  # as PAWS's published list for ImageNet

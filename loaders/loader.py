@@ -28,6 +28,7 @@ from torch import Tensor
 from loaders.batch import Batch, Part
 from loaders.errors import RenderError, StoreError
 from loaders.finish import numba_cpu
+from loaders.labels.subsets import NotAmong, Resolved, resolve
 from loaders.plan.plan import BoundPlan, Plan, Rows, StreamFacts, ViewRows
 from loaders.plan.views import Balanced, Subset
 from loaders.renderers import Renderer
@@ -37,7 +38,6 @@ from loaders.renderers.pil import PilRenderer
 from loaders.store.data import VALIDATION, DataSets
 from loaders.store.masks import Masks
 from loaders.store.source import ArraySource, Source, is_encoded
-from loaders.store.subsets import NotAmong, Resolved, resolve
 from loaders.timing import FINISH, PLAN, Prepared, StageTimes, now
 
 _DONE = object()

@@ -23,7 +23,7 @@ from fastssl.evaluation.progress import tell
 from fastssl.evaluation.subject import Subject
 from fastssl.evaluation.summary import wilson
 from loaders.plan.views import Whole
-from loaders.store.robustness_sets import ALEXNET_ERROR, SEVERITIES, SHIFTS, V2_FOLDERS, Shift, ShiftedSet
+from loaders.published.robustness import ALEXNET_ERROR, SEVERITIES, SHIFTS, V2_FOLDERS, Shift, ShiftedSet
 
 SETS = tuple(SHIFTS)
 _WNID = re.compile(r"n\d{8}")

@@ -22,7 +22,7 @@ from fastssl.evaluation.progress import tell
 from fastssl.evaluation.subject import Subject
 from fastssl.evaluation.summary import wilson
 from loaders.plan.views import Centre, Crop, View
-from loaders.store.transfer_sets import TRANSFERS, Metric, TransferSet
+from loaders.published.transfer import TRANSFERS, Metric, TransferSet
 
 SETS = tuple(TRANSFERS)
 DECAYS = (0.0, 1e-5, 1e-4, 1e-3)  # beside every rate of SGD: three of the paper's six, and none

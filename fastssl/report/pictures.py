@@ -23,12 +23,12 @@ from fastssl.evaluation.subject import Subject, eval_mode
 from fastssl.methods.base import Method
 from fastssl.report.charts import Bar, bar_chart, scatter
 from fastssl.report.page import Html, element, numbers_behind, paragraph, table
+from loaders.labels.subsets import Resolved, resolve
 from loaders.loader import Bound, Loader, bind
 from loaders.plan.plan import Plan, StreamFacts
 from loaders.plan.views import Balanced, Pixels, Sequential, Shuffled, Stream, parse_subset
 from loaders.store.data import LABELLED, VALIDATION, DataSets
 from loaders.store.source import Source
-from loaders.store.subsets import Resolved, resolve
 
 SHEET_IMAGES = 5  # of each stream
 TILE = 128  # pixels of a crop; smaller ones stay as they are

@@ -12,9 +12,9 @@ from fastssl.config import FastsslError, Stopped
 from fastssl.engine.job import Job
 from fastssl.recipes import resolve
 from fastssl.sweep import prepare, run
+from loaders.labels.subsets import resolve as subset_of
 from loaders.plan.views import parse_subset
 from loaders.store.digits import open_digits
-from loaders.store.subsets import resolve as subset_of
 from tests.end_to_end import command
 from tests.end_to_end.test_bad_input import invoke, refused
 

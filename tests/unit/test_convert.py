@@ -19,12 +19,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-import loaders.store.convert as conversion
+import loaders.convert.conversion as conversion
+from loaders.convert.conversion import Options, convert, prepare, verify
+from loaders.convert.imagenet import find
+from loaders.convert.judge import SAID, Outcome, Reencode, judge
 from loaders.errors import StoreError
 from loaders.store.beton import PAGE_SIZE, BetonReader, place
-from loaders.store.convert import Options, convert, prepare, verify
-from loaders.store.imagenet import find
-from loaders.store.judge import SAID, Outcome, Reencode, judge
 from loaders.store.matlab import structs
 from tests.imagenet_trees import DEVKIT, TRAIN_TAR, VAL_TAR, add, devkit, encoded, folder_tree, official_tree, tar_of
 
@@ -311,8 +311,8 @@ def test_again_is_nothing_and_another_conversion_is_refused(tmp_path):
 MORTAL_RUN = """
 import os, signal, sys
 from pathlib import Path
-import loaders.store.convert as c
-import loaders.store.journal as j
+import loaders.convert.conversion as c
+import loaders.convert.journal as j
 c.COMMIT_S, c._CHUNK, c._num_threads = 0.0, 2, lambda: 2
 src, out, reencode, left = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "reencode", int(sys.argv[4])
 
@@ -588,7 +588,7 @@ def test_places_never_straddle_a_page_and_waste_no_room():
 MEMORY = """
 import sys
 from pathlib import Path
-import loaders.store.convert as c
+import loaders.convert.conversion as c
 c._num_threads = lambda: 2
 c.convert(c.prepare(Path(sys.argv[1]), c.Options(decode_check=False)), Path(sys.argv[2]))
 print(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])  # ru_maxrss would count the parent's

@@ -7,12 +7,12 @@ from PIL import Image
 
 from fastssl.config import ConfigError
 from loaders.errors import StoreError
+from loaders.labels.subsets import resolve
 from loaders.loader import bind
 from loaders.plan.plan import Plan
 from loaders.plan.views import All, Complement, Listed, PerClass, Sequential, Stream, View, Whole, parse_subset
 from loaders.store.data import DataSets, open_data
 from loaders.store.digits import open_digits
-from loaders.store.subsets import resolve
 from tests.unit.test_evaluation import subject_of
 
 

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from loaders.errors import StoreError
+from loaders.labels import published, subsets
+from loaders.labels.published import HOME, PUBLISHED, PublishedList, cache_folder, read_published
+from loaders.labels.subsets import resolve
 from loaders.plan.views import Complement, Listed
-from loaders.store import published, subsets
-from loaders.store.published import HOME, PUBLISHED, PublishedList, cache_folder, read_published
 from loaders.store.source import ArraySource
-from loaders.store.subsets import resolve
 
 TEXT = b"3\n1\n"
 ADDRESS = "someone/lists/main/subsets/few.txt"

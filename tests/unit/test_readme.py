@@ -13,7 +13,7 @@ from PIL import Image
 from fastssl.evaluation.linear import LARGEST_FOR_LBFGS
 from fastssl.methods.base import Epochs
 from fastssl.recipes import recipes
-from loaders.store.transfer_sets import TRANSFERS
+from loaders.published.transfer import TRANSFERS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

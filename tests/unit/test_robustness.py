@@ -11,8 +11,8 @@ from fastssl import dist
 from fastssl.config import ConfigError
 from fastssl.evaluation import robustness
 from loaders.errors import StoreError
+from loaders.published.robustness import ALEXNET_ERROR, SHIFTS, V2_FOLDERS, objectnet_classes
 from loaders.store.folder import FolderSource
-from loaders.store.robustness_sets import ALEXNET_ERROR, SHIFTS, V2_FOLDERS, objectnet_classes
 from tests.swatches import FeaturesOnly, subject_of, swatch
 
 WNIDS = [f"n0{7 * k + 1440764}" for k in range(12)]

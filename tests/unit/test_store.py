@@ -8,15 +8,15 @@ import pytest
 from PIL import Image
 
 from loaders.errors import StoreError
+from loaders.labels.published import PUBLISHED
+from loaders.labels.subsets import resolve
 from loaders.plan.views import All, Complement, Listed, PerClass
 from loaders.store.beton import BetonWriter
 from loaders.store.cifar import open_cifar10
 from loaders.store.data import open_data
 from loaders.store.digits import open_digits
 from loaders.store.folder import FolderSource
-from loaders.store.published import PUBLISHED
 from loaders.store.source import ArraySource, Concatenated, concatenate
-from loaders.store.subsets import resolve
 
 
 def save(path: Path, height=6, width=8, colour=(10, 200, 30)) -> Path:

@@ -17,9 +17,9 @@ from fastssl.evaluation import divide, linear, load_protocol, transfer
 from fastssl.evaluation.transfer import mean_per_class
 from loaders.errors import RenderError, StoreError
 from loaders.plan.views import Rrc, View, Whole
+from loaders.published.transfer import TRANSFERS, held_out
 from loaders.store import cifar
 from loaders.store.matlab import numbers, structs
-from loaders.store.transfer_sets import TRANSFERS, held_out
 from tests.swatches import FeaturesOnly, encoded, subject_of, swatch
 
 VAL, TEST = {"green": 200}, {"blue": 200}  # marks of the split that an image belongs to

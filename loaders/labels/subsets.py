@@ -12,9 +12,9 @@ from typing import Protocol
 import numpy as np
 
 from loaders.errors import StoreError
+from loaders.labels.published import PUBLISHED, read_file, read_published
 from loaders.plan.draws import mix
 from loaders.plan.views import All, Complement, Listed, PerClass, Subset
-from loaders.store.published import PUBLISHED, read_file, read_published
 from loaders.store.source import Source
 
 LISTS_VARIABLE = "FASTSSL_LISTS"

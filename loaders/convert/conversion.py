@@ -27,13 +27,13 @@ from typing import Any, BinaryIO
 import numpy as np
 import PIL
 
+from loaders.convert.imagenet import TRAIN, Listing, find
+from loaders.convert.journal import RECORD, Journal, write_all
+from loaders.convert.judge import MAX_BYTES, SAID, Outcome, Reencode, Verdict, judge
 from loaders.errors import StoreError
+from loaders.labels.subsets import Resolved, listed
 from loaders.store.beton import PAGE_SIZE, BetonFile, Stored, data_start, place, sync_folder, write_tables
-from loaders.store.imagenet import TRAIN, Listing, find
-from loaders.store.journal import RECORD, Journal, write_all
-from loaders.store.judge import MAX_BYTES, SAID, Outcome, Reencode, Verdict, judge
 from loaders.store.source import digest
-from loaders.store.subsets import Resolved, listed
 
 MANIFEST = "manifest.json"
 FORMAT = 1  # of the manifest and of the way images are laid out

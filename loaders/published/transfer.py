@@ -15,13 +15,13 @@ from typing import Literal, NamedTuple, TypeVar
 import numpy as np
 
 from loaders.errors import StoreError
+from loaders.labels.subsets import resolve
 from loaders.plan.draws import mix, tag
 from loaders.plan.views import PerClass
 from loaders.store.cifar import open_cifar10, open_cifar100
 from loaders.store.folder import ConvertedFiles, FolderSource
 from loaders.store.matlab import numbers, structs
 from loaders.store.source import Source
-from loaders.store.subsets import resolve
 
 T = TypeVar("T")
 Metric = Literal["top1", "mean_per_class"]

@@ -1,0 +1,1 @@
+"""Which images a stream may use, or may see the labels of: subsets, and the lists that papers publish."""

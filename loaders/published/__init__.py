@@ -1,0 +1,1 @@
+"""Published test sets in their published layouts: those of robustness and those of transfer."""
