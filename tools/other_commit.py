@@ -10,7 +10,11 @@ import os
 import subprocess
 import sys
 import tarfile
+import tempfile
+from contextlib import suppress
 from pathlib import Path
+
+from loaders.labels.published import cache_folder
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,12 +32,27 @@ def git(*arguments: str) -> bytes:
         raise NoSuchCommit(f"git {' '.join(arguments)}: {said or error}") from None
 
 
-def extract(commit: str, folder: Path) -> str:
-    """Lay the files of `commit` out in `folder`; its full hash. Raises NoSuchCommit, where the clone is shallow too."""
-    found = git("rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}").decode().strip()
-    with tarfile.open(fileobj=io.BytesIO(git("archive", found))) as archive:
-        archive.extractall(folder, filter="data")
-    return found
+def full_hash(commit: str) -> str:
+    """The commit's. Raises NoSuchCommit, where the clone is too shallow to hold it too."""
+    try:
+        return git("rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}").decode().strip()
+    except NoSuchCommit:
+        raise NoSuchCommit(f"this repository's history has no commit {commit}; a shallow clone may lack it") from None
+
+
+def tree_of(commit: str) -> Path:
+    """A folder with the files of `commit`, kept in the cache because what it compiles is kept beside them. Raises
+    NoSuchCommit."""
+    place = cache_folder().parent / "commits" / full_hash(commit)
+    if not place.exists():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=place.parent) as name:
+            partial = Path(name) / "tree"
+            with tarfile.open(fileobj=io.BytesIO(git("archive", place.name))) as archive:
+                archive.extractall(partial, filter="data")
+            with suppress(OSError):  # another process was faster
+                partial.rename(place)
+    return place
 
 
 def start(tree: Path, *arguments: str, cpu: int, log: Path, cwd: Path | None = None) -> subprocess.Popen[bytes]:

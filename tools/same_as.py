@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from tools.first_steps import NUM_STEPS
-from tools.other_commit import ROOT, NoSuchCommit, extract, git, start
+from tools.other_commit import ROOT, NoSuchCommit, git, start, tree_of
 
 REFERENCE = "41f6bfd"
 DRIVER = Path(__file__).with_name("first_steps.py")
@@ -151,14 +151,13 @@ def _here() -> str:
 def main(commit: str, paths: str) -> None:
     """Compare this checkout's training with COMMIT's [41f6bfd]."""
     chosen = [path for path in paths.split(",") if path]
+    try:
+        tree, here = tree_of(commit), _here()
+    except NoSuchCommit as error:
+        raise click.ClickException(str(error)) from None
+    click.echo(f"this checkout, {here}, against {tree.name}: {NUM_STEPS} steps of each path, one thread each")
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        tree, ours, theirs = (folder / each for each in ("tree", "ours", "theirs"))
-        try:
-            found = extract(commit, tree)
-            click.echo(f"this checkout, {_here()}, against {found}: {NUM_STEPS} steps of each path, one thread each")
-        except NoSuchCommit as error:
-            raise click.ClickException(f"{commit} cannot be had from this repository's history ({error})") from None
+        ours, theirs = Path(name) / "ours", Path(name) / "theirs"
         trained({ROOT: ours, tree: theirs}, chosen)
         results = verdicts(ours, theirs, chosen)
     libraries = ", ".join(f"{library} {version(library)}" for library in LIBRARIES)
