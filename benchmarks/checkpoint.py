@@ -31,8 +31,9 @@ import torch
 
 from benchmarks.machine import commit, cpu_model
 from fastssl.engine.checkpoint import STATE, Checkpoints
-from fastssl.engine.stages import facts_of, keep_freed_memory
+from fastssl.engine.stages import facts_of
 from fastssl.engine.train import Trainer
+from fastssl.machine import keep_freed_memory
 from fastssl.methods.base import Steps
 from fastssl.recipes import resolve
 from loaders.batch import Batch

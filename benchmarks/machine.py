@@ -5,12 +5,12 @@ from __future__ import annotations
 import platform
 from pathlib import Path
 
-from fastssl.engine import job
+from fastssl import machine as ours
 
 
 def commit() -> str:
     """Short, and `-dirty` where files differ from it."""
-    return job.commit("describe", "--always", "--dirty", "--abbrev=12")
+    return ours.commit("describe", "--always", "--dirty", "--abbrev=12")
 
 
 def cpu_model() -> str:

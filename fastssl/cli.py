@@ -15,8 +15,8 @@ from typing import Any
 
 import click
 
-from fastssl.config import EXIT_HUNG, EXIT_STOPPED, ConfigError, FastsslError, Hung, Stopped
 from fastssl.datasets import KNOWN_SETS
+from fastssl.errors import EXIT_HUNG, EXIT_STOPPED, ConfigError, FastsslError, Hung, Stopped
 from loaders.errors import LoaderError
 
 DEFAULT_RECIPE = "paws.digits"

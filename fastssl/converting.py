@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from fastssl.config import ConfigError
+from fastssl.errors import ConfigError
 from loaders.convert.conversion import Plan
 from loaders.convert.conversion import Progress as Report
 from loaders.convert.judge import Reencode

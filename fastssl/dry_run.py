@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from fastssl import launch
-from fastssl.config import ConfigError
 from fastssl.datasets import KNOWN_SETS
 from fastssl.engine.job import Job
 from fastssl.engine.stages import joined
+from fastssl.errors import ConfigError
 from fastssl.methods.base import Facts, Stage
 from fastssl.profiling import memory
 from fastssl.profiling.cost import StepCost, ours

@@ -22,9 +22,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fastssl.architecture import architecture
-from fastssl.config import FastsslError
 from fastssl.engine.checkpoint import STATE, Checkpoints, read_json, sync, verified_sha256
 from fastssl.engine.run_dir import CHECKPOINTS, RESOLVED, RESULT
+from fastssl.errors import FastsslError
 from fastssl.evaluation.summary import accuracy_cell, mean_and_spread
 from fastssl.layouts import EXPORT
 from fastssl.nn.encoders import encoder_of

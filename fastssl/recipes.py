@@ -12,7 +12,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import fastssl.methods
-from fastssl.config import ConfigError, has_path, suggest, with_value
+from fastssl.config import has_path, suggest, with_value
+from fastssl.errors import ConfigError
 from fastssl.methods.base import Ref, Span, Stage, Stages, parse_span
 
 PARSERS = {Span: parse_span, Span | None: lambda text: None if text == "none" else parse_span(text)}

@@ -22,7 +22,7 @@ from rich.control import Control
 from rich.segment import ControlType
 from rich.text import Text
 
-from fastssl.config import FastsslError
+from fastssl.errors import FastsslError
 from fastssl.trackers import open_tracker
 
 PLAIN_EVERY_S = 10.0  # console only: a day of plain lines stays under 9,000

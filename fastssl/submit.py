@@ -9,8 +9,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from fastssl.config import EXIT_STOPPED, ConfigError, Stopped
 from fastssl.engine.job import Job
+from fastssl.errors import EXIT_STOPPED, ConfigError, Stopped
 from fastssl.launch import CPUS_PER_GPU, SAVE_S, hosts_for, start
 
 MAX_REQUEUES = 1000  # after a time limit; submitit counts them

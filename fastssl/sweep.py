@@ -22,11 +22,12 @@ from urllib.parse import quote
 
 import numpy as np
 
-from fastssl.config import ConfigError, FastsslError, Hung, Stopped, differences
+from fastssl.config import differences
 from fastssl.engine.checkpoint import read_json, write_atomically
 from fastssl.engine.job import Job
 from fastssl.engine.run_dir import RESOLVED, RESULT
 from fastssl.engine.run_lock import LOCK
+from fastssl.errors import ConfigError, FastsslError, Hung, Stopped
 from fastssl.evaluation.summary import accuracy_cell, mean_and_spread
 from fastssl.methods.base import Config, Epochs, Stage
 from fastssl.recipes import resolve

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from fastssl.config import FastsslError
+from fastssl.errors import FastsslError
 
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"  # torch's files since version 1.6, and before
 # What torch.load raises where bytes are lost or changed.

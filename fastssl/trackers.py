@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from fastssl.config import ConfigError, suggest
+from fastssl.config import suggest
+from fastssl.errors import ConfigError
 
 _FOLDER, WANDB_RUN_ID = "tensorboard", "wandb_run_id"
 

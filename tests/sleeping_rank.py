@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fastssl import dist, launch
-from fastssl.config import EXIT_HUNG, Hung
+from fastssl.errors import EXIT_HUNG, Hung
 from fastssl.methods.base import Artefact, Facts, Method, Nets
 from loaders.batch import Batch
 from tests import fakes

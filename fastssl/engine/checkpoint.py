@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import torch
 
 from fastssl import dist
-from fastssl.config import FastsslError
+from fastssl.errors import FastsslError
 from fastssl.tensor_files import WeightsError, read_tensors, sha256_of
 
 STATE, DIGEST, LATEST = "state.pt", "digest.json", "latest"

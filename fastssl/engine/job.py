@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-
-import numpy as np
-import torch
 
 from fastssl.engine.step import How
 from fastssl.evaluation import load_protocol
@@ -71,34 +65,3 @@ class Job:
         check_trackers(self.log_to)
         for name in {name for stage in self.stages for name in stage.evaluate}:
             load_protocol(name)  # a name that is unknown must not wait for the end of training
-
-
-def threads_per_rank() -> int:
-    """CPU threads of this rank: an equal share of what the processes of this host may use."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
-def versions() -> dict[str, str]:
-    """What this process computes with."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "machine": platform.machine(),
-        "commit": commit(),
-    }
-
-
-def commit(*how: str) -> str:
-    """The commit that this code is, as `git rev-parse HEAD` or, with `how`, another command of git's says; "unknown"
-    where there is no git, or where no repository tracks this code: a copy that is installed inside somebody's."""
-    file = Path(__file__).resolve()
-    tracked = _git("ls-files", "--error-unmatch", file.name, folder=file.parent)
-    return (tracked and _git(*(how or ("rev-parse", "HEAD")), folder=file.parent)) or "unknown"
-
-
-def _git(*words: str, folder: Path) -> str:
-    try:
-        return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""

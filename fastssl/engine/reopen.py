@@ -12,11 +12,12 @@ from typing import Any, Literal
 
 import torch
 
-from fastssl.config import ConfigError, differences, to_plain
+from fastssl.config import differences, to_plain
 from fastssl.engine.checkpoint import CheckpointError, Checkpoints, read_json
 from fastssl.engine.job import Job
 from fastssl.engine.run_dir import CHECKPOINTS, RESOLVED
 from fastssl.engine.stages import facts_of
+from fastssl.errors import ConfigError
 from fastssl.evaluation.subject import Subject
 from fastssl.methods.base import Method, Stages
 from fastssl.recipes import resolve

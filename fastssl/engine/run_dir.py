@@ -10,9 +10,11 @@ import shutil
 from typing import Any
 
 from fastssl import dist
-from fastssl.config import ConfigError, differences, to_plain
+from fastssl.config import differences, to_plain
 from fastssl.engine.checkpoint import read_json, write_atomically
-from fastssl.engine.job import Job, threads_per_rank, versions
+from fastssl.engine.job import Job
+from fastssl.errors import ConfigError
+from fastssl.machine import threads_per_rank, versions
 from fastssl.trackers import WANDB_RUN_ID
 from loaders.store.data import DataSets
 

@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 
 from fastssl import dist
-from fastssl.config import FastsslError
+from fastssl.errors import FastsslError
 
 LOCK = "lock"
 PATIENCE_S = 5.0  # the ranks of a job that was just ended may take a moment to go

@@ -9,8 +9,10 @@ from collections import Counter
 from pathlib import Path
 
 from fastssl import dist
-from fastssl.config import FastsslError, differences, to_plain
-from fastssl.engine.job import Job, versions
+from fastssl.config import differences, to_plain
+from fastssl.engine.job import Job
+from fastssl.errors import FastsslError
+from fastssl.machine import versions
 from loaders.store.data import DataSets
 
 _PACKAGES = ("fastssl", "loaders")

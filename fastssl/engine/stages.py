@@ -6,7 +6,6 @@ produced, named with its hash.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -20,7 +19,6 @@ import torch
 
 from fastssl import dist
 from fastssl.clock import Clock
-from fastssl.config import ConfigError, Stopped
 from fastssl.engine import replay
 from fastssl.engine.checkpoint import (
     STATE,
@@ -30,7 +28,7 @@ from fastssl.engine.checkpoint import (
     verified_sha256,
     write_atomically,
 )
-from fastssl.engine.job import Job, threads_per_rank, versions
+from fastssl.engine.job import Job
 from fastssl.engine.produced import RowsSoFar
 from fastssl.engine.run_dir import CHECKPOINTS, PRODUCED, RESOLVED, RESULT, claim, finished
 from fastssl.engine.run_lock import held
@@ -39,8 +37,10 @@ from fastssl.engine.signals import Agreement, StopRequest
 from fastssl.engine.step import How, default_how
 from fastssl.engine.train import Trainer
 from fastssl.engine.watchdog import Progress, Watchdog
+from fastssl.errors import ConfigError, Stopped
 from fastssl.evaluation import load_protocol
 from fastssl.evaluation.subject import Subject
+from fastssl.machine import keep_freed_memory, threads_per_rank, versions
 from fastssl.methods.base import Artefact, Facts, Method, Stage
 from fastssl.record import Recorder, result_lines
 from fastssl.weights import BACKBONE, Weights, read_weights
@@ -50,16 +50,6 @@ from loaders.store import staging
 from loaders.store.data import LABELLED, TRAIN, VALIDATION, DataSets, open_data, search_folders
 
 _NUM_KEPT = 20  # a stage that produces has one epoch, so `checkpoint_every` alone might keep nothing on the way
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
-
-
-def keep_freed_memory() -> None:
-    """Let this process keep what it frees. glibc returns large blocks to the kernel, which hands them out again page
-    by page, zeroed: a fifth to a quarter of a CPU training step. Where malloc is not glibc's, nothing changes."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def run(job: Job) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from fastssl import dist
-from fastssl.config import ConfigError, FastsslError
+from fastssl.errors import ConfigError, FastsslError
 from fastssl.methods.base import Config, Horizon, Method, Nets, Stage
 from fastssl.nn.recompute import recompute_blocks
 from loaders.batch import Batch

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from fastssl import dist
 from fastssl.clock import Clock
-from fastssl.config import ConfigError, FastsslError, Stopped
 from fastssl.engine import stragglers
 from fastssl.engine.checkpoint import CheckpointError, Checkpoints, failing_together
 from fastssl.engine.nonfinite import FirstNotFinite, LeftOut, describe
 from fastssl.engine.saver import Saver
 from fastssl.engine.signals import Agreement, StopRequest
 from fastssl.engine.step import How, TrainingStep
+from fastssl.errors import ConfigError, FastsslError, Stopped
 from fastssl.methods.base import Horizon, Method, Span, Stage
 from fastssl.record import Recorder
 from loaders.batch import Batch

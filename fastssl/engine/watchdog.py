@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from fastssl import dist
-from fastssl.config import EXIT_HUNG
+from fastssl.errors import EXIT_HUNG
 
 PAUSE_GRACE = 6.0
 BEAT_S = 5.0

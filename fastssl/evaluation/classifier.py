@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastssl.config import ConfigError
+from fastssl.errors import ConfigError
 from fastssl.evaluation.subject import Subject
 from fastssl.evaluation.summary import wilson
 from loaders.store.data import VALIDATION

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastssl import dist
-from fastssl.config import ConfigError
+from fastssl.errors import ConfigError
 from fastssl.evaluation.cosine import full_fp32
 from fastssl.evaluation.subject import Subject
 from fastssl.evaluation.summary import wilson

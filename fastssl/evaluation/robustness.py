@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastssl import dist
-from fastssl.config import ConfigError
+from fastssl.errors import ConfigError
 from fastssl.evaluation.linear import choose_head, held_out
 from fastssl.evaluation.progress import tell
 from fastssl.evaluation.subject import Subject

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastssl import dist
-from fastssl.config import ConfigError, FastsslError
+from fastssl.errors import ConfigError, FastsslError
 from fastssl.methods.base import NO_LABEL, Method, Nets
 from loaders.loader import Bound, Loader, bind
 from loaders.plan.plan import Plan

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastssl.config import ConfigError
+from fastssl.errors import ConfigError
 from fastssl.methods import supervised
 from fastssl.methods.base import (
     Artefact,

@@ -20,8 +20,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from fastssl.config import ConfigError
 from fastssl.dist import gather_rows, gather_rows_together, mean_over_ranks, rank, world_size
+from fastssl.errors import ConfigError
 from fastssl.methods.base import (
     Artefact,
     Config,

@@ -53,7 +53,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from fastssl import dist
-from fastssl.config import ConfigError
+from fastssl.errors import ConfigError
 from fastssl.methods.base import (
     Artefact,
     Config,

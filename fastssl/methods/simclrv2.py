@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastssl.config import ConfigError
 from fastssl.dist import gather_rows, gather_rows_together, mean_over_ranks, rank
+from fastssl.errors import ConfigError
 from fastssl.methods import supervised
 from fastssl.methods.base import (
     Artefact,

@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastssl.config import ConfigError
 from fastssl.dist import gather_rows, rank
+from fastssl.errors import ConfigError
 from fastssl.methods import paws
 from fastssl.methods.base import (
     Artefact,

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastssl import dist
-from fastssl.devices import runs_triton
+from fastssl.machine import runs_triton
 
 if TYPE_CHECKING:
     from fastssl.nn.batch_norm_triton import Mask

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from fastssl.devices import runs_triton
+from fastssl.machine import runs_triton
 
 if TYPE_CHECKING:
     from fastssl.optim.lars_triton import Fused

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from statistics import stdev
 from typing import Any
 
-from fastssl.config import FastsslError, differences
+from fastssl.config import differences
+from fastssl.errors import FastsslError
 from fastssl.profiling.summary import FORMAT
 
 LEAST_SHARE = 0.10  # a change below it is never called a regression: pages and frequencies differ from start to start

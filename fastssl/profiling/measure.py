@@ -26,11 +26,12 @@ import torch
 from torch.profiler import ProfilerActivity, record_function
 
 from fastssl import dist
-from fastssl.config import ConfigError
 from fastssl.datasets import KNOWN_SETS
-from fastssl.engine.job import Job, threads_per_rank
-from fastssl.engine.stages import facts_of, keep_freed_memory
+from fastssl.engine.job import Job
+from fastssl.engine.stages import facts_of
 from fastssl.engine.step import TrainingStep, default_how
+from fastssl.errors import ConfigError
+from fastssl.machine import keep_freed_memory, threads_per_rank
 from fastssl.methods.base import DTYPES, Facts, Horizon, Method, Stage
 from fastssl.profiling.live_memory import LiveMemory
 from fastssl.profiling.probes import (

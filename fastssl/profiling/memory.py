@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 import torch
 
-from fastssl.config import ConfigError
 from fastssl.datasets import KNOWN_SETS
 from fastssl.engine.job import Job
 from fastssl.engine.step import default_how
+from fastssl.errors import ConfigError
 from fastssl.methods.base import Facts, Stage
 from fastssl.profiling.trace import Trace, Untraceable, trace_step
 from fastssl.recipes import recipes

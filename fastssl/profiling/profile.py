@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from fastssl.config import ConfigError, FastsslError
 from fastssl.datasets import KNOWN_SETS
 from fastssl.engine.checkpoint import write_atomically
 from fastssl.engine.job import Job
 from fastssl.engine.stages import facts_of
 from fastssl.engine.step import default_how
+from fastssl.errors import ConfigError, FastsslError
 from fastssl.methods.base import Facts, Stage
 from fastssl.profiling import baseline as baselines
 from fastssl.profiling import measure, whatif

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from fastssl import dist
-from fastssl.config import FastsslError
+from fastssl.errors import FastsslError
 from fastssl.methods.base import Artefact, Facts, Stage
 from loaders.batch import Batch, Part
 from loaders.plan.plan import Plan

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastssl.config import ConfigError, has_path
+from fastssl.config import has_path
 from fastssl.datasets import KNOWN_SETS
 from fastssl.engine.step import How
+from fastssl.errors import ConfigError
 from fastssl.methods.base import Config, Facts, Stage
 from fastssl.profiling.cost import ours
 from fastssl.profiling.memory import memory_of

@@ -12,9 +12,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from fastssl.config import ConfigError
 from fastssl.engine.checkpoint import read_json
 from fastssl.engine.run_dir import RESOLVED, RESULT
+from fastssl.errors import ConfigError
 
 STALL_WAIT_SHARE = 0.25  # of a window spent waiting for data
 STALL_PACE = 0.5  # of the median pace

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastssl.config import FastsslError
+from fastssl.errors import FastsslError
 from fastssl.evaluation.soft_nn import TAU, soft_nn
 from fastssl.evaluation.subject import Subject, eval_mode
 from fastssl.methods.base import Method

@@ -7,9 +7,10 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-from fastssl.config import ConfigError, FastsslError, differences
+from fastssl.config import differences
 from fastssl.engine.checkpoint import write_atomically
 from fastssl.engine.reopen import open_method, open_run
+from fastssl.errors import ConfigError, FastsslError
 from fastssl.record import duration
 from fastssl.report import pictures
 from fastssl.report.charts import Line, Marked, line_chart

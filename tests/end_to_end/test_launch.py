@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from fastssl.cli import main
-from fastssl.config import EXIT_STOPPED, ConfigError, FastsslError, Stopped
+from fastssl.errors import EXIT_STOPPED, ConfigError, FastsslError, Stopped
 from fastssl.launch import _failure, hosts_for, lines
 from fastssl.submit import minutes
 from tests import fakes

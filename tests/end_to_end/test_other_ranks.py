@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from fastssl.config import Stopped
 from fastssl.engine import stages
+from fastssl.errors import Stopped
 from fastssl.methods.base import Steps
 from fastssl.record import Recorder
 from tests import fakes

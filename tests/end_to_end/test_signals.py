@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from fastssl.config import EXIT_STOPPED
+from fastssl.errors import EXIT_STOPPED
 from tests.end_to_end import command
 from tests.interrupted import assert_same_run
 

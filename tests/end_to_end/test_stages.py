@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastssl.config import ConfigError, Stopped
 from fastssl.engine import stages
 from fastssl.engine.checkpoint import sha256_of
+from fastssl.errors import ConfigError, Stopped
 from fastssl.methods.base import Artefact, Epochs, Stage, Steps
 from loaders.errors import PlanError, StoreError
 from loaders.loader import Loader

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastssl.config import FastsslError, Stopped
 from fastssl.engine.job import Job
+from fastssl.errors import FastsslError, Stopped
 from fastssl.recipes import resolve
 from fastssl.sweep import prepare, run
 from loaders.labels.subsets import resolve as subset_of

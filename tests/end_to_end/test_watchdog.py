@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from fastssl.config import EXIT_HUNG
+from fastssl.errors import EXIT_HUNG
 from tests.end_to_end import command
 
 LIMIT_S = 6.0

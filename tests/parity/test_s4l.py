@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from fastssl import dist, dry_run
 from fastssl.cli import main
-from fastssl.config import ConfigError
+from fastssl.errors import ConfigError
 from fastssl.methods import s4l
 from fastssl.methods.base import Artefact, Epochs, Facts, Horizon
 from fastssl.methods.s4l import (

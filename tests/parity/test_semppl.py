@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastssl.config import ConfigError
+from fastssl.errors import ConfigError
 from fastssl.methods import relicv2, semppl
 from fastssl.methods.base import Facts, Horizon, through
 from fastssl.methods.semppl import Semppl, SempplConfig

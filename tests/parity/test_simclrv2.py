@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastssl.config import ConfigError
+from fastssl.errors import ConfigError
 from fastssl.methods.base import Facts, Horizon, Nets, Steps
 from fastssl.methods.simclrv2 import KeyMemory, Memory, Simclrv2Config, contrast, momentum_nt_xent, nt_xent
 from fastssl.nn.encoders import SimclrResNet

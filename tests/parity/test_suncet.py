@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastssl.config import ConfigError
+from fastssl.errors import ConfigError
 from fastssl.methods.base import Facts, Horizon
 from fastssl.methods.suncet import suncet_loss
 from fastssl.nn.encoders import WideResNet

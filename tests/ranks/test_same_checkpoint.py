@@ -3,8 +3,8 @@
 import shutil
 
 from fastssl import dist
-from fastssl.config import FastsslError
 from fastssl.engine.stages import run
+from fastssl.errors import FastsslError
 from tests import fakes
 from tests.ranks.pool import run_ranks
 

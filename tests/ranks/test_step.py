@@ -12,10 +12,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastssl import dist
-from fastssl.config import ConfigError, FastsslError
 from fastssl.engine import step as step_module
 from fastssl.engine.stages import facts_of
 from fastssl.engine.step import TrainingStep, keep_what_is_dear
+from fastssl.errors import ConfigError, FastsslError
 from fastssl.methods.base import Horizon
 from fastssl.nn.resnet import resnet
 from loaders.loader import Loader, bind

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 from benchmarks import machine
-from fastssl.engine import job
+from fastssl import machine as ours
 
 needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="no git")
 
@@ -14,7 +14,7 @@ needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="no git")
 def test_no_git_is_no_error(monkeypatch, tmp_path):
     """Catches the FileNotFoundError with which training ended where no git is on the PATH, as in slim containers."""
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert job.versions()["commit"] == machine.commit() == "unknown"
+    assert ours.versions()["commit"] == machine.commit() == "unknown"
 
 
 @needs_git
@@ -26,12 +26,12 @@ def test_a_copy_inside_a_repository_has_no_commit_until_it_is_tracked(monkeypatc
         return subprocess.run(["git", *who, *words], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
 
     (tmp_path / "mine.py").write_text("")
-    (copy := tmp_path / "job.py").write_text("")
+    (copy := tmp_path / "machine.py").write_text("")
     git("init", "-q")
     git("add", "mine.py")
     git("commit", "-q", "-m", "mine")
-    monkeypatch.setattr(job, "__file__", str(copy))
-    assert job.commit() == "unknown"
-    git("add", "job.py")
+    monkeypatch.setattr(ours, "__file__", str(copy))
+    assert ours.commit() == "unknown"
+    git("add", "machine.py")
     git("commit", "-q", "-m", "a copy")
-    assert job.commit() == git("rev-parse", "HEAD").strip()
+    assert ours.commit() == git("rev-parse", "HEAD").strip()

@@ -14,7 +14,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
 from fastssl import cli, dist
-from fastssl.config import ConfigError, FastsslError
+from fastssl.errors import ConfigError, FastsslError
 from fastssl.evaluation import collapse, cosine, load_protocol, protocol_names, summary
 from fastssl.evaluation.embed import embed
 from fastssl.evaluation.knn import knn

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastssl.config import ConfigError
+from fastssl.errors import ConfigError
 from loaders.errors import StoreError
 from loaders.labels.subsets import resolve
 from loaders.loader import bind

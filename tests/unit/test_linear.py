@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastssl import dist
-from fastssl.config import ConfigError
+from fastssl.errors import ConfigError
 from fastssl.evaluation import linear, load_protocol
 from fastssl.evaluation.linear import Heads, choose_head, held_out, in_words, linear_heads, logistic_regression
 from loaders.store.data import DataSets

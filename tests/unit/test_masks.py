@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fastssl.config import ConfigError
 from fastssl.engine import stages
+from fastssl.errors import ConfigError
 from fastssl.methods.base import Steps
 from fastssl.profiling.workload import usable
 from loaders.errors import PlanError, StoreError

@@ -7,7 +7,7 @@ from click.testing import CliRunner
 
 from fastssl import dry_run
 from fastssl.cli import main
-from fastssl.config import ConfigError
+from fastssl.errors import ConfigError
 from fastssl.methods.base import Facts
 from fastssl.profiling.memory import (
     BYTES_PER_PARAMETER,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastssl.config import FastsslError
+from fastssl.errors import FastsslError
 from fastssl.methods.base import Facts
 from fastssl.profiling import baseline, whatif
 from fastssl.profiling.cost import ours

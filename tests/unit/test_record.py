@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastssl import record
-from fastssl.config import FastsslError
+from fastssl.errors import FastsslError
 from fastssl.record import Recorder, duration
 
 

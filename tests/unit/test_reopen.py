@@ -2,9 +2,9 @@
 
 import pytest
 
-from fastssl.config import ConfigError
 from fastssl.engine import reopen
 from fastssl.engine.stages import run
+from fastssl.errors import ConfigError
 from fastssl.evaluation import load_protocol
 from fastssl.recipes import resolve
 from loaders.errors import StoreError

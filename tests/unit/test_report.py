@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastssl.config import ConfigError
 from fastssl.engine import reopen
 from fastssl.engine.stages import facts_of, run
+from fastssl.errors import ConfigError
 from fastssl.evaluation.subject import Subject
 from fastssl.recipes import resolve
 from fastssl.report import pictures, training

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from fastssl import dist
-from fastssl.config import ConfigError
+from fastssl.errors import ConfigError
 from fastssl.evaluation import robustness
 from loaders.errors import StoreError
 from loaders.published.robustness import ALEXNET_ERROR, SHIFTS, V2_FOLDERS, objectnet_classes

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastssl.config import ConfigError
+from fastssl.errors import ConfigError
 from fastssl.methods.base import Facts
 from fastssl.recipes import resolve
 

@@ -5,7 +5,7 @@ import types
 
 import pytest
 
-from fastssl.config import ConfigError
+from fastssl.errors import ConfigError
 from fastssl.record import Recorder
 from fastssl.trackers import WANDB_RUN_ID, check_trackers, numbers
 

@@ -12,7 +12,7 @@ import scipy.io
 import torch
 from PIL import Image
 
-from fastssl.config import ConfigError
+from fastssl.errors import ConfigError
 from fastssl.evaluation import divide, linear, load_protocol, transfer
 from fastssl.evaluation.transfer import mean_per_class
 from loaders.errors import RenderError, StoreError

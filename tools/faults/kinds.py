@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fastssl.config import EXIT_HUNG, EXIT_STOPPED
+from fastssl.errors import EXIT_HUNG, EXIT_STOPPED
 from tests.end_to_end import command, slurm, two_hosts
 from tools.faults.scene import LATEST, RANKS, STEPS, TRAIN, WATCHDOG_S, WATCHED, Scene, TooLate, cpus, threads
 

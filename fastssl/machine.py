@@ -1,0 +1,59 @@
+"""What this process computes on: its threads, its memory, its devices, and the versions of what it computes with."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import torch
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
+
+
+def threads_per_rank() -> int:
+    """CPU threads of this rank: an equal share of what the processes of this host may use."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def versions() -> dict[str, str]:
+    """What this process computes with."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "machine": platform.machine(),
+        "commit": commit(),
+    }
+
+
+def commit(*how: str) -> str:
+    """The commit that this code is, as `git rev-parse HEAD` or, with `how`, another command of git's says; "unknown"
+    where there is no git, or where no repository tracks this code: a copy that is installed inside somebody's."""
+    file = Path(__file__).resolve()
+    tracked = _git("ls-files", "--error-unmatch", file.name, folder=file.parent)
+    return (tracked and _git(*(how or ("rev-parse", "HEAD")), folder=file.parent)) or "unknown"
+
+
+def _git(*words: str, folder: Path) -> str:
+    try:
+        return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep what it frees. glibc returns large blocks to the kernel, which hands them out again page
+    by page, zeroed: a fifth to a quarter of a CPU training step. Where malloc is not glibc's, nothing changes."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+def runs_triton(device: torch.device) -> bool:
+    """Whether it is a GPU of compute capability 8.0 or more, the least that Triton supports: not a V100."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
