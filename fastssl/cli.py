@@ -311,7 +311,7 @@ def report(run: Path, compare: Path | None, data: tuple[str, ...], out: Path | N
 @_in_users_words
 def export(run: Path, out: Path | None, step: int | None, network: str) -> None:
     """Write RUN's trunk with torchvision's key names, its heads, and a model card: a folder that needs no fastssl."""
-    from fastssl.export import export as write_export
+    from fastssl.export.folder import export as write_export
 
     click.echo(write_export(run, out or run / "export", step, network))
 

@@ -31,7 +31,7 @@ from fastssl.errors import ConfigError, FastsslError, Hung, Stopped
 from fastssl.evaluation.summary import accuracy_cell, mean_and_spread
 from fastssl.methods.base import Config, Epochs, Stage
 from fastssl.recipes import resolve
-from fastssl.trackers import WANDB_RUN_ID
+from fastssl.record.trackers import WANDB_RUN_ID
 from loaders.labels.subsets import Resolved
 from loaders.loader import resolved
 from loaders.plan.views import parse_subset

@@ -8,7 +8,7 @@ import torch
 from fastssl.engine import stages
 from fastssl.engine.job import Job
 from fastssl.methods.base import Stages
-from fastssl.record import Recorder
+from fastssl.record.recorder import Recorder
 from tests.end_to_end.command import metrics
 
 

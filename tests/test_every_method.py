@@ -14,7 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastssl import dist, dry_run
 from fastssl.cli import main
-from fastssl.clock import Clock
 from fastssl.datasets import KNOWN_SETS
 from fastssl.engine import stages
 from fastssl.engine.checkpoint import Checkpoints, sha256_of
@@ -30,7 +29,8 @@ from fastssl.nn.encoders import ByolResNet, ResNet, SimclrResNet, WideResNet
 from fastssl.profiling import memory
 from fastssl.profiling.trace import Untraceable
 from fastssl.recipes import recipes, resolve
-from fastssl.record import Recorder
+from fastssl.record.clock import Clock
+from fastssl.record.recorder import Recorder
 from loaders.loader import Loader, bind
 from loaders.plan.views import UNIT, Rrc, View
 from loaders.store.data import DataSets, open_data

@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 # room -> (rooms of ours, libraries) that it may import; the longest matching name rules; a room may import itself
-CONTRACT = {"fastssl.config", "fastssl.dist", "fastssl.methods.base", "fastssl.weights", "loaders"}
+CONTRACT = {"fastssl.config", "fastssl.dist", "fastssl.methods.base", "fastssl.weights.read", "loaders"}
 PIXELS = {"loaders.plan", "loaders.store", "loaders.errors", "loaders.timing"}
 RULES: dict[str, tuple[set[str], set[str]]] = {
     "loaders.errors": (set(), set()),
@@ -37,21 +37,27 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "loaders.loader": ({"loaders"}, {"numpy", "torch"}),
     "loaders.__init__": ({"loaders"}, set()),
     "fastssl.config": (set(), set()),
-    "fastssl.tensor_files": ({"fastssl.config"}, {"torch", "safetensors"}),
-    "fastssl.unpickle": (set(), {"torch", "safetensors"}),
-    "fastssl.layouts": (set(), {"torch"}),
-    "fastssl.weights": ({"fastssl.layouts", "fastssl.tensor_files"}, {"torch"}),
-    "fastssl.architecture": ({"fastssl.config", "fastssl.nn", "fastssl.weights"}, {"torch"}),
-    "fastssl.export": (
-        {"fastssl.config", "fastssl.engine", "fastssl.evaluation.summary", "fastssl.architecture", "fastssl.layouts"}
-        | {"fastssl.nn.encoders", "fastssl.weights"},
+    "fastssl.weights.tensor_files": ({"fastssl.config"}, {"torch", "safetensors"}),
+    "fastssl.weights.unpickle": (set(), {"torch", "safetensors"}),
+    "fastssl.weights.layouts": (set(), {"torch"}),
+    "fastssl.weights.read": ({"fastssl.weights.layouts", "fastssl.weights.tensor_files"}, {"torch"}),
+    "fastssl.export.architecture": ({"fastssl.config", "fastssl.nn", "fastssl.weights.read"}, {"torch"}),
+    "fastssl.export.folder": (
+        {
+            "fastssl.config",
+            "fastssl.engine",
+            "fastssl.evaluation.summary",
+            "fastssl.export.architecture",
+            "fastssl.weights.layouts",
+        }
+        | {"fastssl.nn.encoders", "fastssl.weights.read"},
         {"torch", "safetensors"},
     ),
     "fastssl.datasets": (set(), set()),
-    "fastssl.clock": (set(), set()),
+    "fastssl.record.clock": (set(), set()),
     "fastssl.converting": ({"fastssl.config", "loaders"}, {"rich"}),
-    "fastssl.trackers": ({"fastssl.config"}, {"torch", "tensorboard", "wandb"}),
-    "fastssl.record": ({"fastssl.config", "fastssl.trackers"}, {"rich"}),
+    "fastssl.record.trackers": ({"fastssl.config"}, {"torch", "tensorboard", "wandb"}),
+    "fastssl.record.recorder": ({"fastssl.config", "fastssl.record.trackers"}, {"rich"}),
     "fastssl.devices": (set(), {"torch"}),
     "fastssl.dist": (set(), {"torch"}),
     "fastssl.launch": (
@@ -60,7 +66,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "fastssl.doctor": (set(), {"rich"}),
     "fastssl.sweep": (
-        CONTRACT | {"fastssl.engine", "fastssl.evaluation", "fastssl.recipes", "fastssl.trackers"},
+        CONTRACT | {"fastssl.engine", "fastssl.evaluation", "fastssl.recipes", "fastssl.record.trackers"},
         {"numpy"},
     ),
     "fastssl.submit": ({"fastssl.config", "fastssl.engine.job", "fastssl.launch"}, {"submitit"}),
@@ -69,7 +75,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "fastssl.optim": ({"fastssl.devices"}, {"torch"}),
     "fastssl.optim.lars_triton": (set(), {"torch", "triton"}),
     "fastssl.methods": (
-        {"fastssl.nn", "fastssl.optim", "fastssl.dist", "fastssl.config", "fastssl.weights"}
+        {"fastssl.nn", "fastssl.optim", "fastssl.dist", "fastssl.config", "fastssl.weights.read"}
         | {"loaders.plan", "loaders.batch"},
         {"torch"},
     ),
@@ -77,21 +83,27 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "fastssl.evaluation": (CONTRACT, {"torch", "numpy", "sklearn"}),
     "fastssl.engine": (
         CONTRACT
-        | {"fastssl.nn.recompute", "fastssl.clock", "fastssl.record", "fastssl.evaluation", "fastssl.recipes"}
-        | {"fastssl.datasets", "fastssl.trackers", "fastssl.weights", "fastssl.tensor_files"},
+        | {
+            "fastssl.nn.recompute",
+            "fastssl.record.clock",
+            "fastssl.record.recorder",
+            "fastssl.evaluation",
+            "fastssl.recipes",
+        }
+        | {"fastssl.datasets", "fastssl.record.trackers", "fastssl.weights.read", "fastssl.weights.tensor_files"},
         {"torch", "numpy"},
     ),
     "fastssl.profiling": (
         CONTRACT | {"fastssl.engine", "fastssl.datasets", "fastssl.recipes"},
         {"torch", "numpy", "PIL", "rich"},
     ),
-    "fastssl.profiling.page": ({"fastssl.report.page", "fastssl.report.charts"}, {"rich"}),
+    "fastssl.profiling.page": ({"fastssl.html.page", "fastssl.html.charts"}, {"rich"}),
     "fastssl.report": (
-        CONTRACT | {"fastssl.engine", "fastssl.evaluation", "fastssl.record"},
+        CONTRACT | {"fastssl.engine", "fastssl.evaluation", "fastssl.record.recorder"},
         {"torch", "numpy", "PIL", "sklearn"},
     ),
-    "fastssl.report.page": (set(), set()),
-    "fastssl.report.charts": ({"fastssl.report.page"}, set()),
+    "fastssl.html.page": (set(), set()),
+    "fastssl.html.charts": ({"fastssl.html.page"}, set()),
     "fastssl.dry_run": (
         CONTRACT | {"fastssl.engine", "fastssl.datasets", "fastssl.recipes", "fastssl.profiling", "fastssl.launch"},
         {"torch"},

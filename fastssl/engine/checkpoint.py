@@ -19,7 +19,7 @@ import torch
 
 from fastssl import dist
 from fastssl.errors import FastsslError
-from fastssl.tensor_files import WeightsError, read_tensors, sha256_of
+from fastssl.weights.tensor_files import WeightsError, read_tensors, sha256_of
 
 STATE, DIGEST, LATEST = "state.pt", "digest.json", "latest"
 

@@ -9,7 +9,7 @@ from typing import Literal
 from fastssl.engine.step import How
 from fastssl.evaluation import load_protocol
 from fastssl.methods.base import Stage, Stages
-from fastssl.trackers import check_trackers
+from fastssl.record.trackers import check_trackers
 
 
 @dataclass(frozen=True)

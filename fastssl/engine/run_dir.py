@@ -15,7 +15,7 @@ from fastssl.engine.checkpoint import read_json, write_atomically
 from fastssl.engine.job import Job
 from fastssl.errors import ConfigError
 from fastssl.machine import threads_per_rank, versions
-from fastssl.trackers import WANDB_RUN_ID
+from fastssl.record.trackers import WANDB_RUN_ID
 from loaders.store.data import DataSets
 
 RESOLVED, RESULT, PRODUCED, CHECKPOINTS = "resolved.json", "result.json", "produced.pt", "checkpoints"

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from fastssl import dist
-from fastssl.clock import Clock
 from fastssl.engine import replay
 from fastssl.engine.checkpoint import (
     STATE,
@@ -42,8 +41,9 @@ from fastssl.evaluation import load_protocol
 from fastssl.evaluation.subject import Subject
 from fastssl.machine import keep_freed_memory, threads_per_rank, versions
 from fastssl.methods.base import Artefact, Facts, Method, Stage
-from fastssl.record import Recorder, result_lines
-from fastssl.weights import BACKBONE, Weights, read_weights
+from fastssl.record.clock import Clock
+from fastssl.record.recorder import Recorder, result_lines
+from fastssl.weights.read import BACKBONE, Weights, read_weights
 from loaders.loader import Bound, Loader, bind
 from loaders.plan.views import Sequential
 from loaders.store import staging

@@ -11,7 +11,7 @@ import socket
 from statistics import median, quantiles
 
 from fastssl import dist
-from fastssl.clock import Pace
+from fastssl.record.clock import Pace
 
 EVERY = 10  # logging steps
 SLOW_SHARE = 0.1  # of a step, that a rank waits for data longer than the others do

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from fastssl import dist
-from fastssl.clock import Clock
 from fastssl.engine import stragglers
 from fastssl.engine.checkpoint import CheckpointError, Checkpoints, failing_together
 from fastssl.engine.nonfinite import FirstNotFinite, LeftOut, describe
@@ -24,7 +23,8 @@ from fastssl.engine.signals import Agreement, StopRequest
 from fastssl.engine.step import How, TrainingStep
 from fastssl.errors import ConfigError, FastsslError, Stopped
 from fastssl.methods.base import Horizon, Method, Span, Stage
-from fastssl.record import Recorder
+from fastssl.record.clock import Clock
+from fastssl.record.recorder import Recorder
 from loaders.batch import Batch
 from loaders.loader import Loader
 

@@ -22,7 +22,7 @@ from fastssl import dist
 from fastssl.config import to_plain
 from fastssl.errors import ConfigError
 from fastssl.optim.schedule import warmup_cosine, warmup_stairs
-from fastssl.weights import Weights, parts_of, read_weights
+from fastssl.weights.read import Weights, parts_of, read_weights
 from loaders.batch import Batch
 from loaders.plan.plan import Plan
 from loaders.plan.views import View, parse_subset
@@ -117,7 +117,7 @@ class Artefact:
 
     path: Path
     sha256: str
-    unsafe_pickle: bool = False  # whether code in it may run: see fastssl.tensor_files
+    unsafe_pickle: bool = False  # whether code in it may run: see fastssl.weights.tensor_files
 
     def load(self) -> dict[str, Any]:
         """The stored tensors and plain values, on the CPU."""

@@ -42,7 +42,7 @@ from fastssl.methods.supervised import Classifier, FirstLayer, SupervisedConfig,
 from fastssl.nn.encoders import Encoder, SimclrResNet, encoder_of
 from fastssl.optim.lars import Lars
 from fastssl.optim.param_groups import lars_groups
-from fastssl.weights import Weights, WeightsError
+from fastssl.weights.read import Weights, WeightsError
 from loaders.batch import Batch
 from loaders.plan.ops import Flip
 from loaders.plan.plan import Plan

@@ -43,7 +43,7 @@ from fastssl.nn.global_batch_norm import set_batch_norm_mode
 from fastssl.nn.similarity import unit_rows
 from fastssl.optim.lars import Lars
 from fastssl.optim.param_groups import Rule, lars_groups
-from fastssl.weights import Weights
+from fastssl.weights.read import Weights
 from loaders.batch import Batch
 from loaders.plan.ops import Flip
 from loaders.plan.plan import Plan

@@ -50,7 +50,7 @@ from fastssl.nn.global_batch_norm import (
     set_batch_norm_mode,
 )
 from fastssl.optim.lars import Lars
-from fastssl.weights import Weights, WeightsError, load_whole
+from fastssl.weights.read import Weights, WeightsError, load_whole
 from loaders.batch import Batch
 from loaders.plan.ops import Flip
 from loaders.plan.plan import Plan

@@ -10,8 +10,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from fastssl.report.charts import Bar, bar_chart
-from fastssl.report.page import Html, element, facts, page, paragraph, section, table
+from fastssl.html.charts import Bar, bar_chart
+from fastssl.html.page import Html, element, facts, page, paragraph, section, table
 
 Profile = Mapping[str, Any]
 

@@ -20,9 +20,9 @@ from torch.nn import functional as F
 from fastssl.errors import FastsslError
 from fastssl.evaluation.soft_nn import TAU, soft_nn
 from fastssl.evaluation.subject import Subject, eval_mode
+from fastssl.html.charts import Bar, bar_chart, scatter
+from fastssl.html.page import Html, element, numbers_behind, paragraph, table
 from fastssl.methods.base import Method
-from fastssl.report.charts import Bar, bar_chart, scatter
-from fastssl.report.page import Html, element, numbers_behind, paragraph, table
 from loaders.labels.subsets import Resolved, resolve
 from loaders.loader import Bound, Loader, bind
 from loaders.plan.plan import Plan, StreamFacts

@@ -11,11 +11,11 @@ from fastssl.config import differences
 from fastssl.engine.checkpoint import write_atomically
 from fastssl.engine.reopen import open_method, open_run
 from fastssl.errors import ConfigError, FastsslError
-from fastssl.record import duration
+from fastssl.html.charts import Line, Marked, line_chart
+from fastssl.html.page import Html, element, facts, joined, number, numbers_behind, page, paragraph, section, table
+from fastssl.record.recorder import duration
 from fastssl.report import pictures
-from fastssl.report.charts import Line, Marked, line_chart
 from fastssl.report.history import STALL_PACE, STALL_WAIT_SHARE, History, StageHistory, read_history
-from fastssl.report.page import Html, element, facts, joined, number, numbers_behind, page, paragraph, section, table
 from loaders.errors import LoaderError
 
 CONTENTS = {

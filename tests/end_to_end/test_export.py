@@ -15,14 +15,14 @@ import torch
 from click.testing import CliRunner
 from safetensors import safe_open
 
-from fastssl import tensor_files
-from fastssl.architecture import architecture, name_of
 from fastssl.cli import main
 from fastssl.config import to_plain
 from fastssl.engine.checkpoint import Checkpoints, sha256_of
 from fastssl.engine.reopen import open_run
+from fastssl.export.architecture import architecture, name_of
 from fastssl.nn.encoders import ByolResNet, ResNet, S4lResNet, SimclrResNet, WideResNet
-from fastssl.weights import read_weights
+from fastssl.weights import tensor_files
+from fastssl.weights.read import read_weights
 from tests import plain_resnet
 from tests.end_to_end import command
 

@@ -10,7 +10,7 @@ import pytest
 from fastssl.engine import stages
 from fastssl.errors import Stopped
 from fastssl.methods.base import Steps
-from fastssl.record import Recorder
+from fastssl.record.recorder import Recorder
 from tests import fakes
 from tests.end_to_end import command
 from tests.ranks.pool import run_ranks

@@ -15,7 +15,7 @@ from fastssl.methods.suncet import suncet_loss
 from fastssl.nn.encoders import WideResNet
 from fastssl.nn.global_batch_norm import GlobalBatchNorm
 from fastssl.recipes import resolve
-from fastssl.weights import Weights, WeightsError
+from fastssl.weights.read import Weights, WeightsError
 from loaders.batch import Batch, Part
 
 FACTS = Facts(num_classes=3, channels=3, seed=0)

@@ -21,7 +21,7 @@ from fastssl.nn.global_batch_norm import (
 from fastssl.nn.heads import byol_head, projection_head, simclr_head
 from fastssl.optim.lars import Lars
 from fastssl.recipes import resolve
-from fastssl.weights import Weights, WeightsError
+from fastssl.weights.read import Weights, WeightsError
 from loaders.batch import Batch, Part
 from tests.ranks.pool import run_ranks
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastssl.clock import Clock
+from fastssl.record.clock import Clock
 
 
 class Hands:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from fastssl import record
 from fastssl.errors import FastsslError
-from fastssl.record import Recorder, duration
+from fastssl.record import recorder as record
+from fastssl.record.recorder import Recorder, duration
 
 
 def line(step: int, loss: float = 0.5) -> dict:

@@ -20,11 +20,11 @@ from fastssl.engine import reopen
 from fastssl.engine.stages import facts_of, run
 from fastssl.errors import ConfigError
 from fastssl.evaluation.subject import Subject
+from fastssl.html.charts import Bar, Line, bar_chart, line_chart, scatter, thinned, ticks
+from fastssl.html.page import element, number, numbers_behind, table
 from fastssl.recipes import resolve
 from fastssl.report import pictures, training
-from fastssl.report.charts import Bar, Line, bar_chart, line_chart, scatter, thinned, ticks
 from fastssl.report.history import read_history
-from fastssl.report.page import element, number, numbers_behind, table
 from loaders.store import data as store
 from tests import fakes
 from tests.interrupted import run_in_pieces

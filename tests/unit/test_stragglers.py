@@ -4,9 +4,9 @@ import json
 import time
 
 from fastssl import dist
-from fastssl.clock import Clock, Pace
 from fastssl.engine import stages, stragglers
 from fastssl.engine.stragglers import side_by_side, slowest
+from fastssl.record.clock import Clock, Pace
 from loaders.loader import Loader
 from tests import fakes
 from tests.ranks.pool import run_ranks

@@ -6,8 +6,8 @@ import types
 import pytest
 
 from fastssl.errors import ConfigError
-from fastssl.record import Recorder
-from fastssl.trackers import WANDB_RUN_ID, check_trackers, numbers
+from fastssl.record.recorder import Recorder
+from fastssl.record.trackers import WANDB_RUN_ID, check_trackers, numbers
 
 
 def line(step, loss):

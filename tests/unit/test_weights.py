@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fastssl import layouts
-from fastssl.layouts import CHECKPOINT, PAWS, TORCHVISION
 from fastssl.methods.base import Facts, Nets
 from fastssl.methods.paws import Paws, PawsNet
 from fastssl.nn.encoders import ResNet, WideResNet
 from fastssl.recipes import resolve
-from fastssl.weights import Weights, WeightsError, load_whole, read_weights
+from fastssl.weights import layouts
+from fastssl.weights.layouts import CHECKPOINT, PAWS, TORCHVISION
+from fastssl.weights.read import Weights, WeightsError, load_whole, read_weights
 from tests import plain_resnet
 
 TINY = ("encoder.base_width=4", "encoder.stem=imagenet", "out_features=8", "prediction=true", "precision=fp32")

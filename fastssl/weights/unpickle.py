@@ -1,6 +1,6 @@
 """The tensors of a pickle, written as safetensors: `python -I unpickle.py SOURCE TARGET`.
 
-Opening a pickle runs whatever code it holds, so `fastssl.tensor_files` starts this as a process of its own, and only
+Opening a pickle runs whatever code it holds, so `tensor_files` starts this as a process of its own, and only
 where the user asked for it. Names of nested dicts are joined by slashes. All that is no tensor is dropped.
 """
 

@@ -1,6 +1,6 @@
 """The layouts of files of weights: recognised by their keys, and put in our names.
 
-A network of ours names its parts `trunk`, `projection`, `prediction`, `first` and `fc`: see `fastssl.weights`.
+A network of ours names its parts `trunk`, `projection`, `prediction`, `first` and `fc`: see `fastssl.weights.read`.
 """
 
 from __future__ import annotations

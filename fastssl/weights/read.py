@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastssl import layouts
-from fastssl.tensor_files import WeightsError, read_tensors, sha256_of
+from fastssl.weights import layouts
+from fastssl.weights.tensor_files import WeightsError, read_tensors, sha256_of
 
 BACKBONE, HEADS, CONFIG = "backbone.safetensors", "heads.safetensors", "config.json"  # an exported folder
 COUNTER = "num_batches_tracked"  # of batch norms: nothing reads it, and files from before 2018 lack it
@@ -108,8 +108,8 @@ def read_weights(path: Path, unsafe_pickle: bool = False) -> Weights:
 
 
 def _exported(folder: Path) -> Weights:
-    """The networks that `fastssl.export` wrote. Files that are gone lack their parts; those that are there must be
-    what was written, for `config.json` says what they are."""
+    """The networks that `fastssl.export` wrote. Files that are gone lack their parts; those that are there must be what
+    was written, for `config.json` says what they are."""
     config = folder / CONFIG
     try:
         described = json.loads(config.read_text())

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fastssl.report.page import NUM_COLOURS, Html, element, number
+from fastssl.html.page import NUM_COLOURS, Html, element, number
 
 MOST_POINTS = 1000  # of a line: more than a screen is wide
 MOST_BARS = 32  # with a name each

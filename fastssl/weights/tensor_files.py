@@ -35,7 +35,7 @@ def read_tensors(path: Path, unsafe_pickle: bool = False) -> tuple[dict[str, Any
     """What the file `path` holds, on the CPU, and its metadata, which only safetensors have.
 
     Of torch's files: the dict that was saved, tensors and plain values. With `unsafe_pickle`, a file that needs more
-    is converted by `fastssl.unpickle`, in a process of its own, and only its tensors come back. Raises WeightsError.
+    is converted by `weights.unpickle`, in a process of its own, and only its tensors come back. Raises WeightsError.
     """
     try:
         with path.open("rb") as file:

@@ -21,14 +21,14 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from fastssl.architecture import architecture
 from fastssl.engine.checkpoint import STATE, Checkpoints, read_json, sync, verified_sha256
 from fastssl.engine.run_dir import CHECKPOINTS, RESOLVED, RESULT
 from fastssl.errors import FastsslError
 from fastssl.evaluation.summary import accuracy_cell, mean_and_spread
-from fastssl.layouts import EXPORT
+from fastssl.export.architecture import architecture
 from fastssl.nn.encoders import encoder_of
-from fastssl.weights import BACKBONE, CONFIG, HEADS, Weights, read_weights
+from fastssl.weights.layouts import EXPORT
+from fastssl.weights.read import BACKBONE, CONFIG, HEADS, Weights, read_weights
 
 CARD = "README.md"
 FILES = {BACKBONE, HEADS, CONFIG, CARD}

@@ -23,7 +23,7 @@ from rich.segment import ControlType
 from rich.text import Text
 
 from fastssl.errors import FastsslError
-from fastssl.trackers import open_tracker
+from fastssl.record.trackers import open_tracker
 
 PLAIN_EVERY_S = 10.0  # console only: a day of plain lines stays under 9,000
 BAR_CELLS = 16
