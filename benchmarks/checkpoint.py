@@ -30,12 +30,12 @@ import numpy as np
 import torch
 
 from benchmarks.machine import commit, cpu_model
-from fastssl.engine.checkpoint import STATE, Checkpoints
 from fastssl.engine.stages import facts_of
 from fastssl.engine.train import Trainer
 from fastssl.machine import keep_freed_memory
 from fastssl.methods.base import Steps
 from fastssl.recipes import resolve
+from fastssl.run_dir.checkpoint import STATE, Checkpoints
 from loaders.batch import Batch
 from loaders.loader import Loader, bind
 from loaders.store.data import DataSets

@@ -142,11 +142,11 @@ def train(
 ) -> None:
     """Train RECIPE (default: paws.digits). The same command continues a run that was stopped."""
     from fastssl.dry_run import describe
-    from fastssl.engine.checkpoint import write_atomically
     from fastssl.engine.job import Job
     from fastssl.evaluation.summary import accuracy_cell, spread_over_seeds
     from fastssl.launch import launcher, start
     from fastssl.recipes import resolve
+    from fastssl.run_dir.checkpoint import write_atomically
     from fastssl.sweep import prepare
     from fastssl.sweep import run as run_sweep
 

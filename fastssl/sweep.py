@@ -23,15 +23,15 @@ from urllib.parse import quote
 import numpy as np
 
 from fastssl.config import differences
-from fastssl.engine.checkpoint import read_json, write_atomically
 from fastssl.engine.job import Job
-from fastssl.engine.run_dir import RESOLVED, RESULT
-from fastssl.engine.run_lock import LOCK
 from fastssl.errors import ConfigError, FastsslError, Hung, Stopped
 from fastssl.evaluation.summary import accuracy_cell, mean_and_spread
 from fastssl.methods.base import Config, Epochs, Stage
 from fastssl.recipes import resolve
 from fastssl.record.trackers import WANDB_RUN_ID
+from fastssl.run_dir.checkpoint import write_atomically
+from fastssl.run_dir.files import RESOLVED, RESULT, read_json
+from fastssl.run_dir.lock import LOCK
 from loaders.labels.subsets import Resolved
 from loaders.loader import resolved
 from loaders.plan.views import parse_subset

@@ -16,7 +16,6 @@ from fastssl import dist, dry_run
 from fastssl.cli import main
 from fastssl.datasets import KNOWN_SETS
 from fastssl.engine import stages
-from fastssl.engine.checkpoint import Checkpoints, sha256_of
 from fastssl.engine.job import Job
 from fastssl.engine.stages import facts_of
 from fastssl.engine.train import Trainer
@@ -31,6 +30,7 @@ from fastssl.profiling.trace import Untraceable
 from fastssl.recipes import recipes, resolve
 from fastssl.record.clock import Clock
 from fastssl.record.recorder import Recorder
+from fastssl.run_dir.checkpoint import Checkpoints, sha256_of
 from loaders.loader import Loader, bind
 from loaders.plan.views import UNIT, Rrc, View
 from loaders.store.data import DataSets, open_data

@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 
 from fastssl import dist
 from fastssl.config import to_plain
-from fastssl.engine.checkpoint import Checkpoints, write_atomically
 from fastssl.methods.base import Nets, Stage
+from fastssl.run_dir.checkpoint import Checkpoints, write_atomically
 from loaders.plan.plan import BoundPlan
 
 

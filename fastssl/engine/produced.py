@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastssl import dist
-from fastssl.engine.checkpoint import CheckpointError, Checkpoints, failing_together
+from fastssl.run_dir.checkpoint import CheckpointError, Checkpoints, failing_together
 
 
 class RowsSoFar:

@@ -13,14 +13,14 @@ from typing import Any, Literal
 import torch
 
 from fastssl.config import differences, to_plain
-from fastssl.engine.checkpoint import CheckpointError, Checkpoints, read_json
 from fastssl.engine.job import Job
-from fastssl.engine.run_dir import CHECKPOINTS, RESOLVED
 from fastssl.engine.stages import facts_of
 from fastssl.errors import ConfigError
 from fastssl.evaluation.subject import Subject
 from fastssl.methods.base import Method, Stages
 from fastssl.recipes import resolve
+from fastssl.run_dir.checkpoint import CheckpointError, Checkpoints
+from fastssl.run_dir.files import CHECKPOINTS, RESOLVED, read_json
 from loaders.loader import resolved
 from loaders.plan.views import parse_subset
 from loaders.store.data import LABELLED, DataSets, open_data

@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastssl import dist
-from fastssl.engine.checkpoint import CheckpointError
 from fastssl.engine.train import Trainer
+from fastssl.run_dir.checkpoint import CheckpointError
 from loaders.batch import Batch
 
 

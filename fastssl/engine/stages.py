@@ -19,18 +19,9 @@ import torch
 
 from fastssl import dist
 from fastssl.engine import replay
-from fastssl.engine.checkpoint import (
-    STATE,
-    Checkpoints,
-    read_json,
-    sha256_of,
-    verified_sha256,
-    write_atomically,
-)
+from fastssl.engine.claim import claim, finished
 from fastssl.engine.job import Job
 from fastssl.engine.produced import RowsSoFar
-from fastssl.engine.run_dir import CHECKPOINTS, PRODUCED, RESOLVED, RESULT, claim, finished
-from fastssl.engine.run_lock import held
 from fastssl.engine.same_everywhere import check_same_everywhere
 from fastssl.engine.signals import Agreement, StopRequest
 from fastssl.engine.step import How, default_how
@@ -43,6 +34,9 @@ from fastssl.machine import keep_freed_memory, threads_per_rank, versions
 from fastssl.methods.base import Artefact, Facts, Method, Stage
 from fastssl.record.clock import Clock
 from fastssl.record.recorder import Recorder, result_lines
+from fastssl.run_dir.checkpoint import STATE, Checkpoints, sha256_of, verified_sha256, write_atomically
+from fastssl.run_dir.files import CHECKPOINTS, PRODUCED, RESOLVED, RESULT, read_json
+from fastssl.run_dir.lock import held
 from fastssl.weights.read import BACKBONE, Weights, read_weights
 from loaders.loader import Bound, Loader, bind
 from loaders.plan.views import Sequential

@@ -16,15 +16,15 @@ from torch import Tensor
 
 from fastssl import dist
 from fastssl.engine import stragglers
-from fastssl.engine.checkpoint import CheckpointError, Checkpoints, failing_together
 from fastssl.engine.nonfinite import FirstNotFinite, LeftOut, describe
-from fastssl.engine.saver import Saver
 from fastssl.engine.signals import Agreement, StopRequest
 from fastssl.engine.step import How, TrainingStep
 from fastssl.errors import ConfigError, FastsslError, Stopped
 from fastssl.methods.base import Horizon, Method, Span, Stage
 from fastssl.record.clock import Clock
 from fastssl.record.recorder import Recorder
+from fastssl.run_dir.checkpoint import CheckpointError, Checkpoints, failing_together
+from fastssl.run_dir.saver import Saver
 from loaders.batch import Batch
 from loaders.loader import Loader
 

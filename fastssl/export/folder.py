@@ -21,12 +21,12 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from fastssl.engine.checkpoint import STATE, Checkpoints, read_json, sync, verified_sha256
-from fastssl.engine.run_dir import CHECKPOINTS, RESOLVED, RESULT
 from fastssl.errors import FastsslError
 from fastssl.evaluation.summary import accuracy_cell, mean_and_spread
 from fastssl.export.architecture import architecture
 from fastssl.nn.encoders import encoder_of
+from fastssl.run_dir.checkpoint import STATE, Checkpoints, sync, verified_sha256
+from fastssl.run_dir.files import CHECKPOINTS, RESOLVED, RESULT, read_json
 from fastssl.weights.layouts import EXPORT
 from fastssl.weights.read import BACKBONE, CONFIG, HEADS, Weights, read_weights
 

@@ -17,7 +17,6 @@ import torch
 from rich.console import Console
 
 from fastssl.datasets import KNOWN_SETS
-from fastssl.engine.checkpoint import write_atomically
 from fastssl.engine.job import Job
 from fastssl.engine.stages import facts_of
 from fastssl.engine.step import default_how
@@ -31,6 +30,7 @@ from fastssl.profiling.summary import Before, summarise
 from fastssl.profiling.trace import Untraceable, trace_step
 from fastssl.profiling.workload import LOADER_IMAGES, SIZED, fitting, sized, stand_ins
 from fastssl.recipes import resolve
+from fastssl.run_dir.checkpoint import write_atomically
 from loaders.plan.views import Balanced
 from loaders.store.data import open_data
 from loaders.store.source import Source, is_encoded

@@ -12,9 +12,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from fastssl.engine.checkpoint import read_json
-from fastssl.engine.run_dir import RESOLVED, RESULT
 from fastssl.errors import ConfigError
+from fastssl.run_dir.files import RESOLVED, RESULT, read_json
 
 STALL_WAIT_SHARE = 0.25  # of a window spent waiting for data
 STALL_PACE = 0.5  # of the median pace

@@ -8,7 +8,6 @@ from datetime import datetime
 from pathlib import Path
 
 from fastssl.config import differences
-from fastssl.engine.checkpoint import write_atomically
 from fastssl.engine.reopen import open_method, open_run
 from fastssl.errors import ConfigError, FastsslError
 from fastssl.html.charts import Line, Marked, line_chart
@@ -16,6 +15,7 @@ from fastssl.html.page import Html, element, facts, joined, number, numbers_behi
 from fastssl.record.recorder import duration
 from fastssl.report import pictures
 from fastssl.report.history import STALL_PACE, STALL_WAIT_SHARE, History, StageHistory, read_history
+from fastssl.run_dir.checkpoint import write_atomically
 from loaders.errors import LoaderError
 
 CONTENTS = {

@@ -17,10 +17,10 @@ from safetensors import safe_open
 
 from fastssl.cli import main
 from fastssl.config import to_plain
-from fastssl.engine.checkpoint import Checkpoints, sha256_of
 from fastssl.engine.reopen import open_run
 from fastssl.export.architecture import architecture, name_of
 from fastssl.nn.encoders import ByolResNet, ResNet, S4lResNet, SimclrResNet, WideResNet
+from fastssl.run_dir.checkpoint import Checkpoints, sha256_of
 from fastssl.weights import tensor_files
 from fastssl.weights.read import read_weights
 from tests import plain_resnet

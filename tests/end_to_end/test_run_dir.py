@@ -9,8 +9,9 @@ from dataclasses import replace
 import pytest
 
 from fastssl import dist
-from fastssl.engine import run_lock, same_everywhere, stages
+from fastssl.engine import same_everywhere, stages
 from fastssl.errors import FastsslError
+from fastssl.run_dir import lock as run_lock
 from tests import fakes
 from tests.end_to_end import command
 from tests.end_to_end.test_bad_input import SHORT, invoke, refused

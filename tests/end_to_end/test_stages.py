@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from fastssl.engine import stages
-from fastssl.engine.checkpoint import sha256_of
 from fastssl.errors import ConfigError, Stopped
 from fastssl.methods.base import Artefact, Epochs, Stage, Steps
+from fastssl.run_dir.checkpoint import sha256_of
 from loaders.errors import PlanError, StoreError
 from loaders.loader import Loader
 from tests import fakes

@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastssl.engine import checkpoint, stages
-from fastssl.engine.checkpoint import CheckpointError, Checkpoints
-from fastssl.engine.saver import Saver
+from fastssl.engine import stages
 from fastssl.methods.base import Stage, Steps
+from fastssl.run_dir import checkpoint
+from fastssl.run_dir.checkpoint import CheckpointError, Checkpoints
+from fastssl.run_dir.saver import Saver
 from tests import fakes
 from tests.end_to_end.command import ROOT, kill, wait_until
 from tests.ranks.pool import run_ranks
@@ -117,7 +118,7 @@ def test_a_stage_saves_its_milestones_too(tmp_path):
 WRITES_UNTIL_KILLED = """
 import sys, torch
 from pathlib import Path
-from fastssl.engine.checkpoint import Checkpoints
+from fastssl.run_dir.checkpoint import Checkpoints
 checkpoints = Checkpoints(Path(sys.argv[1]))
 for step in range(1, 1000):
     checkpoints.save(step, {"step": step, "nets": {"online": {"weight": torch.full((20_000_000,), float(step))}}})

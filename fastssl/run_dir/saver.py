@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastssl.engine.checkpoint import Checkpoints
+from fastssl.run_dir.checkpoint import Checkpoints
 
 
 class Saver:

@@ -11,14 +11,13 @@ from typing import Any
 
 from fastssl import dist
 from fastssl.config import differences, to_plain
-from fastssl.engine.checkpoint import read_json, write_atomically
 from fastssl.engine.job import Job
 from fastssl.errors import ConfigError
 from fastssl.machine import threads_per_rank, versions
 from fastssl.record.trackers import WANDB_RUN_ID
+from fastssl.run_dir.checkpoint import write_atomically
+from fastssl.run_dir.files import CHECKPOINTS, PRODUCED, RESOLVED, RESULT, read_json
 from loaders.store.data import DataSets
-
-RESOLVED, RESULT, PRODUCED, CHECKPOINTS = "resolved.json", "result.json", "produced.pt", "checkpoints"
 
 
 def finished(job: Job, data: DataSets) -> dict[str, Any] | None:

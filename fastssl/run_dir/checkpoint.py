@@ -181,14 +181,6 @@ def verified_sha256(path: Path) -> str:
     return found
 
 
-def read_json(path: Path) -> Any:
-    """What `write_atomically` left at `path`, as JSON. Raises FastsslError where it is not whole."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise FastsslError(f"{path} cannot be read ({error}): remove it or choose another --out") from error
-
-
 def write_atomically(path: Path, content: str | dict[str, Any]) -> None:
     """Replace `path` by text, or by tensors and plain values for `torch.load`, in one step that survives a crash."""
     temporary = path.with_name(f".{path.name}.partial")
