@@ -41,7 +41,7 @@ from benchmarks.step import Build, Contender, Problem, measure, noise_batch, our
 from fastssl.methods.base import Facts
 from fastssl.nn.encoders import WideResNet
 
-# Memory traffic of an image-equivalent with batch norm, addition and ReLU in one kernel: fastssl/profiling/cost.py.
+# Memory traffic of an image-equivalent with batch norm, addition and ReLU in one kernel: fastssl/costs/cost.py.
 FUSED_BYTES = 342e6
 BANDWIDTH = {"V100": 0.9e12, "A100": 2.04e12, "H100": 3.35e12, "H200": 4.8e12}  # bytes/s, data sheets
 KERNEL_TESTS = (

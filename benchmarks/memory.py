@@ -37,7 +37,7 @@ from torch._subclasses import FakeTensorMode
 from benchmarks.machine import commit
 from fastssl.engine.step import keep_what_is_dear
 from fastssl.nn.recompute import recompute_blocks
-from fastssl.nn.resnet import resnet
+from fastssl.nn.trunks.resnet import resnet
 from fastssl.profiling.live_memory import LiveMemory
 
 

@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.machine import commit, cpu_model
 from fastssl.nn.heads import prediction_head, projection_head
-from fastssl.nn.resnet import resnet
+from fastssl.nn.trunks.resnet import resnet
 from fastssl.optim.lars import Foreach, Lars
 from fastssl.optim.param_groups import lars_groups
 

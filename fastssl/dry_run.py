@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 
 from fastssl import launch
+from fastssl.costs import memory
+from fastssl.costs.cost import StepCost, ours
+from fastssl.costs.trace import Untraceable, trace_step
 from fastssl.datasets import KNOWN_SETS
 from fastssl.engine.job import Job
 from fastssl.engine.stages import joined
 from fastssl.errors import ConfigError
 from fastssl.methods.base import Facts, Stage
-from fastssl.profiling import memory
-from fastssl.profiling.cost import StepCost, ours
-from fastssl.profiling.trace import Untraceable, trace_step
 from loaders.errors import LoaderError
 from loaders.plan.plan import check_world
 from loaders.plan.views import All, Sequential

@@ -29,10 +29,10 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from fastssl import dist
+from fastssl.costs import memory
 from fastssl.engine.job import Job
 from fastssl.engine.stages import run
 from fastssl.errors import EXIT_HUNG, EXIT_STOPPED, ConfigError, FastsslError, Hung, Stopped
-from fastssl.profiling import memory
 from loaders.errors import LoaderError
 
 HOST = "127.0.0.1"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastssl import dist
 from fastssl.engine.job import Job
 from fastssl.methods.base import Artefact, Config, Epochs, Facts, Horizon, Method, Nets, Ref, Stage, Stages, Steps
-from fastssl.nn.global_batch_norm import GlobalBatchNorm
+from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm
 from loaders.batch import Batch
 from loaders.plan.ops import Noise
 from loaders.plan.plan import Plan

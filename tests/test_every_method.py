@@ -14,19 +14,19 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastssl import dist, dry_run
 from fastssl.cli import main
+from fastssl.costs import memory
+from fastssl.costs.trace import Untraceable
 from fastssl.datasets import KNOWN_SETS
 from fastssl.engine import stages
 from fastssl.engine.job import Job
 from fastssl.engine.stages import facts_of
 from fastssl.engine.train import Trainer
+from fastssl.losses.semppl import Relic
 from fastssl.methods.base import Artefact, Facts, Horizon, Ref, Steps
 from fastssl.methods.s4l import Vat
-from fastssl.methods.semppl_loss import Relic
 from fastssl.methods.simclrv2 import Memory
 from fastssl.methods.supervised import FirstLayer, StepDecay, finetune
 from fastssl.nn.encoders import ByolResNet, ResNet, SimclrResNet, WideResNet
-from fastssl.profiling import memory
-from fastssl.profiling.trace import Untraceable
 from fastssl.recipes import recipes, resolve
 from fastssl.record.clock import Clock
 from fastssl.record.recorder import Recorder

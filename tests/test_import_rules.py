@@ -61,7 +61,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "fastssl.devices": (set(), {"torch"}),
     "fastssl.dist": (set(), {"torch"}),
     "fastssl.launch": (
-        {"fastssl.config", "fastssl.dist", "fastssl.engine", "fastssl.profiling.memory", "loaders"},
+        {"fastssl.config", "fastssl.dist", "fastssl.engine", "fastssl.costs.memory", "loaders"},
         {"torch"},
     ),
     "fastssl.doctor": (set(), {"rich"}),
@@ -71,7 +71,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "fastssl.submit": ({"fastssl.config", "fastssl.engine.job", "fastssl.launch"}, {"submitit"}),
     "fastssl.nn": ({"fastssl.devices", "fastssl.dist"}, {"torch"}),
-    "fastssl.nn.batch_norm_triton": (set(), {"torch", "triton"}),
+    "fastssl.nn.norm.triton_kernels": (set(), {"torch", "triton"}),
     "fastssl.optim": ({"fastssl.devices"}, {"torch"}),
     "fastssl.optim.lars_triton": (set(), {"torch", "triton"}),
     "fastssl.methods": (
@@ -185,7 +185,7 @@ def test_the_rules_would_notice():
 
     assert told("loaders.loader", "fastssl.config.ConfigError", "torch") == ["fastssl.config.ConfigError"]
     assert told("fastssl.engine.train", "fastssl.methods.paws", "fastssl.dist") == ["fastssl.methods.paws"]
-    assert told("fastssl.nn.heads", "numpy", "torch.nn", "fastssl.nn.resnet") == ["numpy"]
+    assert told("fastssl.nn.heads", "numpy", "torch.nn", "fastssl.nn.trunks.resnet") == ["numpy"]
     assert told("fastssl.config", "tests.conftest", "json") == ["tests.conftest"]
     assert told("fastssl.newcomer") == ["fastssl.newcomer stands in no room"]
 

@@ -28,8 +28,9 @@ from statistics import median
 from typing import Any
 from unittest.mock import patch
 
+from fastssl.costs import whatif
 from fastssl.methods.paws import GLOBAL_VIEW, SMALL_VIEW
-from fastssl.profiling import baseline, whatif
+from fastssl.profiling import baseline
 from fastssl.profiling.measure import loader_window
 from fastssl.profiling.probes import CoreProbe
 from fastssl.profiling.workload import Cycled

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastssl.config import to_plain
 from fastssl.nn.encoders import ByolResNet, Encoder, S4lResNet, SimclrResNet, WideResNet
-from fastssl.nn.stem import same_max_pool
+from fastssl.nn.trunks.stem import same_max_pool
 from fastssl.weights.read import fitting
 
 _UNNAMED = {10: ("BasicBlock", [1, 1, 1, 1]), 200: ("Bottleneck", [3, 24, 36, 3])}  # torchvision has no such functions

@@ -22,6 +22,15 @@ from torch import Tensor, nn
 
 from fastssl.dist import gather_rows, gather_rows_together, mean_over_ranks, rank, world_size
 from fastssl.errors import ConfigError
+from fastssl.losses.similarity import (
+    BalancedLabels,
+    DenseLabels,
+    Labels,
+    chunks,
+    soft_nearest_neighbours,
+    sum_of_soft_nearest_neighbours,
+    unit_rows,
+)
 from fastssl.methods.base import (
     Artefact,
     Config,
@@ -38,17 +47,8 @@ from fastssl.methods.base import (
     through,
 )
 from fastssl.nn.encoders import Encoder, ResNet, WideResNet
-from fastssl.nn.global_batch_norm import LockstepSequential
 from fastssl.nn.heads import prediction_head, projection_head
-from fastssl.nn.similarity import (
-    BalancedLabels,
-    DenseLabels,
-    Labels,
-    chunks,
-    soft_nearest_neighbours,
-    sum_of_soft_nearest_neighbours,
-    unit_rows,
-)
+from fastssl.nn.norm.global_batch_norm import LockstepSequential
 from fastssl.optim.lars import Lars
 from fastssl.optim.param_groups import Rule, lars_groups
 from loaders.batch import Batch
@@ -149,7 +149,7 @@ def consistency(
     """`paws_loss` of supports that were gathered before.
 
     Neither similarities nor the targets of small crops are stored: beside rows of features, memory holds the
-    predictions of the global views and one chunk's similarities (see fastssl/nn/similarity.py).
+    predictions of the global views and one chunk's similarities (see fastssl/losses/similarity.py).
     """
     images, num_anchors = len(h_GD) // 2, len(z_ND)
     if len(h_GD) % 2 or not images or num_anchors < 2 * images or num_anchors % images:
@@ -481,7 +481,7 @@ def rn50w4_200ep_1pct() -> Stages:
 
 
 def _on_fewer_gpus(batch_global: int, classes_global: int, images_per_class: int) -> Stages:
-    """rn50_100ep with what 80 GB hold of its batch, by `fastssl.profiling.memory`: classes rather than images of each,
+    """rn50_100ep with what 80 GB hold of its batch, by `fastssl.costs.memory`: classes rather than images of each,
     since the authors found few classes to hurt (suncet#11); rates by the square root of the batch, as SimCLRv2's."""
     (stage,) = rn50_100ep()
     paper = stage.method

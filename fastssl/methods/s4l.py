@@ -54,6 +54,17 @@ from torch.optim import SGD
 
 from fastssl import dist
 from fastssl.errors import ConfigError
+from fastssl.losses.adversarial import (
+    curvature_product,
+    difference_product,
+    divergence,
+    entropy,
+    full_float32,
+    unit,
+    unit_unless_small,
+)
+from fastssl.losses.draws import normals
+from fastssl.losses.triplet import exemplar_loss
 from fastssl.methods.base import (
     Artefact,
     Config,
@@ -70,24 +81,13 @@ from fastssl.methods.base import (
     autocast,
     in_full,
 )
-from fastssl.nn.adversarial import (
-    curvature_product,
-    difference_product,
-    divergence,
-    entropy,
-    full_float32,
-    unit,
-    unit_unless_small,
-)
-from fastssl.nn.draws import normals
 from fastssl.nn.ema import copy_of, follow
 from fastssl.nn.encoders import Encoder, ResNet, S4lResNet
-from fastssl.nn.global_batch_norm import frozen_running_stats
-from fastssl.nn.group_batch_norm import GroupBatchNorm
 from fastssl.nn.initialisers import glorot_uniform, initialise
-from fastssl.nn.resnet_v2 import S4L_NORM
-from fastssl.nn.stem import Norm
-from fastssl.nn.triplet import exemplar_loss
+from fastssl.nn.norm.global_batch_norm import frozen_running_stats
+from fastssl.nn.norm.group_batch_norm import GroupBatchNorm
+from fastssl.nn.trunks.resnet_v2 import S4L_NORM
+from fastssl.nn.trunks.stem import Norm
 from loaders.batch import Batch, Part
 from loaders.plan.draws import tag
 from loaders.plan.ops import Flip, HsvNoise
@@ -139,7 +139,7 @@ class Exemplar:
 
     weight: float = 1.0
     features: int = 1000
-    compat_identities: bool = False  # the release's: see `fastssl.nn.triplet.exemplar_identities`
+    compat_identities: bool = False  # the release's: see `fastssl.losses.triplet.exemplar_identities`
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,10 @@ from torch.nn import functional as F
 
 from fastssl.dist import gather_rows, gather_rows_together, mean_over_ranks, rank, world_size
 from fastssl.errors import ConfigError
+from fastssl.losses.draws import distinct, random_bits
+from fastssl.losses.nearest import Majority, Ties, majority, nearest
+from fastssl.losses.queues import LabelledQueues
+from fastssl.losses.semppl import Base, Byol, Positives, Relic, SimClr, semppl_loss
 from fastssl.methods.base import (
     DTYPES,
     Artefact,
@@ -41,14 +45,10 @@ from fastssl.methods.base import (
     in_full,
     through,
 )
-from fastssl.methods.semppl_loss import Base, Byol, Positives, Relic, SimClr, semppl_loss
-from fastssl.nn.draws import distinct, random_bits
 from fastssl.nn.ema import copy_of, cosine_decay, follow
 from fastssl.nn.encoders import ByolResNet, Encoder
-from fastssl.nn.global_batch_norm import LockstepSequential
 from fastssl.nn.heads import byol_head, simclr_head
-from fastssl.nn.nearest import Majority, Ties, majority, nearest
-from fastssl.nn.queues import LabelledQueues
+from fastssl.nn.norm.global_batch_norm import LockstepSequential
 from fastssl.optim.lars import Lars
 from fastssl.optim.param_groups import lars_groups
 from loaders.batch import Batch

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastssl.dist import gather_rows, rank
 from fastssl.errors import ConfigError
+from fastssl.losses.similarity import unit_rows
 from fastssl.methods import paws
 from fastssl.methods.base import (
     Artefact,
@@ -39,8 +40,7 @@ from fastssl.methods.base import (
 )
 from fastssl.methods.supervised import check_encoder, check_same_input
 from fastssl.nn.encoders import Encoder, WideResNet
-from fastssl.nn.global_batch_norm import set_batch_norm_mode
-from fastssl.nn.similarity import unit_rows
+from fastssl.nn.norm.global_batch_norm import set_batch_norm_mode
 from fastssl.optim.lars import Lars
 from fastssl.optim.param_groups import Rule, lars_groups
 from fastssl.weights.read import Weights

@@ -42,7 +42,7 @@ from fastssl.methods.base import (
     in_full,
 )
 from fastssl.nn.encoders import ByolResNet, Encoder, ResNet, SimclrResNet
-from fastssl.nn.global_batch_norm import (
+from fastssl.nn.norm.global_batch_norm import (
     BatchNormMode,
     GlobalBatchNorm,
     LockstepSequential,

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastssl.nn.global_batch_norm import GlobalBatchNorm
 from fastssl.nn.initialisers import haiku_default, variance_scaling
-from fastssl.nn.resnet import BottleneckDepth, Depth, ResNetTrunk, ResNetV2Trunk, resnet, sknext
-from fastssl.nn.resnet_v2 import S4L_NORM
-from fastssl.nn.stem import Norm, Stem, same_max_pool
-from fastssl.nn.wide_resnet import WideResNetTrunk, wide_resnet
+from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm
+from fastssl.nn.trunks.resnet import BottleneckDepth, Depth, ResNetTrunk, ResNetV2Trunk, resnet, sknext
+from fastssl.nn.trunks.resnet_v2 import S4L_NORM
+from fastssl.nn.trunks.stem import Norm, Stem, same_max_pool
+from fastssl.nn.trunks.wide_resnet import WideResNetTrunk, wide_resnet
 
 Trunk = ResNetTrunk | ResNetV2Trunk | WideResNetTrunk
 
@@ -94,7 +94,7 @@ class S4lResNet:
 
 @dataclass(frozen=True)
 class WideResNet:
-    """`fastssl.nn.wide_resnet.wide_resnet`."""
+    """`fastssl.nn.trunks.wide_resnet.wide_resnet`."""
 
     depth: int = 28
     widen: int = 2

@@ -9,9 +9,9 @@ from collections import OrderedDict
 import torch
 from torch import nn
 
-from fastssl.nn.global_batch_norm import GlobalBatchNorm, LockstepSequential
 from fastssl.nn.initialisers import haiku_default, initialise, small_normal
-from fastssl.nn.stem import Norm
+from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm, LockstepSequential
+from fastssl.nn.trunks.stem import Norm
 
 
 def projection_head(in_features: int, out_features: int, norm: Norm = GlobalBatchNorm) -> LockstepSequential:

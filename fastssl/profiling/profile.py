@@ -16,6 +16,9 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from fastssl.costs import whatif
+from fastssl.costs.cost import ours
+from fastssl.costs.trace import Untraceable, trace_step
 from fastssl.datasets import KNOWN_SETS
 from fastssl.engine.job import Job
 from fastssl.engine.stages import facts_of
@@ -23,11 +26,9 @@ from fastssl.engine.step import default_how
 from fastssl.errors import ConfigError, FastsslError
 from fastssl.methods.base import Facts, Stage
 from fastssl.profiling import baseline as baselines
-from fastssl.profiling import measure, whatif
-from fastssl.profiling.cost import ours
+from fastssl.profiling import measure
 from fastssl.profiling.page import as_text, write_page
 from fastssl.profiling.summary import Before, summarise
-from fastssl.profiling.trace import Untraceable, trace_step
 from fastssl.profiling.workload import LOADER_IMAGES, SIZED, fitting, sized, stand_ins
 from fastssl.recipes import resolve
 from fastssl.run_dir.checkpoint import write_atomically

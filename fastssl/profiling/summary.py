@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from statistics import median, quantiles
 from typing import Any
 
+from fastssl.costs import whatif
+from fastssl.costs.cost import StepCost, ring_bytes
 from fastssl.datasets import KNOWN_SETS
-from fastssl.profiling import whatif
-from fastssl.profiling.cost import StepCost, ring_bytes
 from fastssl.profiling.measure import CLASSES
 from loaders.timing import STAGES
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastssl.nn import batch_norm_triton
-from fastssl.nn.batch_norm_triton import gradient_sums, input_gradient, normalise, statistics
+from fastssl.nn.norm import triton_kernels as batch_norm_triton
+from fastssl.nn.norm.triton_kernels import gradient_sums, input_gradient, normalise, statistics
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Relative rounding of a stored result. (The interpreter cuts bfloat16 off.)

@@ -10,11 +10,11 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastssl.losses import similarity
+from fastssl.losses.similarity import BalancedLabels, DenseLabels
 from fastssl.methods.base import Facts
 from fastssl.methods.paws import MIN_TARGET, Paws, consistency, diagnostics, gather_supports, paws_loss, sharpen
-from fastssl.nn import similarity
 from fastssl.nn.encoders import ResNet
-from fastssl.nn.similarity import BalancedLabels, DenseLabels
 from fastssl.recipes import resolve
 from loaders.batch import Batch, Part
 from loaders.plan.order import ClassIndex, balanced

@@ -15,7 +15,11 @@ from click.testing import CliRunner
 
 from fastssl import dist, dry_run
 from fastssl.cli import main
+from fastssl.costs import memory
+from fastssl.costs.trace import Untraceable
 from fastssl.errors import ConfigError
+from fastssl.losses.adversarial import curvature_product, divergence, entropy, unit
+from fastssl.losses.triplet import exemplar_identities, exemplar_loss
 from fastssl.methods import s4l
 from fastssl.methods.base import Artefact, Epochs, Facts, Horizon
 from fastssl.methods.s4l import (
@@ -28,12 +32,8 @@ from fastssl.methods.s4l import (
     Vat,
     rotation_loss,
 )
-from fastssl.nn.adversarial import curvature_product, divergence, entropy, unit
 from fastssl.nn.encoders import ResNet
 from fastssl.nn.recompute import recompute_blocks
-from fastssl.nn.triplet import exemplar_identities, exemplar_loss
-from fastssl.profiling import memory
-from fastssl.profiling.trace import Untraceable
 from fastssl.recipes import resolve
 from loaders.errors import PlanError
 from loaders.loader import Loader, bind

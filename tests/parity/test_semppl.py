@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from fastssl.errors import ConfigError
+from fastssl.losses.semppl import Byol, Positives, Relic, SimClr, semppl_loss
 from fastssl.methods import relicv2, semppl
 from fastssl.methods.base import Facts, Horizon, through
 from fastssl.methods.semppl import Semppl, SempplConfig
-from fastssl.methods.semppl_loss import Byol, Positives, Relic, SimClr, semppl_loss
 from fastssl.nn.encoders import ByolResNet
 from fastssl.profiling.workload import sized
 from fastssl.recipes import resolve

@@ -13,7 +13,7 @@ from fastssl.errors import ConfigError
 from fastssl.methods.base import Facts, Horizon
 from fastssl.methods.suncet import suncet_loss
 from fastssl.nn.encoders import WideResNet
-from fastssl.nn.global_batch_norm import GlobalBatchNorm
+from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm
 from fastssl.recipes import resolve
 from fastssl.weights.read import Weights, WeightsError
 from loaders.batch import Batch, Part

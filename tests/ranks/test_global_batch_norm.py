@@ -12,9 +12,9 @@ from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastssl import dist
-from fastssl.nn.global_batch_norm import GlobalBatchNorm, frozen_running_stats
 from fastssl.nn.heads import prediction_head, projection_head
-from fastssl.nn.resnet import BasicBlock, ResNetTrunk, resnet
+from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm, frozen_running_stats
+from fastssl.nn.trunks.resnet import BasicBlock, ResNetTrunk, resnet
 from tests.ranks.pool import RanksFailed, run_ranks
 
 SHARDS = (slice(0, 7), slice(7, 10))  # uneven on purpose

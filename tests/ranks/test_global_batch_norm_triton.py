@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from fastssl import dist
-from fastssl.nn import batch_norm_triton, global_batch_norm
-from fastssl.nn.batch_norm_triton import gradient_sums, input_gradient, normalise, statistics
-from fastssl.nn.global_batch_norm import GlobalBatchNorm
+from fastssl.nn.norm import global_batch_norm
+from fastssl.nn.norm import triton_kernels as batch_norm_triton
+from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm
+from fastssl.nn.norm.triton_kernels import gradient_sums, input_gradient, normalise, statistics
 from tests.parity.test_batch_norm_triton import DEVICE, ROUNDING, largest, random
 from tests.ranks.pool import run_ranks
 

@@ -5,8 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastssl import dist
+from fastssl.losses.similarity import BalancedLabels
 from fastssl.methods.paws import consistency, diagnostics, gather_supports, paws_loss
-from fastssl.nn.similarity import BalancedLabels
 from tests.ranks.pool import run_ranks
 
 WORLD, IMAGES, PER_CLASS, CLASSES, VIEWS, WIDTH = 2, 3, 2, 5, 4, 6

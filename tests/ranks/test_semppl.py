@@ -7,8 +7,8 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from fastssl import dist
+from fastssl.losses.semppl import SimClr
 from fastssl.methods.base import Horizon
-from fastssl.methods.semppl_loss import SimClr
 from loaders.batch import Batch
 from tests.parity.test_semppl import BATCH, LABELS, batches, double, method
 from tests.ranks.pool import run_ranks

@@ -17,7 +17,7 @@ from fastssl.engine.stages import facts_of
 from fastssl.engine.step import TrainingStep, keep_what_is_dear
 from fastssl.errors import ConfigError, FastsslError
 from fastssl.methods.base import Horizon
-from fastssl.nn.resnet import resnet
+from fastssl.nn.trunks.resnet import resnet
 from loaders.loader import Loader, bind
 from loaders.store.data import open_data
 from tests.ranks.pool import run_ranks

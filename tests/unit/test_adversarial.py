@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastssl.nn.adversarial import (
+from fastssl.losses.adversarial import (
     curvature_product,
     difference_product,
     divergence,
@@ -12,10 +12,10 @@ from fastssl.nn.adversarial import (
     unit,
     unit_unless_small,
 )
-from fastssl.nn.draws import normals
+from fastssl.losses.draws import normals
 from fastssl.nn.encoders import S4lResNet
-from fastssl.nn.global_batch_norm import frozen_running_stats
-from fastssl.nn.group_batch_norm import GroupBatchNorm
+from fastssl.nn.norm.global_batch_norm import frozen_running_stats
+from fastssl.nn.norm.group_batch_norm import GroupBatchNorm
 
 IMAGES = 8
 

@@ -9,10 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastssl import dist
+from fastssl.costs import orders
+from fastssl.costs.cost import authors, ours, ring_bytes
+from fastssl.costs.trace import Untraceable, trace_step
 from fastssl.methods.base import Facts
-from fastssl.profiling import orders
-from fastssl.profiling.cost import authors, ours, ring_bytes
-from fastssl.profiling.trace import Untraceable, trace_step
 from fastssl.recipes import resolve
 from loaders.batch import Batch, Part
 from tests import fakes

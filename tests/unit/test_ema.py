@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastssl.nn.ema import copy_of, cosine_decay, follow
-from fastssl.nn.global_batch_norm import GlobalBatchNorm
+from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm
 
 
 def network():

@@ -8,14 +8,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastssl.nn import initialisers, stem
+from fastssl.nn import initialisers
 from fastssl.nn.encoders import ByolResNet, ResNet, S4lResNet, SimclrResNet, WideResNet
-from fastssl.nn.global_batch_norm import GlobalBatchNorm
 from fastssl.nn.heads import byol_head, projection_head, simclr_head
+from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm
 from fastssl.nn.recompute import recompute_blocks
-from fastssl.nn.resnet import ResNetTrunk, resnet, sknext
-from fastssl.nn.resnet_v2 import S4L_NORM, ResNetV2Trunk
-from fastssl.nn.selective_kernel import SelectiveKernelBottleneck, SKNeXtBottleneck, _select
+from fastssl.nn.trunks import stem
+from fastssl.nn.trunks.resnet import ResNetTrunk, resnet, sknext
+from fastssl.nn.trunks.resnet_v2 import S4L_NORM, ResNetV2Trunk
+from fastssl.nn.trunks.selective_kernel import SelectiveKernelBottleneck, SKNeXtBottleneck, _select
 
 CHANNELS_LAST = torch.channels_last
 NEW = {  # small ones of every kind

@@ -8,8 +8,8 @@ import torch
 from click.testing import CliRunner
 
 from fastssl.cli import main
+from fastssl.losses.similarity import BalancedLabels
 from fastssl.methods.base import Facts
-from fastssl.nn.similarity import BalancedLabels
 from fastssl.recipes import resolve
 from loaders.errors import PlanError
 from loaders.plan.plan import StreamFacts

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastssl.nn.heads import prediction_head, projection_head
-from fastssl.nn.resnet import resnet
+from fastssl.nn.trunks.resnet import resnet
 from fastssl.optim.lars import ROW, Lars, _dense_stride
 from fastssl.optim.param_groups import lars_groups
 

@@ -7,9 +7,7 @@ from click.testing import CliRunner
 
 from fastssl import dry_run
 from fastssl.cli import main
-from fastssl.errors import ConfigError
-from fastssl.methods.base import Facts
-from fastssl.profiling.memory import (
+from fastssl.costs.memory import (
     BYTES_PER_PARAMETER,
     DRIVER_BYTES,
     KEPT_PER_OUTPUT,
@@ -18,7 +16,9 @@ from fastssl.profiling.memory import (
     memory_of,
     refuse_what_cannot_fit,
 )
-from fastssl.profiling.trace import trace_step
+from fastssl.costs.trace import trace_step
+from fastssl.errors import ConfigError
+from fastssl.methods.base import Facts
 from fastssl.recipes import resolve
 from tests import fakes
 

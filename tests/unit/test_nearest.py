@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from fastssl.losses import nearest as module
+from fastssl.losses.nearest import majority, nearest
+from fastssl.losses.queues import LabelledQueues
 from fastssl.methods.semppl import vote
-from fastssl.nn import nearest as module
-from fastssl.nn.nearest import majority, nearest
-from fastssl.nn.queues import LabelledQueues
 from tests.parity.test_paws_loss import NoWaiting
 
 

@@ -6,10 +6,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastssl.nn.encoders import ResNet, WideResNet
-from fastssl.nn.global_batch_norm import GlobalBatchNorm, LockstepSequential, _affine, frozen_running_stats
 from fastssl.nn.heads import prediction_head, projection_head
-from fastssl.nn.resnet import resnet
-from fastssl.nn.wide_resnet import wide_resnet
+from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm, LockstepSequential, _affine, frozen_running_stats
+from fastssl.nn.trunks.resnet import resnet
+from fastssl.nn.trunks.wide_resnet import wide_resnet
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
+from fastssl.costs import whatif
+from fastssl.costs.cost import ours
+from fastssl.costs.trace import trace_step
 from fastssl.errors import FastsslError
 from fastssl.methods.base import Facts
-from fastssl.profiling import baseline, whatif
-from fastssl.profiling.cost import ours
+from fastssl.profiling import baseline
 from fastssl.profiling.measure import loader_window
 from fastssl.profiling.probes import CoreProbe
-from fastssl.profiling.trace import trace_step
 from fastssl.profiling.workload import Cycled, Drawn, fitting, sized
 from fastssl.recipes import resolve
 from loaders.finish import numba_cpu

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from fastssl.losses.draws import random_bits
+from fastssl.losses.queues import LabelledQueues
 from fastssl.methods.base import Facts
-from fastssl.nn.draws import random_bits
-from fastssl.nn.queues import LabelledQueues
 from fastssl.recipes import resolve
 from loaders.errors import PlanError
 from loaders.plan.plan import StreamFacts

@@ -7,11 +7,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.memory import compiled, megabytes_per_image
-from fastssl.nn.global_batch_norm import GlobalBatchNorm, frozen_running_stats
-from fastssl.nn.group_batch_norm import GroupBatchNorm
+from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm, frozen_running_stats
+from fastssl.nn.norm.group_batch_norm import GroupBatchNorm
 from fastssl.nn.recompute import recompute_blocks
-from fastssl.nn.resnet import resnet
-from fastssl.nn.wide_resnet import wide_resnet
+from fastssl.nn.trunks.resnet import resnet
+from fastssl.nn.trunks.wide_resnet import wide_resnet
 from tests.ranks.pool import run_ranks
 from tests.ranks.test_global_batch_norm import MessageBytes
 

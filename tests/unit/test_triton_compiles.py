@@ -58,7 +58,7 @@ def main() -> None:
     from triton.compiler import ASTSource
     from triton.runtime.jit import JITFunction
 
-    from fastssl.nn import batch_norm_triton
+    from fastssl.nn.norm import triton_kernels as batch_norm_triton
     from fastssl.optim import lars_triton
     from loaders.finish import triton_cuda
     from loaders.plan import ops

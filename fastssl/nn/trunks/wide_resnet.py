@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from fastssl.nn.global_batch_norm import GlobalBatchNorm, Lockstep
+from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm, Lockstep
 from fastssl.nn.recompute import Blocks
 
 Norm = Callable[..., GlobalBatchNorm]

@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from fastssl.profiling.cost import StepCost, ring_bytes
+from fastssl.costs.cost import StepCost, ring_bytes
 
 HEADLINE = "paws.rn50_100ep"
 HEADLINE_RANKS = 64

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastssl.nn.global_batch_norm import GlobalBatchNorm, Lockstep
-from fastssl.nn.stem import Norm
+from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm, Lockstep
+from fastssl.nn.trunks.stem import Norm
 
 _RATIO = 16  # SimCLRv2's ratio of 0.0625; SKNet's reduction
 _MIN_HIDDEN = 32  # both
@@ -70,7 +70,7 @@ def _select(x: Tensor, logits: Tensor) -> Tensor:
 
 
 class SelectiveKernelBottleneck(Lockstep):
-    """`fastssl.nn.resnet.Bottleneck` with two branches in the 3x3's place, SimCLRv2's form."""
+    """`fastssl.nn.trunks.resnet.Bottleneck` with two branches in the 3x3's place, SimCLRv2's form."""
 
     expansion = 4
     widening = 1  # of the channels between the 1x1 convolutions

@@ -12,12 +12,12 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastssl.nn.global_batch_norm import GlobalBatchNorm, Lockstep, LockstepSequential
 from fastssl.nn.initialisers import Init, initialise, kaiming_fan_out
+from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm, Lockstep, LockstepSequential
 from fastssl.nn.recompute import Blocks
-from fastssl.nn.resnet_v2 import ResNetV2Trunk
-from fastssl.nn.selective_kernel import SelectiveKernelBottleneck, SKNeXtBottleneck
-from fastssl.nn.stem import MaxPool, Norm, Stem, deep_stem, no_pool, stem_convolution, symmetric_max_pool
+from fastssl.nn.trunks.resnet_v2 import ResNetV2Trunk
+from fastssl.nn.trunks.selective_kernel import SelectiveKernelBottleneck, SKNeXtBottleneck
+from fastssl.nn.trunks.stem import MaxPool, Norm, Stem, deep_stem, no_pool, stem_convolution, symmetric_max_pool
 
 Depth = Literal[10, 18, 34, 50, 101, 152, 200]
 BottleneckDepth = Literal[50, 101, 152, 200]

@@ -5,10 +5,10 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from fastssl.nn.global_batch_norm import GlobalBatchNorm, Lockstep
 from fastssl.nn.initialisers import Init, glorot_uniform, initialise
+from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm, Lockstep
 from fastssl.nn.recompute import Blocks
-from fastssl.nn.stem import MaxPool, Norm, Stem, no_pool, stem_convolution, zero_padded_max_pool
+from fastssl.nn.trunks.stem import MaxPool, Norm, Stem, no_pool, stem_convolution, zero_padded_max_pool
 
 S4L_NORM = partial(GlobalBatchNorm, eps=1e-3, momentum=0.01)  # the defaults of TensorFlow 1
 

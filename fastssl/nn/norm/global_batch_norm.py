@@ -32,7 +32,7 @@ from fastssl import dist
 from fastssl.machine import runs_triton
 
 if TYPE_CHECKING:
-    from fastssl.nn.batch_norm_triton import Mask
+    from fastssl.nn.norm.triton_kernels import Mask
 
 BatchNormMode = Literal["train", "local", "frozen"]
 
@@ -400,7 +400,7 @@ def _on_kernels(*xs: Tensor) -> bool:
 
 
 def _kernels() -> ModuleType:
-    from fastssl.nn import batch_norm_triton  # triton comes along with torch's CUDA builds only
+    from fastssl.nn.norm import triton_kernels as batch_norm_triton  # triton comes along with torch's CUDA builds only
 
     return batch_norm_triton
 

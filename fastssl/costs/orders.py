@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastssl.profiling.cost import StepCost
+from fastssl.costs.cost import StepCost
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What one training step costs: arithmetic, traffic and messages, in our code or in the authors'.
 
-Ours is counted: `fastssl.profiling.trace` runs the method's own loss on fake tensors. The authors' (PAWS's published
+Ours is counted: `fastssl.costs.trace` runs the method's own loss on fake tensors. The authors' (PAWS's published
 code, facebookresearch/suncet at 731547d, on NVIDIA apex's synchronised batch norm) is the same networks and images with
 closed formulas where that code goes about it differently; for a method without a class-balanced stream only batch norm
 differs.
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fastssl.profiling.trace import Trace, num_rows
+from fastssl.costs.trace import Trace, num_rows
 from loaders.plan.plan import Plan
 from loaders.plan.views import Balanced
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastssl import dist
-from fastssl.nn.global_batch_norm import GlobalBatchNorm
+from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm
 
 
 class GroupBatchNorm(GlobalBatchNorm):

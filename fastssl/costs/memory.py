@@ -16,12 +16,12 @@ from dataclasses import dataclass
 
 import torch
 
+from fastssl.costs.trace import Trace, Untraceable, trace_step
 from fastssl.datasets import KNOWN_SETS
 from fastssl.engine.job import Job
 from fastssl.engine.step import default_how
 from fastssl.errors import ConfigError
 from fastssl.methods.base import Facts, Stage
-from fastssl.profiling.trace import Trace, Untraceable, trace_step
 from fastssl.recipes import recipes
 from loaders.plan.plan import Plan
 from loaders.plan.views import Sequential

@@ -1,0 +1,1 @@
+"""Parts of losses as pure functions of tensors, on any number of ranks."""

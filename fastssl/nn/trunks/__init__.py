@@ -1,0 +1,1 @@
+"""Trunks: images to pooled features."""
