@@ -48,7 +48,7 @@ from fastssl.methods.base import (
 )
 from fastssl.nn.encoders import Encoder, ResNet, WideResNet
 from fastssl.nn.heads import prediction_head, projection_head
-from fastssl.nn.norm.global_batch_norm import LockstepSequential
+from fastssl.nn.norm.lockstep import LockstepSequential
 from fastssl.optim.lars import Lars
 from fastssl.optim.param_groups import Rule, lars_groups
 from loaders.batch import Batch

@@ -84,8 +84,8 @@ from fastssl.methods.base import (
 from fastssl.nn.ema import copy_of, follow
 from fastssl.nn.encoders import Encoder, ResNet, S4lResNet
 from fastssl.nn.initialisers import glorot_uniform, initialise
-from fastssl.nn.norm.global_batch_norm import frozen_running_stats
 from fastssl.nn.norm.group_batch_norm import GroupBatchNorm
+from fastssl.nn.norm.running_stats import frozen_running_stats
 from fastssl.nn.trunks.resnet_v2 import S4L_NORM
 from fastssl.nn.trunks.stem import Norm
 from loaders.batch import Batch, Part

@@ -48,7 +48,7 @@ from fastssl.methods.base import (
 from fastssl.nn.ema import copy_of, cosine_decay, follow
 from fastssl.nn.encoders import ByolResNet, Encoder
 from fastssl.nn.heads import byol_head, simclr_head
-from fastssl.nn.norm.global_batch_norm import LockstepSequential
+from fastssl.nn.norm.lockstep import LockstepSequential
 from fastssl.optim.lars import Lars
 from fastssl.optim.param_groups import lars_groups
 from loaders.batch import Batch

@@ -40,7 +40,7 @@ from fastssl.methods.base import (
 )
 from fastssl.methods.supervised import check_encoder, check_same_input
 from fastssl.nn.encoders import Encoder, WideResNet
-from fastssl.nn.norm.global_batch_norm import set_batch_norm_mode
+from fastssl.nn.norm.running_stats import set_batch_norm_mode
 from fastssl.optim.lars import Lars
 from fastssl.optim.param_groups import Rule, lars_groups
 from fastssl.weights.read import Weights

@@ -42,13 +42,9 @@ from fastssl.methods.base import (
     in_full,
 )
 from fastssl.nn.encoders import ByolResNet, Encoder, ResNet, SimclrResNet
-from fastssl.nn.norm.global_batch_norm import (
-    BatchNormMode,
-    GlobalBatchNorm,
-    LockstepSequential,
-    average_running_stats,
-    set_batch_norm_mode,
-)
+from fastssl.nn.norm.global_batch_norm import BatchNormMode, GlobalBatchNorm
+from fastssl.nn.norm.lockstep import LockstepSequential
+from fastssl.nn.norm.running_stats import average_running_stats, set_batch_norm_mode
 from fastssl.optim.lars import Lars
 from fastssl.weights.read import Weights, WeightsError, load_whole
 from loaders.batch import Batch

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from fastssl.nn.initialisers import haiku_default, initialise, small_normal
-from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm, LockstepSequential
+from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm
+from fastssl.nn.norm.lockstep import LockstepSequential
 from fastssl.nn.trunks.stem import Norm
 
 

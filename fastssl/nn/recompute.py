@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm, Lockstep, LockstepSequential, running_stats_updated
+from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm
+from fastssl.nn.norm.lockstep import Lockstep, LockstepSequential
+from fastssl.nn.norm.running_stats import running_stats_updated
 
 _MESSAGES = (torch.ops._c10d_functional.all_reduce.default, torch.ops._c10d_functional.wait_tensor.default)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastssl.nn.norm import triton_kernels as batch_norm_triton
+from fastssl.nn.norm import triton_kernels
 from fastssl.nn.norm.triton_kernels import gradient_sums, input_gradient, normalise, statistics
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -25,7 +25,7 @@ SHAPES = ((6, 3, 5, 7), (9, 130), (5, 17, 9, 9), (1, 5), (2100, 1), (1, 1, 1, 1)
 def chunks(request, monkeypatch):
     """As large batches do, sum several tiles in one chunk, the last one not full."""
     if request.param == "long chunks":
-        monkeypatch.setattr(batch_norm_triton, "_SUM_PROGRAMS", 2)
+        monkeypatch.setattr(triton_kernels, "_SUM_PROGRAMS", 2)
 
 
 def random(*shape: int, seed: int, dtype: torch.dtype = torch.float32, mean: float = 0.0) -> Tensor:
@@ -94,7 +94,7 @@ def test_normalise(shape):
         assert largest((rows(y) - expected) / (1 + expected.abs())) < ROUNDING[dtype]
 
 
-def masks(x: Tensor) -> dict[str, tuple[batch_norm_triton.Mask, Tensor]]:
+def masks(x: Tensor) -> dict[str, tuple[triton_kernels.Mask, Tensor]]:
     """The three ways of saying what ReLU let through, and that as a factor [M, C]."""
     scale_C, shift_C = per_channel(x.shape[1], 7), per_channel(x.shape[1], 8)
     y = random(*x.shape, seed=9, dtype=x.dtype).relu()
@@ -227,7 +227,7 @@ def test_every_cut_covers_its_rows_within_limits(monkeypatch):
     within a chunk, that pass int32."""
     monkeypatch.undo()
     for num_rows, C in itertools.product((1, 2, 63, 2049, 10**6 + 1, 2**31, 2**33), (1, 3, 64, 100, 2048, 8192)):
-        cut = batch_norm_triton.blocks(num_rows, C)
+        cut = triton_kernels.blocks(num_rows, C)
         num_chunks = -(-num_rows // cut.chunk_rows)
         assert cut.rows * cut.channels == 2048 and cut.chunk_rows % cut.rows == 0
         assert (num_chunks - 1) * cut.chunk_rows < num_rows <= num_chunks * cut.chunk_rows

@@ -13,12 +13,9 @@ from fastssl.methods.base import Epochs, Facts, Horizon, Steps
 from fastssl.methods.supervised import FirstLayer, StepDecay
 from fastssl.nn.encoders import ResNet, S4lResNet
 from fastssl.nn.heads import byol_head, projection_head, simclr_head
-from fastssl.nn.norm.global_batch_norm import (
-    GlobalBatchNorm,
-    LockstepSequential,
-    average_running_stats,
-    set_batch_norm_mode,
-)
+from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm
+from fastssl.nn.norm.lockstep import LockstepSequential
+from fastssl.nn.norm.running_stats import average_running_stats, set_batch_norm_mode
 from fastssl.optim.lars import Lars
 from fastssl.recipes import resolve
 from fastssl.weights.read import Weights, WeightsError

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastssl import dist
 from fastssl.nn.heads import prediction_head, projection_head
-from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm, frozen_running_stats
+from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm
+from fastssl.nn.norm.running_stats import frozen_running_stats
 from fastssl.nn.trunks.resnet import BasicBlock, ResNetTrunk, resnet
 from tests.ranks.pool import RanksFailed, run_ranks
 

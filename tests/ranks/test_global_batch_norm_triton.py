@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from fastssl import dist
-from fastssl.nn.norm import global_batch_norm
-from fastssl.nn.norm import triton_kernels as batch_norm_triton
+from fastssl.nn.norm import passes, triton_kernels
 from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm
 from fastssl.nn.norm.triton_kernels import gradient_sums, input_gradient, normalise, statistics
 from tests.parity.test_batch_norm_triton import DEVICE, ROUNDING, largest, random
@@ -47,9 +46,9 @@ def _layer_results() -> list[dict[str, Tensor]]:
     """Of this rank, each case; with the kernels, whatever the device."""
     shard = slice(dist.rank() * 4, None if dist.rank() + 1 == dist.world_size() else 4)  # uneven: 4 and 3
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(global_batch_norm, "runs_triton", return_value=True))
+        stack.enter_context(mock.patch.object(passes, "runs_triton", return_value=True))
         calls = [
-            stack.enter_context(mock.patch.object(batch_norm_triton, f.__name__, wraps=f))
+            stack.enter_context(mock.patch.object(triton_kernels, f.__name__, wraps=f))
             for f in (statistics, normalise, gradient_sums, input_gradient)
         ]
         results = [_layer_result(GlobalBatchNorm(C), *case, shard) for case in CASES]
@@ -94,7 +93,7 @@ def test_the_layers_tangent_on_kernels_is_torchs(monkeypatch):
             return forward_ad.unpack_dual(layer(forward_ad.make_dual(x, dx)).relu()).tangent
 
     expected = tangent(GlobalBatchNorm(C).to(DEVICE).double(), x.double(), dx.double())
-    monkeypatch.setattr(global_batch_norm, "runs_triton", lambda device: True)
+    monkeypatch.setattr(passes, "runs_triton", lambda device: True)
     layer = GlobalBatchNorm(C).to(DEVICE)
     with forward_ad.dual_level():
         [y] = layer.lockstep([forward_ad.make_dual(x, dx)], relu=True)
@@ -104,10 +103,10 @@ def test_the_layers_tangent_on_kernels_is_torchs(monkeypatch):
 
 def test_what_the_kernels_do_not_take_goes_to_torch(monkeypatch):
     """Catches float64 that is rounded, NCHW that comes back channels-last, and kernels within a compiled graph."""
-    monkeypatch.setattr(global_batch_norm, "runs_triton", lambda device: True)
+    monkeypatch.setattr(passes, "runs_triton", lambda device: True)
     x = random(BATCH, C, 5, 5, seed=62)
-    assert global_batch_norm._on_kernels(x) and global_batch_norm._on_kernels(x[:, :, 0, 0].contiguous())
-    assert not global_batch_norm._on_kernels(x, x.double())
-    assert not global_batch_norm._on_kernels(x.contiguous())
+    assert passes.on_kernels(x) and passes.on_kernels(x[:, :, 0, 0].contiguous())
+    assert not passes.on_kernels(x, x.double())
+    assert not passes.on_kernels(x.contiguous())
     with mock.patch.object(torch.compiler, "is_compiling", return_value=True):
-        assert not global_batch_norm._on_kernels(x)
+        assert not passes.on_kernels(x)

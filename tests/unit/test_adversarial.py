@@ -14,8 +14,8 @@ from fastssl.losses.adversarial import (
 )
 from fastssl.losses.draws import normals
 from fastssl.nn.encoders import S4lResNet
-from fastssl.nn.norm.global_batch_norm import frozen_running_stats
 from fastssl.nn.norm.group_batch_norm import GroupBatchNorm
+from fastssl.nn.norm.running_stats import frozen_running_stats
 
 IMAGES = 8
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
-from fastssl.nn.norm.global_batch_norm import frozen_running_stats
 from fastssl.nn.norm.group_batch_norm import GroupBatchNorm
+from fastssl.nn.norm.running_stats import frozen_running_stats
 
 GROUPS = 3
 

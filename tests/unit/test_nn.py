@@ -7,7 +7,10 @@ from torch.nn import functional as F
 
 from fastssl.nn.encoders import ResNet, WideResNet
 from fastssl.nn.heads import prediction_head, projection_head
-from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm, LockstepSequential, _affine, frozen_running_stats
+from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm
+from fastssl.nn.norm.lockstep import LockstepSequential
+from fastssl.nn.norm.passes import affine
+from fastssl.nn.norm.running_stats import frozen_running_stats
 from fastssl.nn.trunks.resnet import resnet
 from fastssl.nn.trunks.wide_resnet import wide_resnet
 
@@ -161,7 +164,7 @@ def test_normalising_asks_no_release_of_torch_for_an_eps_of_zero(monkeypatch):
     x = torch.randn(4, 3, 2, 2, dtype=torch.float64)
     scale_C, shift_C = torch.randn(2, 3, dtype=torch.float64)
     expected = x * scale_C.view(3, 1, 1) + shift_C.view(3, 1, 1)
-    assert torch.allclose(_affine(x, scale_C, shift_C, None, False), expected, rtol=1e-12)
+    assert torch.allclose(affine(x, scale_C, shift_C, None, False), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -174,9 +177,9 @@ def test_a_compiled_norm_ends_in_no_conversion_of_nothing(dtype):
         graphs.append([node.target for node in graph.graph.nodes if node.op == "call_method"])
         return graph
 
-    y = torch.compile(lambda x: _affine(x, one_C, one_C, None, False), backend=seen, fullgraph=True)(x)
+    y = torch.compile(lambda x: affine(x, one_C, one_C, None, False), backend=seen, fullgraph=True)(x)
     assert y.dtype == dtype
-    assert graphs[0].count("to") == (1 if dtype != one_C.dtype else 0) + 1  # the other one converts x: see `_affine`
+    assert graphs[0].count("to") == (1 if dtype != one_C.dtype else 0) + 1  # the other one converts x: see `affine`
 
 
 @pytest.mark.parametrize("training", (True, False))

@@ -7,8 +7,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.memory import compiled, megabytes_per_image
-from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm, frozen_running_stats
+from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm
 from fastssl.nn.norm.group_batch_norm import GroupBatchNorm
+from fastssl.nn.norm.running_stats import frozen_running_stats
 from fastssl.nn.recompute import recompute_blocks
 from fastssl.nn.trunks.resnet import resnet
 from fastssl.nn.trunks.wide_resnet import wide_resnet

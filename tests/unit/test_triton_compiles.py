@@ -58,7 +58,7 @@ def main() -> None:
     from triton.compiler import ASTSource
     from triton.runtime.jit import JITFunction
 
-    from fastssl.nn.norm import triton_kernels as batch_norm_triton
+    from fastssl.nn.norm import triton_kernels
     from fastssl.optim import lars_triton
     from loaders.finish import triton_cuda
     from loaders.plan import ops
@@ -92,7 +92,7 @@ def main() -> None:
             source, target = ASTSource(kernel, signature, constants, attributes), GPUTarget("cuda", architecture, 32)
             code = triton.compile(source, target=target, options={"num_warps": num_warps})
             compiled.setdefault(kernel.__name__, {})[architecture] = len(code.asm["cubin"])
-            if hasattr(batch_norm_triton, kernel.__name__) or hasattr(lars_triton, kernel.__name__):
+            if hasattr(triton_kernels, kernel.__name__) or hasattr(lars_triton, kernel.__name__):
                 variant = f"{kernel.__name__} on sm_{architecture}, align {constants.get('ALIGN')}"
                 found.extend(faults(variant, code.asm["ptx"], code.asm["ttir"]))
 
@@ -111,11 +111,11 @@ def main() -> None:
     per_channel = torch.zeros(64)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         x = torch.zeros((2, 64, 16, 16), dtype=dtype).contiguous(memory_format=torch.channels_last)
-        batch_norm_triton.statistics(x)
-        batch_norm_triton.normalise(x, per_channel, per_channel, x, relu=True)
+        triton_kernels.statistics(x)
+        triton_kernels.normalise(x, per_channel, per_channel, x, relu=True)
         for mask in (None, x, (per_channel, per_channel)):
-            batch_norm_triton.gradient_sums(x, mask, x, per_channel, per_channel)
-            batch_norm_triton.input_gradient(x, mask, x, per_channel, per_channel, per_channel, residual_gradient=True)
+            triton_kernels.gradient_sums(x, mask, x, per_channel, per_channel)
+            triton_kernels.input_gradient(x, mask, x, per_channel, per_channel, per_channel, residual_gradient=True)
     number = torch.zeros(())
     for size, form in ((64, "paws"), (64, "simclr"), (64, "byol"), (63, "paws")):  # 63: nothing wide
         p = torch.nn.Parameter(torch.zeros(size))
@@ -124,7 +124,7 @@ def main() -> None:
         settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-6, "trust_coefficient": 0.001, "eps": 1e-8}
         step([{**settings, "form": form, "lars_exclude": False}], number, number)
         step([{**settings, "form": form, "lars_exclude": True}], None, None)
-    modules = (triton_cuda, batch_norm_triton, lars_triton)
+    modules = (triton_cuda, triton_kernels, lars_triton)
     kernels = [name for module in modules for name in vars(module) if name.endswith("_kernel")]
     print(json.dumps({"compiled": compiled, "kernels": kernels, "faults": found}))
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastssl.nn.initialisers import Init, initialise, kaiming_fan_out
-from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm, Lockstep, LockstepSequential
+from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm
+from fastssl.nn.norm.lockstep import Lockstep, LockstepSequential
 from fastssl.nn.recompute import Blocks
 from fastssl.nn.trunks.resnet_v2 import ResNetV2Trunk
 from fastssl.nn.trunks.selective_kernel import SelectiveKernelBottleneck, SKNeXtBottleneck

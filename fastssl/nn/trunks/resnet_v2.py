@@ -6,7 +6,8 @@ from functools import partial
 from torch import Tensor, nn
 
 from fastssl.nn.initialisers import Init, glorot_uniform, initialise
-from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm, Lockstep
+from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm
+from fastssl.nn.norm.lockstep import Lockstep
 from fastssl.nn.recompute import Blocks
 from fastssl.nn.trunks.stem import MaxPool, Norm, Stem, no_pool, stem_convolution, zero_padded_max_pool
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm, Lockstep
+from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm
+from fastssl.nn.norm.lockstep import Lockstep
 from fastssl.nn.trunks.stem import Norm
 
 _RATIO = 16  # SimCLRv2's ratio of 0.0625; SKNet's reduction

@@ -7,7 +7,8 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm, LockstepSequential
+from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm
+from fastssl.nn.norm.lockstep import LockstepSequential
 
 Norm = Callable[[int], GlobalBatchNorm]
 Stem = Literal["imagenet", "cifar"]

@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm, Lockstep
+from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm
+from fastssl.nn.norm.lockstep import Lockstep
 from fastssl.nn.recompute import Blocks
 
 Norm = Callable[..., GlobalBatchNorm]
