@@ -34,7 +34,7 @@ from fastssl.engine.stages import facts_of
 from fastssl.engine.train import Trainer
 from fastssl.machine import keep_freed_memory
 from fastssl.methods.base import Steps
-from fastssl.recipes import resolve
+from fastssl.recipes.resolve import resolve
 from fastssl.run_dir.checkpoint import STATE, Checkpoints
 from loaders.batch import Batch
 from loaders.loader import Loader, bind

@@ -34,7 +34,7 @@ from fastssl.losses.draws import random_bits
 from fastssl.losses.queues import LabelledQueues
 from fastssl.methods.base import Facts
 from fastssl.methods.semppl import Semppl, SempplConfig, vote
-from fastssl.recipes import resolve
+from fastssl.recipes.resolve import resolve
 from loaders.batch import Batch, Part
 
 SHARD = 64  # images of a rank where 64 share the batch

@@ -1,5 +1,5 @@
 """`python -m fastssl`, which launchers of many processes need."""
 
-from fastssl.cli import main
+from fastssl.commands.main import main
 
 main()

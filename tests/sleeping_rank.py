@@ -8,7 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fastssl import dist, launch
+from fastssl import dist
+from fastssl.commands.on_ranks import on_ranks
 from fastssl.errors import EXIT_HUNG, Hung
 from fastssl.methods.base import Artefact, Facts, Method, Nets
 from loaders.batch import Batch
@@ -33,6 +34,6 @@ if __name__ == "__main__":
     config = SleepyConfig("digits", fakes.EVAL, labels="per-class=10", precision="fp32")
     job = fakes.job((replace(stage, method=config),), Path(sys.argv[1]), world=2, watchdog_s=float(sys.argv[2]))
     try:
-        launch.start(job)
+        on_ranks(job)
     except Hung:
         sys.exit(EXIT_HUNG)

@@ -12,11 +12,11 @@ import torch
 from click.testing import CliRunner
 from torch.nn.parallel import DistributedDataParallel
 
-from fastssl import dist, dry_run
-from fastssl.cli import main
+from fastssl import dist
+from fastssl.commands import dry_run
+from fastssl.commands.main import main
 from fastssl.costs import memory
 from fastssl.costs.trace import Untraceable
-from fastssl.datasets import KNOWN_SETS
 from fastssl.engine import stages
 from fastssl.engine.job import Job
 from fastssl.engine.stages import facts_of
@@ -27,7 +27,8 @@ from fastssl.methods.s4l import Vat
 from fastssl.methods.simclrv2 import Memory
 from fastssl.methods.supervised import FirstLayer, StepDecay, finetune
 from fastssl.nn.encoders import ByolResNet, ResNet, SimclrResNet, WideResNet
-from fastssl.recipes import recipes, resolve
+from fastssl.recipes.datasets import KNOWN_SETS
+from fastssl.recipes.resolve import recipes, resolve
 from fastssl.record.clock import Clock
 from fastssl.record.recorder import Recorder
 from fastssl.run_dir.checkpoint import Checkpoints, sha256_of

@@ -17,8 +17,24 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
+# The rooms of the house by floor, from the ground: a room stands one floor above the highest that it imports.
+# `loaders` is the ground that the house stands on; benchmarks and tools stand beside it and nothing imports them.
+FLOORS: tuple[frozenset[str], ...] = (
+    frozenset({"loaders"}),
+    frozenset({"errors", "dist", "machine", "html"}),
+    frozenset({"config", "weights", "launch", "nn", "optim", "losses"}),
+    frozenset({"run_dir", "record", "methods"}),
+    frozenset({"recipes", "evaluation"}),
+    frozenset({"engine", "export"}),
+    frozenset({"costs", "report"}),
+    frozenset({"profiling"}),
+    frozenset({"commands"}),
+)
+MOST_FLOORS, MOST_ROOMS = 10, 26
+
 # room -> (rooms of ours, libraries) that it may import; the longest matching name rules; a room may import itself
-CONTRACT = {"fastssl.config", "fastssl.dist", "fastssl.methods.base", "fastssl.weights.read", "loaders"}
+GROUND = {"fastssl.errors", "fastssl.config", "fastssl.dist", "fastssl.machine"}
+CONTRACT = GROUND | {"fastssl.methods.base", "fastssl.weights.read", "loaders"}
 PIXELS = {"loaders.plan", "loaders.store", "loaders.errors", "loaders.timing"}
 RULES: dict[str, tuple[set[str], set[str]]] = {
     "loaders.errors": (set(), set()),
@@ -36,80 +52,50 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "loaders.batch": (set(), {"torch"}),
     "loaders.loader": ({"loaders"}, {"numpy", "torch"}),
     "loaders.__init__": ({"loaders"}, set()),
-    "fastssl.config": (set(), set()),
-    "fastssl.weights.tensor_files": ({"fastssl.config"}, {"torch", "safetensors"}),
-    "fastssl.weights.unpickle": (set(), {"torch", "safetensors"}),
-    "fastssl.weights.layouts": (set(), {"torch"}),
-    "fastssl.weights.read": ({"fastssl.weights.layouts", "fastssl.weights.tensor_files"}, {"torch"}),
-    "fastssl.export.architecture": ({"fastssl.config", "fastssl.nn", "fastssl.weights.read"}, {"torch"}),
-    "fastssl.export.folder": (
-        {
-            "fastssl.config",
-            "fastssl.engine",
-            "fastssl.evaluation.summary",
-            "fastssl.export.architecture",
-            "fastssl.weights.layouts",
-        }
-        | {"fastssl.nn.encoders", "fastssl.weights.read"},
-        {"torch", "safetensors"},
-    ),
-    "fastssl.datasets": (set(), set()),
-    "fastssl.record.clock": (set(), set()),
-    "fastssl.converting": ({"fastssl.config", "loaders"}, {"rich"}),
-    "fastssl.record.trackers": ({"fastssl.config"}, {"torch", "tensorboard", "wandb"}),
-    "fastssl.record.recorder": ({"fastssl.config", "fastssl.record.trackers"}, {"rich"}),
-    "fastssl.devices": (set(), {"torch"}),
+    "fastssl.errors": (set(), set()),
     "fastssl.dist": (set(), {"torch"}),
-    "fastssl.launch": (
-        {"fastssl.config", "fastssl.dist", "fastssl.engine", "fastssl.costs.memory", "loaders"},
-        {"torch"},
-    ),
-    "fastssl.doctor": (set(), {"rich"}),
-    "fastssl.sweep": (
-        CONTRACT | {"fastssl.engine", "fastssl.evaluation", "fastssl.recipes", "fastssl.record.trackers"},
-        {"numpy"},
-    ),
-    "fastssl.submit": ({"fastssl.config", "fastssl.engine.job", "fastssl.launch"}, {"submitit"}),
-    "fastssl.nn": ({"fastssl.devices", "fastssl.dist"}, {"torch"}),
+    "fastssl.machine": (set(), {"numpy", "torch"}),
+    "fastssl.html": (set(), set()),
+    "fastssl.config": ({"fastssl.errors"}, set()),
+    "fastssl.weights": ({"fastssl.errors"}, {"torch", "safetensors"}),
+    "fastssl.weights.unpickle": (set(), {"torch", "safetensors"}),
+    "fastssl.launch": ({"fastssl.errors", "fastssl.dist", "loaders.errors"}, {"torch", "submitit"}),
+    "fastssl.record": ({"fastssl.errors", "fastssl.config"}, {"rich", "torch", "tensorboard", "wandb"}),
+    "fastssl.record.clock": (set(), set()),
+    "fastssl.run_dir": ({"fastssl.errors", "fastssl.dist", "fastssl.weights"}, {"torch"}),
+    "fastssl.nn": ({"fastssl.dist", "fastssl.machine"}, {"torch"}),
     "fastssl.nn.norm.triton_kernels": (set(), {"torch", "triton"}),
-    "fastssl.optim": ({"fastssl.devices"}, {"torch"}),
+    "fastssl.optim": ({"fastssl.machine"}, {"torch"}),
     "fastssl.optim.lars_triton": (set(), {"torch", "triton"}),
+    "fastssl.losses": ({"fastssl.dist"}, {"torch"}),
     "fastssl.methods": (
-        {"fastssl.nn", "fastssl.optim", "fastssl.dist", "fastssl.config", "fastssl.weights.read"}
-        | {"loaders.plan", "loaders.batch"},
+        GROUND | {"fastssl.nn", "fastssl.optim", "fastssl.losses", "fastssl.weights", "loaders.plan", "loaders.batch"},
         {"torch"},
     ),
-    "fastssl.recipes": ({"fastssl.config", "fastssl.methods"}, set()),
+    "fastssl.recipes": (GROUND | {"fastssl.methods"}, set()),
+    "fastssl.recipes.datasets": (set(), set()),
     "fastssl.evaluation": (CONTRACT, {"torch", "numpy", "sklearn"}),
     "fastssl.engine": (
         CONTRACT
-        | {
-            "fastssl.nn.recompute",
-            "fastssl.record.clock",
-            "fastssl.record.recorder",
-            "fastssl.evaluation",
-            "fastssl.recipes",
-        }
-        | {"fastssl.datasets", "fastssl.record.trackers", "fastssl.weights.read", "fastssl.weights.tensor_files"},
+        | {"fastssl.nn.recompute", "fastssl.record", "fastssl.evaluation", "fastssl.recipes", "fastssl.run_dir"}
+        | {"fastssl.weights"},
         {"torch", "numpy"},
     ),
-    "fastssl.profiling": (
-        CONTRACT | {"fastssl.engine", "fastssl.datasets", "fastssl.recipes"},
-        {"torch", "numpy", "PIL", "rich"},
+    "fastssl.export": (
+        GROUND | {"fastssl.evaluation.summary", "fastssl.nn", "fastssl.run_dir", "fastssl.weights"},
+        {"torch", "safetensors"},
     ),
-    "fastssl.profiling.page": ({"fastssl.html.page", "fastssl.html.charts"}, {"rich"}),
+    "fastssl.costs": (CONTRACT | {"fastssl.engine", "fastssl.recipes"}, {"torch"}),
     "fastssl.report": (
-        CONTRACT | {"fastssl.engine", "fastssl.evaluation", "fastssl.record.recorder"},
+        CONTRACT | {"fastssl.engine", "fastssl.evaluation", "fastssl.html", "fastssl.record", "fastssl.run_dir"},
         {"torch", "numpy", "PIL", "sklearn"},
     ),
-    "fastssl.html.page": (set(), set()),
-    "fastssl.html.charts": ({"fastssl.html.page"}, set()),
-    "fastssl.dry_run": (
-        CONTRACT | {"fastssl.engine", "fastssl.datasets", "fastssl.recipes", "fastssl.profiling", "fastssl.launch"},
-        {"torch"},
+    "fastssl.profiling": (
+        CONTRACT | {"fastssl.costs", "fastssl.engine", "fastssl.html", "fastssl.recipes", "fastssl.run_dir"},
+        {"torch", "numpy", "PIL", "rich"},
     ),
-    "fastssl.__main__": ({"fastssl.cli"}, set()),
-    "fastssl.cli": ({"fastssl", "loaders"}, {"click", "rich", "torch", "numpy"}),
+    "fastssl.commands": ({"fastssl", "loaders"}, {"click", "rich", "torch", "numpy"}),
+    "fastssl.__main__": ({"fastssl.commands"}, set()),
 }
 DISTRIBUTIONS = {  # where import and project differ
     "PIL": "pillow",
@@ -183,11 +169,54 @@ def test_the_rules_would_notice():
     def told(module: str, *names: str) -> list[str]:
         return [f.removeprefix(f"{module} imports ") for f in faults(module, set(names))]
 
-    assert told("loaders.loader", "fastssl.config.ConfigError", "torch") == ["fastssl.config.ConfigError"]
+    assert told("loaders.loader", "fastssl.errors.ConfigError", "torch") == ["fastssl.errors.ConfigError"]
     assert told("fastssl.engine.train", "fastssl.methods.paws", "fastssl.dist") == ["fastssl.methods.paws"]
     assert told("fastssl.nn.heads", "numpy", "torch.nn", "fastssl.nn.trunks.resnet") == ["numpy"]
     assert told("fastssl.config", "tests.conftest", "json") == ["tests.conftest"]
     assert told("fastssl.newcomer") == ["fastssl.newcomer stands in no room"]
+
+
+def room_of(name: str) -> str:
+    """The room of a module: the second part of a name in fastssl, or the loaders."""
+    top, _, rest = name.partition(".")
+    return top if top == "loaders" else rest.partition(".")[0]
+
+
+def arrows() -> dict[str, set[str]]:
+    """Room -> the rooms that its files import."""
+    found: dict[str, set[str]] = {}
+    for module, tree in sources("fastssl", "loaders").items():
+        names = {name for name in imports(tree) if name.partition(".")[0] in ("fastssl", "loaders")}
+        found.setdefault(room_of(module), set()).update(room_of(name) for name in names)
+    return {room: others - {room} for room, others in found.items() if not room.startswith("__")}
+
+
+def misplaced(floors: tuple[frozenset[str], ...], found: dict[str, set[str]]) -> list[str]:
+    """Rooms without a floor, arrows that do not run down, and rooms higher than what they stand on."""
+    floor_of = {room: floor for floor, rooms in enumerate(floors) for room in rooms}
+    faults = [f"{room} has no floor" for room in sorted(found.keys() - floor_of.keys())]
+    for room, others in sorted(found.items()):
+        known = {other: floor_of[other] for other in others if other in floor_of}
+        faults += [f"{room} -> {other}" for other in sorted(known) if known[other] >= floor_of.get(room, len(floors))]
+        if room in floor_of and not faults and floor_of[room] > max([*known.values(), 0]) + (room != "loaders"):
+            faults.append(f"{room} floats")
+    return faults
+
+
+def test_every_arrow_runs_down_and_no_room_floats():
+    assert misplaced(FLOORS, arrows()) == []
+    assert len(FLOORS) <= MOST_FLOORS
+    assert sum(map(len, FLOORS)) + len({"benchmarks", "tools"}) <= MOST_ROOMS
+
+
+def test_the_floors_would_notice():
+    """An arrow up, a circle, a room nobody placed, and one that is drawn higher than it stands."""
+    floors = (frozenset({"loaders"}), frozenset({"errors", "dist"}), frozenset({"nn"}))
+    assert misplaced(floors, {"nn": {"dist"}, "dist": {"loaders"}}) == []
+    assert misplaced(floors, {"dist": {"nn"}}) == ["dist -> nn"]
+    assert misplaced(floors, {"dist": {"errors"}, "errors": {"dist"}}) == ["dist -> errors", "errors -> dist"]
+    assert misplaced(floors, {"attic": {"nn"}}) == ["attic has no floor"]
+    assert misplaced(floors, {"nn": {"loaders"}}) == ["nn floats"]
 
 
 def test_only_methods_and_tests_name_a_concrete_method():

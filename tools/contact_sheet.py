@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from fastssl.engine.stages import facts_of
-from fastssl.recipes import resolve
+from fastssl.recipes.resolve import resolve
 from fastssl.report.pictures import crops
 from loaders.loader import Bound, bind
 from loaders.plan.plan import Plan

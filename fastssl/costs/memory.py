@@ -17,12 +17,12 @@ from dataclasses import dataclass
 import torch
 
 from fastssl.costs.trace import Trace, Untraceable, trace_step
-from fastssl.datasets import KNOWN_SETS
 from fastssl.engine.job import Job
 from fastssl.engine.step import default_how
 from fastssl.errors import ConfigError
 from fastssl.methods.base import Facts, Stage
-from fastssl.recipes import recipes
+from fastssl.recipes.datasets import KNOWN_SETS
+from fastssl.recipes.resolve import recipes
 from loaders.plan.plan import Plan
 from loaders.plan.views import Sequential
 

@@ -18,7 +18,7 @@ from fastssl.engine.stages import facts_of
 from fastssl.errors import ConfigError
 from fastssl.evaluation.subject import Subject
 from fastssl.methods.base import Method, Stages
-from fastssl.recipes import resolve
+from fastssl.recipes.resolve import resolve
 from fastssl.run_dir.checkpoint import CheckpointError, Checkpoints
 from fastssl.run_dir.files import CHECKPOINTS, RESOLVED, read_json
 from loaders.loader import resolved

@@ -174,7 +174,7 @@ class Nets:
 class Config(ABC):
     """Base of every method's configuration. Counts are global: over all ranks."""
 
-    dataset: str  # a key of fastssl.datasets.KNOWN_SETS: what the recipe was written for
+    dataset: str  # a key of fastssl.recipes.datasets.KNOWN_SETS: what the recipe was written for
     eval_view: View  # how images are seen when they are embedded or classified
     labels: str = "all"  # which images show their label: see loaders.plan.views.parse_subset
     precision: Precision = "bf16"

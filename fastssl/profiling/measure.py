@@ -26,7 +26,6 @@ import torch
 from torch.profiler import ProfilerActivity, record_function
 
 from fastssl import dist
-from fastssl.datasets import KNOWN_SETS
 from fastssl.engine.job import Job
 from fastssl.engine.stages import facts_of
 from fastssl.engine.step import TrainingStep, default_how
@@ -42,6 +41,7 @@ from fastssl.profiling.probes import (
     resident_bytes,
 )
 from fastssl.profiling.workload import files_of, stand_ins, usable
+from fastssl.recipes.datasets import KNOWN_SETS
 from loaders.batch import Batch
 from loaders.loader import Bound, Loader, bind
 from loaders.plan.plan import Plan

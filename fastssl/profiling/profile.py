@@ -19,7 +19,6 @@ from rich.console import Console
 from fastssl.costs import whatif
 from fastssl.costs.cost import ours
 from fastssl.costs.trace import Untraceable, trace_step
-from fastssl.datasets import KNOWN_SETS
 from fastssl.engine.job import Job
 from fastssl.engine.stages import facts_of
 from fastssl.engine.step import default_how
@@ -30,13 +29,14 @@ from fastssl.profiling import measure
 from fastssl.profiling.page import as_text, write_page
 from fastssl.profiling.summary import Before, summarise
 from fastssl.profiling.workload import LOADER_IMAGES, SIZED, fitting, sized, stand_ins
-from fastssl.recipes import resolve
+from fastssl.recipes.datasets import KNOWN_SETS
+from fastssl.recipes.resolve import resolve
 from fastssl.run_dir.checkpoint import write_atomically
 from loaders.plan.views import Balanced
 from loaders.store.data import open_data
 from loaders.store.source import Source, is_encoded
 
-Start = Callable[[Job, Callable[[Job], None]], object]  # does a piece of work on all ranks: `fastssl.launch.start`
+Start = Callable[[Job, Callable[[Job], None]], object]  # does a piece of work on all ranks
 
 PROFILE, PAGE, TRACE = "profile.json", "profile.html", "trace.json"
 _SAMPLE = 64  # files whose sizes stand for all

@@ -10,8 +10,8 @@ from typing import Any
 
 from fastssl.costs import whatif
 from fastssl.costs.cost import StepCost, ring_bytes
-from fastssl.datasets import KNOWN_SETS
 from fastssl.profiling.measure import CLASSES
+from fastssl.recipes.datasets import KNOWN_SETS
 from loaders.timing import STAGES
 
 FORMAT = 1  # of profile.json

@@ -19,10 +19,10 @@ from fastssl.config import has_path
 from fastssl.costs.cost import ours
 from fastssl.costs.memory import memory_of
 from fastssl.costs.trace import Trace, trace_step
-from fastssl.datasets import KNOWN_SETS
 from fastssl.engine.step import How
 from fastssl.errors import ConfigError
 from fastssl.methods.base import Config, Facts, Stage
+from fastssl.recipes.datasets import KNOWN_SETS
 from loaders.plan.plan import Plan
 from loaders.plan.views import Balanced, Whole
 from loaders.store.beton import BetonSource

@@ -7,9 +7,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from fastssl.cli import main
+from fastssl.commands.main import main
+from fastssl.commands.on_ranks import on_ranks
 from fastssl.engine.job import Job
-from fastssl.launch import start
 from fastssl.methods.paws import Paws
 from tests import fakes
 from tests.end_to_end import command
@@ -240,4 +240,4 @@ def test_a_bug_on_a_rank_is_shown_with_its_traceback(tmp_path):
     """A KeyError is no mistake of the user's: where it arose must be seen, not only that a rank ended."""
     stages = fakes.stages("nonsense")
     with pytest.raises(RuntimeError, match=r"(?s)rank [01]: Traceback.*fakes.py.*KeyError: 'nonsense'"):
-        start(Job("fake", stages, (), ("digits",), tmp_path, 0, "cpu", 2))
+        on_ranks(Job("fake", stages, (), ("digits",), tmp_path, 0, "cpu", 2))

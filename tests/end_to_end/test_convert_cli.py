@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from fastssl.cli import main
+from fastssl.commands.main import main
 from loaders.store.data import open_data
 from tests.imagenet_trees import encoded, folder_tree, official_tree
 

@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner
 from safetensors import safe_open
 
-from fastssl.cli import main
+from fastssl.commands.main import main
 from fastssl.config import to_plain
 from fastssl.engine.reopen import open_run
 from fastssl.export.architecture import architecture, name_of

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from fastssl.cli import main
+from fastssl.commands.main import main
 from tests.end_to_end import command
 
 

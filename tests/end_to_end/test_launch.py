@@ -10,13 +10,14 @@ import time
 import pytest
 import torch
 from click.testing import CliRunner
+from fastssl.submit import minutes
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from fastssl.cli import main
+from fastssl.commands.main import main
 from fastssl.errors import EXIT_STOPPED, ConfigError, FastsslError, Stopped
-from fastssl.launch import _failure, hosts_for, lines
-from fastssl.submit import minutes
-from tests import fakes
+from fastssl.launch.here import _failure
+from fastssl.launch.lines import hosts_for, lines
+from fastssl.launch.ranks import Ranks
 from tests.end_to_end import command, two_hosts
 from tests.interrupted import assert_same_run
 
@@ -198,9 +199,8 @@ def test_submission_without_submitit_names_the_extra(monkeypatch):
 
 def test_64_gpus_are_eight_lines_of_torchrun_or_one_of_sbatch(monkeypatch):
     typed = "fastssl train paws.rn50_100ep --data imagenet --gpus 64 --dry-run --submit slurm --time 10:00 --nodes=8"
-    job = fakes.job(fakes.stages("paws"), None, device="cuda", world=64, command=typed)
     command_line = "fastssl train paws.rn50_100ep --data imagenet --gpus 64"
-    assert lines(job) == [
+    assert lines(Ranks(64, "cuda"), typed) == [
         "torchrun --nnodes 8 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint FIRST_HOST:29400 --rdzv-id fastssl "
         f"-m {command_line}",
         "sbatch --nodes 8 --ntasks-per-node 8 --gpus-per-node 8 --cpus-per-task 10 --open-mode append "
@@ -215,8 +215,7 @@ def test_64_gpus_are_eight_lines_of_torchrun_or_one_of_sbatch(monkeypatch):
 
 def test_what_fits_one_host_is_the_command_itself():
     typed = "fastssl train paws.rn50_100ep --gpus 8 --dry-run"
-    job = fakes.job(fakes.stages("paws"), None, device="cuda", world=8, command=typed)
-    assert lines(job) == ["fastssl train paws.rn50_100ep --gpus 8"]
+    assert lines(Ranks(8, "cuda"), typed) == ["fastssl train paws.rn50_100ep --gpus 8"]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from fastssl.engine import stages
 from fastssl.engine.train import TrainingDiverged
 from fastssl.methods.base import Steps
 from fastssl.methods.paws import Paws
-from fastssl.recipes import resolve
+from fastssl.recipes.resolve import resolve
 from loaders.loader import bind
 from loaders.store.data import open_data
 from tests import fakes

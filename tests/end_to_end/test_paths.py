@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from fastssl.cli import main
+from fastssl.commands.main import main
 from loaders.store.beton import BetonWriter
 from loaders.store.cifar import CLASS_NAMES, open_cifar10
 from tests.end_to_end import command

@@ -5,7 +5,7 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from fastssl.cli import main
+from fastssl.commands.main import main
 from tests.swatches import swatch
 
 SMALLEST = ("encoder.base_width=4", "batch_global=4", "length=2steps", "precision=fp32", "log_every=1steps")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fastssl.launch import lines
-from tests import fakes
+from fastssl.launch.lines import lines
+from fastssl.launch.ranks import Ranks
 from tests.end_to_end import command, slurm
 from tests.interrupted import assert_same_run
 
@@ -49,8 +49,10 @@ def test_srun_starts_the_same_ranks(cluster, whole, tmp_path):
 def test_job_that_is_told_to_leave_twice_continues_bitwise(cluster, whole, tmp_path):
     """Its time is up, so that it goes back into the queue by itself; then SLURM takes its place away. Catches a signal
     that arrives at several processes and so counts twice, an exit code that is not passed on, and lost steps."""
-    job = fakes.job(fakes.stages("paws"), None, device="cuda", world=64, command=shlex.join([*command.FASTSSL, *TRAIN]))
-    wrap = shlex.split(lines(job)[1])[-1].replace("--cpus-per-task 10", "")  # what `--gpus 64` tells users to submit
+    typed = shlex.join([*command.FASTSSL, *TRAIN])
+    wrap = shlex.split(lines(Ranks(64, "cuda"), typed)[1])[-1].replace(
+        "--cpus-per-task 10", ""
+    )  # what `--gpus 64` tells users to submit
     options = ("--parsable", "--ntasks=2", "--requeue", "--open-mode=append", "--output=job.out")
     number = answer(cluster, tmp_path, "sbatch", *options, f"--wrap={wrap}").strip()
     command.wait_until(lambda: command.steps_logged(tmp_path / "run") >= 1)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastssl.commands.sweep import prepare, run
 from fastssl.engine.job import Job
 from fastssl.errors import FastsslError, Stopped
-from fastssl.recipes import resolve
-from fastssl.sweep import prepare, run
+from fastssl.recipes.resolve import resolve
 from loaders.labels.subsets import resolve as subset_of
 from loaders.plan.views import parse_subset
 from loaders.store.digits import open_digits

@@ -15,7 +15,7 @@ from fastssl.losses.similarity import BalancedLabels, DenseLabels
 from fastssl.methods.base import Facts
 from fastssl.methods.paws import MIN_TARGET, Paws, consistency, diagnostics, gather_supports, paws_loss, sharpen
 from fastssl.nn.encoders import ResNet
-from fastssl.recipes import resolve
+from fastssl.recipes.resolve import resolve
 from loaders.batch import Batch, Part
 from loaders.plan.order import ClassIndex, balanced
 from loaders.plan.views import UNIT, Rrc, View

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
 
-from fastssl import dist, dry_run
-from fastssl.cli import main
+from fastssl import dist
+from fastssl.commands import dry_run
+from fastssl.commands.main import main
 from fastssl.costs import memory
 from fastssl.costs.trace import Untraceable
 from fastssl.errors import ConfigError
@@ -34,7 +35,7 @@ from fastssl.methods.s4l import (
 )
 from fastssl.nn.encoders import ResNet
 from fastssl.nn.recompute import recompute_blocks
-from fastssl.recipes import resolve
+from fastssl.recipes.resolve import resolve
 from loaders.errors import PlanError
 from loaders.loader import Loader, bind
 from loaders.plan.ops import Flip, HsvNoise

@@ -14,7 +14,7 @@ from fastssl.methods.base import Facts, Horizon, through
 from fastssl.methods.semppl import Semppl, SempplConfig
 from fastssl.nn.encoders import ByolResNet
 from fastssl.profiling.workload import sized
-from fastssl.recipes import resolve
+from fastssl.recipes.resolve import resolve
 from loaders.batch import Batch, Part
 from loaders.plan.draws import mix, tag, uniforms
 from loaders.plan.ops import TF_LUMA, Flip, GaussianKernelBlur, Grayscale, Solarise, TfColourJitter

@@ -12,7 +12,7 @@ from fastssl.errors import ConfigError
 from fastssl.methods.base import Facts, Horizon, Nets, Steps
 from fastssl.methods.simclrv2 import KeyMemory, Memory, Simclrv2Config, contrast, momentum_nt_xent, nt_xent
 from fastssl.nn.encoders import SimclrResNet
-from fastssl.recipes import resolve
+from fastssl.recipes.resolve import resolve
 from loaders.plan.boxes import boxes
 from loaders.plan.draws import mix
 from loaders.plan.ops import Flip, GaussianKernelBlur, Grayscale, TfColourJitter

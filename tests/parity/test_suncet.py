@@ -14,7 +14,7 @@ from fastssl.methods.base import Facts, Horizon
 from fastssl.methods.suncet import suncet_loss
 from fastssl.nn.encoders import WideResNet
 from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm
-from fastssl.recipes import resolve
+from fastssl.recipes.resolve import resolve
 from fastssl.weights.read import Weights, WeightsError
 from loaders.batch import Batch, Part
 

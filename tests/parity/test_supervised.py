@@ -17,7 +17,7 @@ from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm
 from fastssl.nn.norm.lockstep import LockstepSequential
 from fastssl.nn.norm.running_stats import average_running_stats, set_batch_norm_mode
 from fastssl.optim.lars import Lars
-from fastssl.recipes import resolve
+from fastssl.recipes.resolve import resolve
 from fastssl.weights.read import Weights, WeightsError
 from loaders.batch import Batch, Part
 from tests.ranks.pool import run_ranks

@@ -13,7 +13,7 @@ from fastssl.costs import orders
 from fastssl.costs.cost import authors, ours, ring_bytes
 from fastssl.costs.trace import Untraceable, trace_step
 from fastssl.methods.base import Facts
-from fastssl.recipes import resolve
+from fastssl.recipes.resolve import resolve
 from loaders.batch import Batch, Part
 from tests import fakes
 from tests.ranks.pool import run_ranks

@@ -8,8 +8,8 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from fastssl import doctor
-from fastssl.cli import main
+from fastssl.commands import examination as doctor
+from fastssl.commands.main import main
 
 MISSING = {"error": "ModuleNotFoundError: No module named 'x'", "missing": True}
 CRASHED = {"error": "ended with code -11", "missing": False}
@@ -32,7 +32,8 @@ def test_this_machine_is_usable_and_says_so_as_json(tmp_path):
 
 
 def test_doctor_needs_no_torch_to_say_that_it_is_missing():
-    code = "import sys; sys.modules['torch'] = None; import fastssl.cli, fastssl.doctor; print('{\"ok\": 1}')"
+    commands = "fastssl.commands.main, fastssl.commands.examination"
+    code = f"import sys; sys.modules['torch'] = None; import {commands}; print('{{\"ok\": 1}}')"
     assert doctor._probe(code) == {"ok": 1}
 
 

@@ -13,7 +13,8 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
-from fastssl import cli, dist
+from fastssl import dist
+from fastssl.commands import main as cli
 from fastssl.errors import ConfigError, FastsslError
 from fastssl.evaluation import collapse, cosine, load_protocol, protocol_names, summary
 from fastssl.evaluation.embed import embed

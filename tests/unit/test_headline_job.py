@@ -7,10 +7,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from fastssl.cli import main
+from fastssl.commands.main import main
 from fastssl.losses.similarity import BalancedLabels
 from fastssl.methods.base import Facts
-from fastssl.recipes import resolve
+from fastssl.recipes.resolve import resolve
 from loaders.errors import PlanError
 from loaders.plan.plan import StreamFacts
 

@@ -5,8 +5,8 @@ from functools import cache
 import pytest
 from click.testing import CliRunner
 
-from fastssl import dry_run
-from fastssl.cli import main
+from fastssl.commands import dry_run
+from fastssl.commands.main import main
 from fastssl.costs.memory import (
     BYTES_PER_PARAMETER,
     DRIVER_BYTES,
@@ -19,7 +19,7 @@ from fastssl.costs.memory import (
 from fastssl.costs.trace import trace_step
 from fastssl.errors import ConfigError
 from fastssl.methods.base import Facts
-from fastssl.recipes import resolve
+from fastssl.recipes.resolve import resolve
 from tests import fakes
 
 IMAGENET = Facts(num_classes=1000, channels=3, seed=0)

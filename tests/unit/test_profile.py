@@ -19,7 +19,7 @@ from fastssl.profiling import baseline
 from fastssl.profiling.measure import loader_window
 from fastssl.profiling.probes import CoreProbe
 from fastssl.profiling.workload import Cycled, Drawn, fitting, sized
-from fastssl.recipes import resolve
+from fastssl.recipes.resolve import resolve
 from loaders.finish import numba_cpu
 from loaders.loader import Loader, bind
 from loaders.plan.ops import Flip

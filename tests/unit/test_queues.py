@@ -7,7 +7,7 @@ import torch
 from fastssl.losses.draws import random_bits
 from fastssl.losses.queues import LabelledQueues
 from fastssl.methods.base import Facts
-from fastssl.recipes import resolve
+from fastssl.recipes.resolve import resolve
 from loaders.errors import PlanError
 from loaders.plan.plan import StreamFacts
 from tests.parity.test_paws_loss import NoWaiting

@@ -12,7 +12,7 @@ from PIL import Image
 
 from fastssl.evaluation.linear import LARGEST_FOR_LBFGS
 from fastssl.methods.base import Epochs
-from fastssl.recipes import recipes
+from fastssl.recipes.resolve import recipes
 from loaders.published.transfer import TRANSFERS
 
 ROOT = Path(__file__).parents[2]

@@ -6,7 +6,7 @@ from fastssl.engine import reopen
 from fastssl.engine.stages import run
 from fastssl.errors import ConfigError
 from fastssl.evaluation import load_protocol
-from fastssl.recipes import resolve
+from fastssl.recipes.resolve import resolve
 from loaders.errors import StoreError
 from loaders.store.data import DataSets, open_data
 from loaders.store.source import ArraySource

@@ -22,7 +22,7 @@ from fastssl.errors import ConfigError
 from fastssl.evaluation.subject import Subject
 from fastssl.html.charts import Bar, Line, bar_chart, line_chart, scatter, thinned, ticks
 from fastssl.html.page import element, number, numbers_behind, table
-from fastssl.recipes import resolve
+from fastssl.recipes.resolve import resolve
 from fastssl.report import pictures, training
 from fastssl.report.history import read_history
 from loaders.store import data as store

@@ -4,7 +4,7 @@ import pytest
 
 from fastssl.errors import ConfigError
 from fastssl.methods.base import Facts
-from fastssl.recipes import resolve
+from fastssl.recipes.resolve import resolve
 
 
 def test_images_without_any_label_are_refused_before_training():

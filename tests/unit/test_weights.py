@@ -15,7 +15,7 @@ from torch import nn
 from fastssl.methods.base import Facts, Nets
 from fastssl.methods.paws import Paws, PawsNet
 from fastssl.nn.encoders import ResNet, WideResNet
-from fastssl.recipes import resolve
+from fastssl.recipes.resolve import resolve
 from fastssl.weights import layouts
 from fastssl.weights.layouts import CHECKPOINT, PAWS, TORCHVISION
 from fastssl.weights.read import Weights, WeightsError, load_whole, read_weights

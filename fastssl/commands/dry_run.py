@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from fastssl import launch
 from fastssl.costs import memory
 from fastssl.costs.cost import StepCost, ours
 from fastssl.costs.trace import Untraceable, trace_step
-from fastssl.datasets import KNOWN_SETS
 from fastssl.engine.job import Job
 from fastssl.engine.stages import joined
 from fastssl.errors import ConfigError
+from fastssl.launch.lines import lines
+from fastssl.launch.ranks import Ranks
 from fastssl.methods.base import Facts, Stage
+from fastssl.recipes.datasets import KNOWN_SETS
 from loaders.errors import LoaderError
 from loaders.plan.plan import check_world
 from loaders.plan.views import All, Sequential
@@ -22,18 +23,19 @@ from loaders.store.data import DataSets, open_data
 def describe(job: Job) -> str:
     """The resolved job as text. What is missing is a warning in it; what cannot work raises FastsslError."""
     data, warnings = _opened(job)
-    lines = [f"{job.recipe}, seed {job.seed}, {job.world} {'GPU' if job.device == 'cuda' else 'CPU'} rank(s)"]
+    told = [f"{job.recipe}, seed {job.seed}, {job.world} {'GPU' if job.device == 'cuda' else 'CPU'} rank(s)"]
     for stage in job.stages:
-        lines += _describe_stage(job, stage, data, warnings)
-    lines.append(f"  directory    {job.out}")
-    lines += [f"  {'launch' if not i else 'or':12} {line}" for i, line in enumerate(launch.lines(job))]
+        told += _describe_stage(job, stage, data, warnings)
+    told.append(f"  directory    {job.out}")
+    ways = lines(Ranks(job.world, job.device), job.command)
+    told += [f"  {'launch' if not i else 'or':12} {line}" for i, line in enumerate(ways)]
     if job.device == "cuda":
         try:
             memory.refuse_job(job, None)
         except ConfigError as error:
             warnings.append(str(error))
-    lines += [f"warning: {text}" for text in warnings]
-    return "\n".join(lines)
+    told += [f"warning: {text}" for text in warnings]
+    return "\n".join(told)
 
 
 def _opened(job: Job) -> tuple[DataSets | None, list[str]]:

@@ -27,7 +27,7 @@ from fastssl.engine.job import Job
 from fastssl.errors import ConfigError, FastsslError, Hung, Stopped
 from fastssl.evaluation.summary import accuracy_cell, mean_and_spread
 from fastssl.methods.base import Config, Epochs, Stage
-from fastssl.recipes import resolve
+from fastssl.recipes.resolve import resolve
 from fastssl.record.trackers import WANDB_RUN_ID
 from fastssl.run_dir.checkpoint import write_atomically
 from fastssl.run_dir.files import RESOLVED, RESULT, read_json

@@ -15,8 +15,8 @@ from typing import Any
 
 import click
 
-from fastssl.datasets import KNOWN_SETS
 from fastssl.errors import EXIT_HUNG, EXIT_STOPPED, ConfigError, FastsslError, Hung, Stopped
+from fastssl.recipes.datasets import KNOWN_SETS
 from loaders.errors import LoaderError
 
 DEFAULT_RECIPE = "paws.digits"
@@ -141,14 +141,15 @@ def train(
     time_limit: str | None,
 ) -> None:
     """Train RECIPE (default: paws.digits). The same command continues a run that was stopped."""
-    from fastssl.dry_run import describe
+    from fastssl.commands.dry_run import describe
+    from fastssl.commands.on_ranks import on_ranks
+    from fastssl.commands.sweep import prepare
+    from fastssl.commands.sweep import run as run_sweep
     from fastssl.engine.job import Job
     from fastssl.evaluation.summary import accuracy_cell, spread_over_seeds
-    from fastssl.launch import launcher, start
-    from fastssl.recipes import resolve
+    from fastssl.launch.started_by_others import launcher
+    from fastssl.recipes.resolve import resolve
     from fastssl.run_dir.checkpoint import write_atomically
-    from fastssl.sweep import prepare
-    from fastssl.sweep import run as run_sweep
 
     if gpus and cpu_ranks:
         raise ConfigError("--gpus and --cpu-ranks: give one of them")
@@ -202,16 +203,20 @@ def train(
     if missing := (next(iter(sweep.runs.values())) if sweep else job).missing_inputs():
         raise ConfigError(f"{recipe} builds on another run: give {' and '.join(missing)}")
     if sweep:
-        run_sweep(sweep, start)
+        run_sweep(sweep, on_ranks)
         return
     jobs = [replace(job, seed=seed, out=out or Path("runs") / f"{recipe}-seed{seed}") for seed in chosen]
     if submit:
-        from fastssl.submit import submit as submit_to_slurm
+        from fastssl.launch.ranks import Ranks
+        from fastssl.launch.slurm import submit as submit_to_slurm
 
         for each in jobs:
             click.echo(
                 submit_to_slurm(
-                    each,
+                    Ranks(each.world, each.device),
+                    functools.partial(on_ranks, each),
+                    each.recipe,
+                    each.out.absolute() / "slurm",
                     nodes=nodes,
                     gpus_per_node=gpus_per_node,
                     cpus_per_rank=cpus_per_rank,
@@ -222,7 +227,7 @@ def train(
         return
     if any((nodes, gpus_per_node, cpus_per_rank, partition, time_limit)):
         raise ConfigError("--nodes, --gpus-per-node, --cpus-per-rank, --partition and --time belong to --submit slurm")
-    results = [start(j) for j in jobs]
+    results = [on_ranks(j) for j in jobs]
     if len(jobs) > 1:
         scores = spread_over_seeds(results)
         for name, spread in scores.items():
@@ -324,12 +329,12 @@ def export(run: Path, out: Path | None, step: int | None, network: str) -> None:
 @_in_users_words
 def replay(dump: Path, data: tuple[str, ...], gpus: int | None, cpu_ranks: int | None) -> None:
     """Do a step again that was not finite, from the last checkpoint before it, and say where it first shows."""
+    from fastssl.commands.on_ranks import on_ranks
     from fastssl.engine.reopen import job_to_replay
-    from fastssl.launch import start
 
     if gpus and cpu_ranks:
         raise ConfigError("--gpus and --cpu-ranks: give one of them")
-    start(job_to_replay(dump, data, "cuda" if gpus else "cpu" if cpu_ranks else None, gpus or cpu_ranks))
+    on_ranks(job_to_replay(dump, data, "cuda" if gpus else "cpu" if cpu_ranks else None, gpus or cpu_ranks))
 
 
 @main.command()
@@ -369,10 +374,10 @@ def profile(
 ) -> None:
     """Say where the time goes, what binds, and what 64 GPUs would do. Needs neither data nor a GPU: RECIPE (default:
     paws.rn50_100ep) runs at a size that this machine can do."""
+    from fastssl.commands.on_ranks import on_ranks
     from fastssl.engine.job import Job
-    from fastssl.launch import start
     from fastssl.profiling import profile as profiles
-    from fastssl.recipes import resolve
+    from fastssl.recipes.resolve import resolve
 
     if gpus and cpu_ranks:
         raise ConfigError("--gpus and --cpu-ranks: give one of them")
@@ -392,7 +397,7 @@ def profile(
         cache_gib=cache_gib,
         command=shlex.join(["fastssl", *sys.argv[1:]]),
     )
-    profiles.run(job, what, seconds, trace, baseline, start)  # type: ignore[arg-type]
+    profiles.run(job, what, seconds, trace, baseline, on_ranks)  # type: ignore[arg-type]
 
 
 @main.command("convert-imagenet")
@@ -415,7 +420,7 @@ def convert_imagenet(
 ) -> None:
     """SRC, ImageNet's archives or folders train/CLASS/* and val/CLASS/*, to OUT/train.beton, OUT/val.beton and
     OUT/manifest.json. The same command continues a conversion that was stopped. SRC is only read."""
-    from fastssl import converting
+    from fastssl.commands import converting
     from loaders.convert import conversion as convert
 
     start_s = time.monotonic()
@@ -444,7 +449,7 @@ def doctor(data: Path | None, as_json: bool) -> None:
     """Look at this machine: what training can use, what is in the way, what to do about it."""
     from rich.console import Console
 
-    from fastssl import doctor as doctors
+    from fastssl.commands import examination as doctors
 
     rows = doctors.examine(data)
     if as_json:
@@ -457,7 +462,7 @@ def doctor(data: Path | None, as_json: bool) -> None:
 @main.command()
 def recipes() -> None:
     """List the recipes."""
-    from fastssl.recipes import recipes as all_recipes
+    from fastssl.recipes.resolve import recipes as all_recipes
 
     found = all_recipes()
     width = max(map(len, found))

@@ -1,0 +1,1 @@
+"""From one command to ranks, whoever starts them: here, torchrun, srun or a submitted SLURM job."""

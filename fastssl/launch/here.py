@@ -1,0 +1,117 @@
+"""Ranks started here: one process each, watched by torch's elastic agent."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
+from tempfile import TemporaryDirectory
+from types import FrameType
+from typing import Any
+
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure, get_error_handler
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from fastssl.errors import EXIT_HUNG, EXIT_STOPPED, FastsslError, Hung, Stopped
+from fastssl.launch.meeting import CONTINUES, EXIT_REFUSED, HOST, end_with, exit_code, joined, told_by
+from fastssl.launch.ranks import Ranks, Work
+
+_FORWARDED = signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2
+
+
+def started_here(ranks: Ranks, work: Work) -> Any:
+    """One process a rank, watched by torch's elastic agent in this process; the first that fails ends the others."""
+    with TemporaryDirectory(prefix="fastssl-ranks-") as folder, _signals_forwarded(), _quiet():
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=ranks.world,
+            run_id="fastssl",
+            role="rank",
+            rdzv_backend="c10d",
+            rdzv_endpoint=f"{HOST}:0",
+            local_addr=HOST,
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+            signals_to_handle="SIGHUP,SIGQUIT",  # at these the agent ends the ranks and itself
+        )
+        try:
+            return elastic_launch(config, _worker)(ranks, work, os.getpid())[0]
+        except ChildFailedError as error:
+            raise _failure(*error.get_first_failure()) from None
+        except SignalException as error:
+            raise FastsslError(f"ended by {error.sigval.name}; {CONTINUES}") from None
+
+
+def _failure(rank: int, failure: ProcessFailure) -> Exception:
+    """What ended a rank: its own words where it left any."""
+    code = failure.exitcode
+    if isinstance(failure.message, dict):
+        text = failure.message["message"].partition(": ")[2]  # after the exception's name
+        if code == EXIT_STOPPED:
+            return Stopped(text)
+        if code == EXIT_REFUSED:
+            return FastsslError(text)
+        return RuntimeError(told_by(rank, failure.message["extraInfo"]["py_callstack"]))
+    if code == EXIT_HUNG:
+        return Hung(f"a rank hung, as the watchdog said above; {CONTINUES}")
+    by = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    if -code in _FORWARDED:
+        return Stopped(f"stopped before there was anything new to save, as {by} asked; {CONTINUES}")
+    hint = " (out of memory?)" if by == "SIGKILL" else ""
+    return FastsslError(f"rank {rank} on {socket.gethostname()} died: {by}{hint}; {CONTINUES}")
+
+
+def _worker(ranks: Ranks, work: Work, parent: int) -> Any:
+    """A rank in a process of its own: ends with its launcher, and leaves word of errors where the agent looks."""
+    end_with(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal interrupts all its processes; the launcher answers
+    try:
+        return joined(ranks, work)
+    except Exception as error:
+        get_error_handler().record_exception(error)
+        sys.stdout.flush()
+        os._exit(exit_code(error))  # a regular exit may wait for peers, and these for messages of this rank
+
+
+@contextmanager
+def _signals_forwarded() -> Iterator[None]:
+    """Pass requests to stop on to the ranks, and go on watching these: how they end is the answer."""
+
+    def forward(signum: int, frame: FrameType | None) -> None:
+        ranks = multiprocessing.active_children()
+        if not ranks:
+            raise SystemExit(128 + signum)
+        for rank in ranks:
+            os.kill(rank.pid, signum)  # type: ignore[arg-type]  # all have started
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python lets nobody else set handlers
+        return
+    before = {signum: signal.signal(signum, signal.SIG_IGN) for signum in _FORWARDED}
+    resource_tracker.ensure_running()  # multiprocessing's helper inherits that; SLURM's signals reach it too
+    for signum in _FORWARDED:
+        signal.signal(signum, forward)
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The agent logs each rank that it ends, and why; what a user should read of it is in our errors."""
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)

@@ -1,0 +1,42 @@
+"""The way in: a piece of work on all its ranks, started here or by whoever has started this process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fastssl.errors import FastsslError
+from fastssl.launch.here import started_here
+from fastssl.launch.lines import lines, show_how
+from fastssl.launch.ranks import Ranks, Work
+from fastssl.launch.started_by_others import check_world, end_with_agent, launcher, one_of_many
+
+
+def start(ranks: Ranks, work: Work, command: str, door: Callable[[], None]) -> Any:
+    """Do `work` on all ranks and return the first rank's result. `command` is what the user typed. `door` raises
+    FastsslError where the work cannot be done at all; it is asked once the number of ranks is known to be right, and
+    one rank speaks for all. Raises FastsslError where the ranks cannot be had or end, of which Stopped means that they
+    saved and left on request."""
+    if (started := launcher()) is not None:
+        check_world(ranks, *started)
+        _ask(door)
+        end_with_agent()
+        return one_of_many(ranks, work)
+    door()
+    if ranks.device == "cuda" and ranks.world > torch.cuda.device_count():
+        show_how(lines(ranks, command))
+        raise FastsslError(f"--gpus {ranks.world}: this host has {torch.cuda.device_count()}")
+    return work() if ranks.world == 1 else started_here(ranks, work)
+
+
+def _ask(door: Callable[[], None]) -> None:
+    """Of several ranks, the first says what is wrong."""
+    try:
+        door()
+    except FastsslError:
+        if os.environ["RANK"] == "0":
+            raise
+        raise SystemExit(1) from None
