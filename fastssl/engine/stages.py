@@ -241,7 +241,7 @@ class _StageRun:
         """What `source` holds, and a line that names its layout."""
         weights = read_weights(weights_file(source, warn), self.job.unsafe_pickle)
         if dist.is_main():
-            print(f"weights from {weights.source}: {weights.layout}", flush=True)
+            print(weights, flush=True)
         return weights
 
     def _replaced(self, loader: Loader) -> dict[str, dict[str, int]]:

@@ -5,7 +5,9 @@ A network of ours names its parts `trunk`, `projection`, `prediction`, `first` a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -15,50 +17,91 @@ Nets = dict[str, Mapping[str, Tensor]]  # "online", "target" -> a state dict in 
 CHECKPOINT, EXPORT = "fastssl checkpoint", "fastssl export"  # the latter is recognised by its metadata
 PAWS, TORCHVISION = "checkpoint of PAWS's authors", "torchvision's or timm's ResNet"
 
-
-def recognise(state: Mapping[str, Any]) -> tuple[str, Nets] | None:
-    """The name of the layout of `state`, what a file held, and its networks; None where no layout fits."""
-    for layout, in_our_names in _LAYOUTS.items():
-        nets = in_our_names(state)
-        if nets is not None:
-            return layout, nets
-    return None
+# Where training scripts keep a network's weights, the average first, as timm's own loading prefers it: timm
+# (state_dict_ema, state_dict), torchvision's references (model_ema, model), pytorch/examples (state_dict).
+ENTRIES = ("state_dict_ema", "model_ema", "state_dict", "model")
+AVERAGE_COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel
 
 
-def _of_checkpoint(state: Mapping[str, Any]) -> Nets | None:
+@dataclass(frozen=True)
+class Found:
+    """What a file turned out to hold.
+
+    layout  its name
+    nets    the networks
+    entry   of the file, that they were taken from; empty where the file is nothing else
+    left    the file's other entries
+    """
+
+    layout: str
+    nets: Nets
+    entry: str = ""
+    left: tuple[str, ...] = ()
+
+
+def recognise(state: Mapping[str, Any]) -> Found | None:
+    """What `state`, the content of a file, holds; None where no layout fits."""
+    return next(filter(None, (in_our_names(state) for in_our_names in _LAYOUTS.values())), None)
+
+
+def entry_of(state: Mapping[str, Any]) -> str:
+    """The entry under which a training script's checkpoint keeps a network; empty where there is none."""
+    return next((key for key in ENTRIES if _is_state_dict(state.get(key))), "")
+
+
+def _of_checkpoint(state: Mapping[str, Any]) -> Found | None:
     nets = state.get("nets")
-    return nets if isinstance(nets, dict) and all(_is_state_dict(net) for net in nets.values()) else None
+    if not isinstance(nets, dict) or not all(_is_state_dict(net) for net in nets.values()):
+        return None
+    return Found(CHECKPOINT, nets)
 
 
-def _of_paws(state: Mapping[str, Any]) -> Nets | None:
+def _of_paws(state: Mapping[str, Any]) -> Found | None:
     """facebookresearch/suncet: under `encoder`, trunk and heads in one module, `module.` before each name where several
     GPUs trained it. The projection head is `fc` (fc1, bn1, fc2, bn2, fc3) and the prediction head `pred`. A fine-tuned
     network has the first projection layer in `fc.fc1` and `fc.bn1`, and its classifier in `fc.fc2`. A Wide ResNet has
     a shortcut's convolution in a sequence of one."""
-    encoder: Mapping[str, Tensor] = state.get("encoder", {})
-    if not _is_state_dict(encoder):
-        return None
-    encoder = {key.removeprefix("module."): tensor for key, tensor in encoder.items()}
-    if not _has_trunk(encoder):
+    encoder = _unwrapped(state.get("encoder"))
+    if encoder is None:
         return None
     heads = {"fc.": "projection.", "pred.": "prediction."}
     if "fc.fc3.weight" not in encoder:
         heads = {"fc.fc2.": "fc.", "fc.": "first."}
-    return {"online": {_in_parts(key, heads): tensor for key, tensor in encoder.items()}}
+    return _found(PAWS, encoder, heads, "encoder", state)
 
 
-def _of_torchvision(state: Mapping[str, Any]) -> Nets | None:
-    """One flat state dict; the classifier is `fc`."""
-    if not _is_state_dict(state) or not _has_trunk(state):
-        return None
-    return {"online": {_in_parts(key, {"fc.": "fc."}): tensor for key, tensor in state.items()}}
+def _of_torchvision(state: Mapping[str, Any]) -> Found | None:
+    """One flat state dict, or a training script's checkpoint around it; the classifier is `fc`."""
+    entry = entry_of(state)
+    net = _unwrapped(state[entry] if entry else state)
+    return None if net is None else _found(TORCHVISION, net, {"fc.": "fc."}, entry, state)
 
 
-_LAYOUTS: dict[str, Callable[[Mapping[str, Any]], Nets | None]] = {
+_LAYOUTS: dict[str, Callable[[Mapping[str, Any]], Found | None]] = {
     CHECKPOINT: _of_checkpoint,
     PAWS: _of_paws,
     TORCHVISION: _of_torchvision,
 }
+
+
+def _found(
+    layout: str, net: Mapping[str, Tensor], heads: Mapping[str, str], entry: str, state: Mapping[str, Any]
+) -> Found:
+    left = tuple(str(key) for key in state if key != entry) if entry else ()
+    return Found(layout, {"online": {_in_parts(key, heads): tensor for key, tensor in net.items()}}, entry, left)
+
+
+def _unwrapped(net: object) -> Mapping[str, Tensor] | None:
+    """A state dict without what wrappers put into its names: DataParallel, DistributedDataParallel and AveragedModel
+    `module.`, torch.compile `_orig_mod.`. None where it is none, or none of a ResNet."""
+    if not isinstance(net, Mapping) or not _is_state_dict(net):
+        return None
+    bare = {
+        re.sub(r"^(module\.)+", "", key.replace("_orig_mod.", "")): tensor
+        for key, tensor in net.items()
+        if key != AVERAGE_COUNTER
+    }
+    return bare if _has_trunk(bare) else None
 
 
 def _in_parts(key: str, heads: Mapping[str, str]) -> str:

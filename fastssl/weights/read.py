@@ -19,6 +19,7 @@ from fastssl.weights import layouts
 from fastssl.weights.tensor_files import WeightsError, read_tensors, sha256_of
 
 BACKBONE, HEADS, CONFIG = "backbone.safetensors", "heads.safetensors", "config.json"  # an exported folder
+MAX_LEFT = 12  # entries named in a message
 COUNTER = "num_batches_tracked"  # of batch norms: nothing reads it, and files from before 2018 lack it
 
 
@@ -30,12 +31,23 @@ class Weights:
     about   plain facts of who made them, as `Method.about` gives them; empty where nobody said
     source  where they are from, for messages
     layout  which kind of file that is, for messages
+    entry   of the file, that they were taken from; empty where the file is nothing else
+    left    the file's other entries
     """
 
     nets: Mapping[str, Mapping[str, Tensor]]
     about: Mapping[str, Any]
     source: str
     layout: str = layouts.CHECKPOINT
+    entry: str = ""
+    left: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """What was found, and what was not taken, in one line."""
+        taken = f", its `{self.entry}`" if self.entry else ""
+        more = f" and {len(self.left) - MAX_LEFT} more" if len(self.left) > MAX_LEFT else ""
+        left = f"; left alone: {', '.join(self.left[:MAX_LEFT])}{more}" if self.left else ""
+        return f"weights from {self.source}: {self.layout}{taken}{left}"
 
     def load_whole(self, module: nn.Module, name: str) -> None:
         """Load all of `name` into `module`. Raises WeightsError where a tensor is missing, left over or of another
@@ -93,18 +105,26 @@ def fitting(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor], source: str
 
 def read_weights(path: Path, unsafe_pickle: bool = False) -> Weights:
     """The networks in the file `path`, or in an exported folder, its layout recognised: a checkpoint or export of
-    ours, a checkpoint of PAWS's authors, a ResNet of torchvision's or timm's. `unsafe_pickle` as in `read_tensors`.
-    Raises WeightsError where it holds none."""
+    ours, a checkpoint of PAWS's authors, a ResNet of torchvision's or timm's, or a checkpoint of one, from timm's
+    training script, torchvision's or pytorch/examples'. `unsafe_pickle` as in `read_tensors`. Raises WeightsError where
+    it holds none."""
     state, metadata = read_tensors(path / BACKBONE if path.is_dir() else path, unsafe_pickle)
     if metadata.get("layout") == layouts.EXPORT:
         return _exported(path if path.is_dir() else path.parent)
-    known = layouts.recognise(state)
-    if known is None:
-        keys = ", ".join(map(str, list(state)[:5])) or "none"
-        raise WeightsError(f"{path} has no layout that is known; its first keys: {keys}")
-    layout, nets = known
-    about = state.get("about", {}) if layout == layouts.CHECKPOINT else {}
-    return Weights(nets, about, str(path), layout)
+    found = layouts.recognise(state)
+    if found is None:
+        raise WeightsError(f"{path} has no layout that is known; {_first_keys(state)}")
+    about = state.get("about", {}) if found.layout == layouts.CHECKPOINT else {}
+    return Weights(found.nets, about, str(path), found.layout, found.entry, found.left)
+
+
+def _first_keys(state: Mapping[str, Any]) -> str:
+    def listed(keys: Mapping[str, Any]) -> str:
+        return ", ".join(map(str, list(keys)[:5])) or "none"
+
+    entry = layouts.entry_of(state)
+    inside = f"; those of its `{entry}`, which is no ResNet: {listed(state[entry])}" if entry else ""
+    return f"its first keys: {listed(state)}{inside}"
 
 
 def _exported(folder: Path) -> Weights:

@@ -1,7 +1,7 @@
 """Files of tensors, whoever wrote them, opened without running anything that they hold.
 
-torch's files are pickles, and a pickle can hold code. Only tensors and plain values are read from one; a file that
-needs more is refused, or where the user says so converted in a process of its own.
+torch's files are pickles, and a pickle can hold code. Only tensors and plain values are read from one, and a script's
+options left out; a file that needs more is refused, or where the user says so converted in a process of its own.
 """
 
 from __future__ import annotations
@@ -25,6 +25,13 @@ from fastssl.errors import FastsslError
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"  # torch's files since version 1.6, and before
 # What torch.load raises where bytes are lost or changed.
 _DAMAGED = (RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, struct.error)
+
+
+class _Options:
+    """What an `argparse.Namespace` is read as: training scripts keep their options beside the weights. Drops them."""
+
+    def __setstate__(self, state: object) -> None:
+        pass
 
 
 class WeightsError(FastsslError):
@@ -65,7 +72,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 def _read_torch(path: Path, unsafe_pickle: bool) -> dict[str, Any]:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([(_Options, "argparse.Namespace")]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         needs = re.search(r"GLOBAL (\S+)", str(error))
         if needs is None:

@@ -5,12 +5,14 @@ import json
 import os
 import pickle
 from collections import OrderedDict
+from datetime import date
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from fastssl.methods.base import Facts, Nets
 from fastssl.methods.paws import Paws, PawsNet
@@ -80,6 +82,112 @@ def test_torchvisions_resnet_gives_the_same_features_and_logits(tmp_path, write)
     with torch.no_grad():
         assert ours["trunk"](X).equal(theirs.features(X))
         assert ours["fc"](ours["trunk"](X)).equal(theirs(X))
+
+
+def optimizer_of(net):
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    net(X).sum().backward()
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+def from_timm(net, average):
+    """As `timm.utils.CheckpointSaver` writes it."""
+    options = argparse.Namespace(model="resnet50", opt_betas=None, mean=(0.5, 0.5), model_kwargs={"a": 1})
+    return {
+        "epoch": 3, "arch": "resnet50", "state_dict": net.state_dict(), "optimizer": optimizer_of(net), "version": 2,
+        "args": options, "amp_scaler": {"scale": 65536.0}, "state_dict_ema": average.state_dict(), "metric": 76.1,
+    }  # fmt: skip
+
+
+def from_torchvision(net, average):
+    """As its `references/classification/train.py` writes it."""
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [30, 60])
+    return {
+        "model": net.state_dict(), "optimizer": optimizer_of(net), "lr_scheduler": scheduler.state_dict(), "epoch": 3,
+        "args": argparse.Namespace(device="cuda", weights=None, data_path="/data"), "scaler": {"scale": 65536.0},
+        "model_ema": AveragedModel(average).state_dict(),
+    }  # fmt: skip
+
+
+def from_examples(net, average):
+    """As pytorch/examples' `imagenet/main.py` writes it, from several GPUs."""
+    return {
+        "epoch": 3, "arch": "resnet50", "state_dict": nn.DataParallel(average).state_dict(),
+        "best_acc1": torch.tensor(76.1), "optimizer": optimizer_of(net), "scheduler": {"step_size": 30},
+    }  # fmt: skip
+
+
+def from_compiled(net, average):
+    return torch.compile(average).state_dict()
+
+
+def from_compiled_in_parts(net, average):
+    """Wrapped twice, and a layer compiled by itself."""
+    average.layer1 = torch.compile(average.layer1)
+    state = nn.DataParallel(torch.compile(average)).state_dict()
+    assert "module._orig_mod.layer1._orig_mod.0.conv1.weight" in state
+    average.layer1 = average.layer1._orig_mod
+    return {"model": state}
+
+
+@pytest.mark.parametrize("unsafe_pickle", [False, True], ids=["plain values", "converted"])
+@pytest.mark.parametrize(
+    ("checkpoint", "entry", "left"),
+    [
+        (from_timm, "state_dict_ema", "epoch, arch, state_dict, optimizer, version, args, amp_scaler, metric"),
+        (from_torchvision, "model_ema", "model, optimizer, lr_scheduler, epoch, args, scaler"),
+        (from_examples, "state_dict", "epoch, arch, best_acc1, optimizer, scheduler"),
+        (from_compiled, "", ""),
+        (from_compiled_in_parts, "model", ""),
+    ],
+)
+def test_training_checkpoints_give_the_same_features(tmp_path, checkpoint, entry, left, unsafe_pickle):
+    """Catches options beside the weights that end in a refusal, a wrapper's prefix, and weights that are not the
+    average; what is not taken is named."""
+    theirs, other = (randomised(plain_resnet.resnet(50, num_classes=7, width=4)) for _ in range(2))
+    with torch.no_grad():
+        other.conv1.weight += 1
+    state = checkpoint(other, theirs)
+    if unsafe_pickle:  # something that asks for it
+        state["day"] = date(2026, 11, 29)
+        with pytest.raises(WeightsError, match=r"\(datetime.date\)"):
+            read_weights(saved(tmp_path, state))
+    weights = read_weights(saved(tmp_path, state), unsafe_pickle)
+    ours = nn.ModuleDict({"trunk": ResNet(50, base_width=4).build(), "fc": nn.Linear(128, 7)}).eval()
+    weights.load_whole(ours, "online")
+    with torch.no_grad():
+        assert ours["trunk"](X).equal(theirs.features(X))
+        assert ours["fc"](ours["trunk"](X)).equal(theirs(X))
+    if not unsafe_pickle:
+        says = f"weights from {tmp_path / 'weights.pth'}: {TORCHVISION}"
+        says += f", its `{entry}`" if entry else ""
+        assert str(weights) == says + (f"; left alone: {left}" if left else "")
+
+
+def test_real_timms_checkpoint_gives_the_same_features(tmp_path):
+    timm = pytest.importorskip("timm")
+    from timm.utils import CheckpointSaver, ModelEmaV3
+
+    theirs = randomised(timm.create_model("resnet18", num_classes=7))
+    optimizer = torch.optim.SGD(theirs.parameters(), lr=0.1)
+    average = ModelEmaV3(theirs)
+    options = argparse.Namespace(model="resnet18")
+    CheckpointSaver(theirs, optimizer, options, average, checkpoint_dir=str(tmp_path)).save_checkpoint(0, 1.0)
+    weights = read_weights(tmp_path / "last.pth.tar")
+    ours = nn.ModuleDict({"trunk": ResNet(18).build(), "fc": nn.Linear(512, 7)}).eval()
+    weights.load_whole(ours, "online")
+    with torch.no_grad():
+        features = theirs.forward_head(theirs.forward_features(X), pre_logits=True)
+        assert torch.allclose(ours["trunk"](X), features, rtol=1e-5, atol=1e-5)
+
+
+def test_options_in_a_pickle_are_dropped_whatever_they_hold(tmp_path):
+    """Catches options that hand code to the reader as a method of theirs."""
+    options = argparse.Namespace(__setstate__=torch.Size, lr=0.1)
+    state = {"state_dict": randomised(plain_resnet.resnet(50, width=4)).state_dict(), "args": options}
+    assert read_weights(saved(tmp_path, state)).left == ("args",)
 
 
 def test_keys_and_shapes_of_resnet50_are_timms():
@@ -245,9 +353,24 @@ def truncated(content: bytes) -> bytes:
             lambda t: saved(t, {"model": 1, "epoch": 2}, "whole").read_bytes(),
             "has no layout that is known; its first keys: model, epoch",
         ),
+        (
+            lambda t: saved(t, {"epoch": 2, "model": {"patch_embed.weight": torch.ones(1)}}, "whole").read_bytes(),
+            "its first keys: epoch, model; those of its `model`, which is no ResNet: patch_embed.weight",
+        ),
         (lambda t: saved(t, {"nets": 5}, "whole").read_bytes(), "has no layout that is known; its first keys: nets"),
     ],
-    ids=["text", "empty", "cut", "cut before 2020", "plain pickle", "no header", "a tensor", "unknown", "nets of none"],
+    ids=[
+        "text",
+        "empty",
+        "cut",
+        "cut before 2020",
+        "plain pickle",
+        "no header",
+        "a tensor",
+        "unknown",
+        "another net",
+        "nets of none",
+    ],
 )
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol 4")
 def test_what_is_no_weights_is_refused_in_one_line(tmp_path, content, says):
@@ -296,8 +419,8 @@ def test_unsafe_pickle_converts_in_a_process_that_knows_no_secrets(tmp_path, mon
     """The same file without the flag, then with it: same tensors; its code ran elsewhere, without our environment."""
     monkeypatch.setenv("WANDB_API_KEY", "secret")
     theirs = randomised(plain_resnet.PawsAuthorsResNet([1, 1, 1, 1], width=4, out=8))
-    state = {"encoder": theirs.to(memory_format=torch.channels_last).state_dict(), "arguments": argparse.Namespace(a=1)}
-    with pytest.raises(WeightsError, match=r"\(argparse.Namespace\)"):
+    state = {"encoder": theirs.to(memory_format=torch.channels_last).state_dict(), "day": date(2026, 11, 29)}
+    with pytest.raises(WeightsError, match=r"\(datetime.date\)"):
         read_weights(saved(tmp_path, state))
     trap = tmp_path / "sprung"
     weights = read_weights(saved(tmp_path, state | {"evil": Evil(trap)}), unsafe_pickle=True)
@@ -314,6 +437,6 @@ def test_a_pickle_that_cannot_be_converted_says_why(tmp_path, monkeypatch):
     (tmp_path / "python").write_text("#!/bin/sh\necho here >&2\necho No module named x >&2\nexit 1\n")
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
-    path = saved(tmp_path, {"conv1.weight": torch.ones(1), "settings": argparse.Namespace()})
+    path = saved(tmp_path, {"conv1.weight": torch.ones(1), "day": date(2026, 11, 29)})
     with pytest.raises(WeightsError, match="weights.pth cannot be converted: No module named x"):
         read_weights(path, unsafe_pickle=True)
