@@ -326,10 +326,10 @@ class Loader:
 def _finished_on_gpu(rows: ViewRows, crops: np.ndarray | Tensor, out: Tensor) -> Tensor:
     """Crops uint8 [M, S, S, C], pinned or on the GPU already -> `out` float32 [turns, M, S, S, C] on the GPU, queued on
     the current stream."""
-    from loaders.finish import triton_cuda  # a library that only torch's CUDA builds bring along
+    from loaders.finish.triton import finish as triton_finish  # a library that only torch's CUDA builds bring along
 
     on_gpu = crops if isinstance(crops, Tensor) else torch.from_numpy(crops).to(out.device, non_blocking=True)
-    triton_cuda.finish(on_gpu, rows.view.ops, rows.tables, rows.view.pixels, out[0])
+    triton_finish.finish(on_gpu, rows.view.ops, rows.tables, rows.view.pixels, out[0])
     _turn(out, rows.view.turns, torch.rot90)
     return out
 

@@ -48,7 +48,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "loaders.renderers.ffcv": (PIXELS | {"loaders.renderers"}, {"numpy", "numba", "llvmlite"}),
     "loaders.renderers.dali": (PIXELS | {"loaders.renderers"}, {"numpy", "nvidia"}),
     "loaders.finish": ({"loaders.plan"}, {"numpy", "numba", "llvmlite"}),
-    "loaders.finish.triton_cuda": ({"loaders.plan", "loaders.finish"}, {"numpy", "torch", "triton"}),
+    "loaders.finish.triton": ({"loaders.plan", "loaders.finish"}, {"numpy", "torch", "triton"}),
     "loaders.batch": (set(), {"torch"}),
     "loaders.loader": ({"loaders"}, {"numpy", "torch"}),
     "loaders.__init__": ({"loaders"}, set()),

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from loaders import loader
-from loaders.finish import reference, triton_cuda
+from loaders.finish import reference
+from loaders.finish.triton import finish as triton_finish
+from loaders.finish.triton import passes
 from loaders.plan.ops import (
     Affine,
     ColourJitter,
@@ -50,7 +52,7 @@ OPS = (*(op for op in ALWAYS if op != WIDE), GaussianBlur(1.0, (2.2, 2.8)))
 def fast(crops: np.ndarray, ops: tuple[Op, ...], tables_: tuple[np.ndarray, ...], pixels: Pixels = UNIT,
          dtype: torch.dtype = torch.float32) -> np.ndarray:  # fmt: skip
     out = torch.full(crops.shape, float("nan"), dtype=dtype, device=DEVICE)
-    triton_cuda.finish(torch.from_numpy(crops).to(DEVICE), ops, tables_, pixels, out)
+    triton_finish.finish(torch.from_numpy(crops).to(DEVICE), ops, tables_, pixels, out)
     return out.float().cpu().numpy()
 
 
@@ -150,12 +152,12 @@ def test_batches_on_a_gpu_are_those_of_the_cpu():
 
 def test_passes_are_as_few_as_neighbours_allow():
     """Catches a chain that is cut where nothing needs it: PAWS's is one pass of colour and two of the blur."""
-    samplings = [stage.sampling for stage in triton_cuda.stages_of(PAWS_IMAGENET)]
-    assert samplings == [triton_cuda.FLIP.value, triton_cuda.BLUR_X.value, triton_cuda.BLUR_Y.value]
-    assert len(triton_cuda.stages_of(PAWS_CIFAR)) == 1 and len(triton_cuda.stages_of(())) == 1
-    assert [stage.chain for stage in triton_cuda.stages_of((Noise(), Flip(), Solarise()))] == [[0], [2]]
+    samplings = [one_pass.sampling for one_pass in triton_finish.passes_of(PAWS_IMAGENET)]
+    assert samplings == [passes.FLIP.value, passes.BLUR_X.value, passes.BLUR_Y.value]
+    assert len(triton_finish.passes_of(PAWS_CIFAR)) == 1 and len(triton_finish.passes_of(())) == 1
+    assert [one_pass.chain for one_pass in triton_finish.passes_of((Noise(), Flip(), Solarise()))] == [[0], [2]]
 
 
 def test_ops_are_known():
     """Catches a new op that has no kernel."""
-    assert set(triton_cuda._SAMPLINGS) | set(triton_cuda._POINTWISE) == set(Op.__subclasses__())
+    assert set(triton_finish._SAMPLINGS) | set(triton_finish._POINTWISE) == set(Op.__subclasses__())

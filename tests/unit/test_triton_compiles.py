@@ -60,7 +60,8 @@ def main() -> None:
 
     from fastssl.nn.norm import triton_kernels
     from fastssl.optim import lars_triton
-    from loaders.finish import triton_cuda
+    from loaders.finish.triton import finish as triton_finish
+    from loaders.finish.triton import passes
     from loaders.plan import ops
     from loaders.plan.views import CIFAR10, IMAGENET, SIGNED
 
@@ -107,7 +108,7 @@ def main() -> None:
     ):
         crops = torch.zeros((1, size, size, channels), dtype=torch.uint8)
         tables = tuple(op.parameters(np.full((1, op.num_draws), 0.5)) for op in chain)
-        triton_cuda.finish(crops, chain, tables, pixels, torch.empty(crops.shape, dtype=dtype))
+        triton_finish.finish(crops, chain, tables, pixels, torch.empty(crops.shape, dtype=dtype))
     per_channel = torch.zeros(64)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         x = torch.zeros((2, 64, 16, 16), dtype=dtype).contiguous(memory_format=torch.channels_last)
@@ -124,7 +125,7 @@ def main() -> None:
         settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-6, "trust_coefficient": 0.001, "eps": 1e-8}
         step([{**settings, "form": form, "lars_exclude": False}], number, number)
         step([{**settings, "form": form, "lars_exclude": True}], None, None)
-    modules = (triton_cuda, triton_kernels, lars_triton)
+    modules = (passes, triton_kernels, lars_triton)
     kernels = [name for module in modules for name in vars(module) if name.endswith("_kernel")]
     print(json.dumps({"compiled": compiled, "kernels": kernels, "faults": found}))
 
