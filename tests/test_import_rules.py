@@ -77,8 +77,8 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "fastssl.evaluation": (CONTRACT, {"torch", "numpy", "sklearn"}),
     "fastssl.engine": (
         CONTRACT
-        | {"fastssl.nn.recompute", "fastssl.record", "fastssl.evaluation", "fastssl.recipes", "fastssl.run_dir"}
-        | {"fastssl.weights"},
+        | {"fastssl.nn", "fastssl.optim.fused", "fastssl.record", "fastssl.evaluation", "fastssl.recipes"}
+        | {"fastssl.run_dir", "fastssl.weights"},
         {"torch", "numpy"},
     ),
     "fastssl.export": (

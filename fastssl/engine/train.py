@@ -1,6 +1,7 @@
 """The training loop: fetch, loss, backward, step, record; the same for every method and any number of ranks.
 
-The loop never waits for the device between logging steps, nor for the disk. What must survive a stop is in
+Between logging steps the loop waits for the device no further than for the step before the last, and for the disk not
+at all. What must survive a stop is in
 `Trainer.state`; everything else is a function of the step.
 """
 
@@ -21,6 +22,7 @@ from fastssl.engine.signals import Agreement, StopRequest
 from fastssl.engine.step import How, TrainingStep
 from fastssl.errors import ConfigError, FastsslError, Stopped
 from fastssl.methods.base import Horizon, Method, Span, Stage
+from fastssl.optim.fused import fuse
 from fastssl.record.clock import Clock
 from fastssl.record.recorder import Recorder
 from fastssl.run_dir.checkpoint import CheckpointError, Checkpoints, failing_together
@@ -49,6 +51,7 @@ class Trainer:
         device: torch.device,
         how: How = "eager",
         skip_once: bool = False,
+        keeps_all: bool = False,
     ):
         self.stage, self.method, self.loader, self.checkpoints = stage, method, loader, checkpoints
         self.device = device
@@ -61,7 +64,7 @@ class Trainer:
             module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
             module.train(name != "frozen")
         self.optimizer = method.optimizer(self.nets)
-        self.training_step = TrainingStep(stage, how, method, self.nets, self.optimizer, device)
+        self.training_step = TrainingStep(stage, how, method, self.nets, self.optimizer, device, keeps_all)
         self.scaler = self.training_step.scaler
         if skip_once and self.scaler.is_enabled():
             raise ConfigError("--nonfinite skip-once: fp16 leaves out steps by itself, as often as it must")
@@ -91,6 +94,7 @@ class Trainer:
         for name, module in self.nets.saved().items():
             module.load_state_dict(state["nets"][name])
         self.optimizer.load_state_dict(state["optimizer"])
+        fuse(self.optimizer, self.device)
         self.scaler.load_state_dict(state["scaler"])
         self.training_step.num_skipped.fill_(state["num_skipped"])
         if self._left_out is not None:

@@ -34,12 +34,24 @@ class Blocks(LockstepSequential):
         return outs
 
 
-def recompute_blocks(module: nn.Module) -> int:
-    """Let all `Blocks` within `module` recompute from now on; how many there are."""
+def recompute_blocks(module: nn.Module, again: bool = True) -> int:
+    """Let all `Blocks` within `module` recompute from now on, or no longer; how many there are."""
     groups = [m for m in module.modules() if isinstance(m, Blocks)]
     for group in groups:
-        group.recompute = True
+        group.recompute = again
     return len(groups)
+
+
+@contextmanager
+def recomputing(module: nn.Module, again: bool) -> Iterator[None]:
+    """Within the context, all `Blocks` within `module` recompute, or none does."""
+    before = {m: m.recompute for m in module.modules() if isinstance(m, Blocks)}
+    recompute_blocks(module, again)
+    try:
+        yield
+    finally:
+        for group, value in before.items():
+            group.recompute = value
 
 
 def recomputed(block: Lockstep, xs: Sequence[Tensor]) -> list[Tensor]:
