@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import platform
 import subprocess
@@ -54,6 +55,7 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, -1)
 
 
+@functools.cache  # an eager step asks hundreds of times
 def runs_triton(device: torch.device) -> bool:
     """Whether it is a GPU of compute capability 8.0 or more, the least that Triton supports: not a V100."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)

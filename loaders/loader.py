@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from loaders.batch import Batch, Part
+from loaders.device import copy_stream, numbered, runs_triton
 from loaders.errors import RenderError, StoreError
 from loaders.finish import numba_cpu
 from loaders.labels.subsets import NotAmong, Resolved, resolve
@@ -106,7 +107,8 @@ class Loader:
 
     `history` holds what the last batches took, stage by stage, in the order of the plan's streams.
 
-    With a CUDA device, uint8 crops leave pinned slots and are finished on a stream of their own. NOT YET RUN on a GPU.
+    With a CUDA device, uint8 crops leave pinned slots and are finished on a stream of their own; where Triton does not
+    run (a V100), they are finished first, and are floats when they leave. NOT YET RUN on a GPU.
     """
 
     def __init__(
@@ -124,7 +126,7 @@ class Loader:
     ):
         bound.plan.check_world(world)
         self.bound, self.rank, self.world = bound, rank, world
-        self.device = torch.device(device)
+        self.device = numbered(device)
         self.prefetch, self.replace_damaged = prefetch, replace_damaged
         self.replaced: dict[str, dict[int, int]] = {stream.name: {} for stream in bound.plan.plan.streams}
         num_cpus = len(os.sched_getaffinity(0))
@@ -140,7 +142,8 @@ class Loader:
             for name, source in bound.sources.items()
         }
         self._cache_recurring(renderer, cache_bytes)
-        self._ahead = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # copies and finishes
+        self._ahead = copy_stream(self.device) if self.device.type == "cuda" else None  # copies and finishes
+        self._finishes_there = runs_triton(self.device)
         self._free: deque[_Slot] = deque()
         self._scratch = _Slot(pinned=False)  # crops that are finished on the CPU: rewritten every step
         self._stopping = threading.Event()
@@ -282,7 +285,7 @@ class Loader:
 
     def _crops(self, rows: Rows, slot: _Slot) -> dict[str, Any]:
         renderer = self._renderers[rows.stream]
-        buffers = self._scratch if self._ahead is None else slot
+        buffers = slot if self._finishes_there else self._scratch
         crops: dict[str, Any] = {}
         for v in rows.views:
             shape = (len(v.boxes), v.view.size, v.view.size, self.bound.sources[rows.stream].channels)
@@ -300,11 +303,11 @@ class Loader:
         x = {}
         for v in rows.views:
             crop, shape = crops[v.view.name], (len(v.view.turns), *crops[v.view.name].shape)
-            if self._ahead is None:
+            if self._finishes_there:
+                out = _finished_on_gpu(v, crop, torch.empty(shape, device=self.device))
+            else:
                 room = slot.array((rows.stream, v.view.name), shape, torch.float32)
                 out = self._finished(v, crop, room, self._times[stream])
-            else:
-                out = _finished_on_gpu(v, crop, torch.empty(shape, device=self.device))
             x[v.view.name] = out.flatten(0, 1).permute(0, 3, 1, 2)
         self._elapsed_s[stream] += (rendered - begin, time.perf_counter() - rendered)
         return Part(
@@ -394,7 +397,7 @@ def make_renderer(
                 from loaders.renderers.dali import DaliRenderer
             except ImportError as e:
                 raise _missing("dali", "dali, or dali-cuda12 with CUDA 12", e) from e
-            return DaliRenderer(source, pool, threads, None if device.type != "cuda" else device.index or 0, times)
+            return DaliRenderer(source, pool, threads, device.index if runs_triton(device) else None, times)
     raise StoreError(f"--loader {kind}: {source.name} holds encoded images; choose auto, ffcv, dali or pil")
 
 

@@ -1,4 +1,4 @@
-"""A GPU that is not there: of torch.cuda what our steps and loaders use, on the CPU and at once, with the rules that its
+"""A GPU that is not there: of torch.cuda what steps and loaders use, on the CPU and at once, with the rules that its
 documentation states and a CPU would let pass.
 
 - a device without a number is no device to set (`torch.cuda.set_device` itself runs)
@@ -22,6 +22,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastssl import machine
+from loaders import device
 
 WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal")
 
@@ -85,6 +88,7 @@ class Card:
         put(cuda, "Event", Event)
         put(cuda, "stream", self._on)
         put(cuda, "current_stream", lambda device=None: self.current)
+        put(torch.Tensor, "record_stream", lambda tensor, stream: None)
         put(cuda, "synchronize", lambda device=None: None)
         put(cuda, "CUDAGraph", _Recorded)
         put(cuda, "graph", lambda graph, **how: _Capture(self, graph, **how))
@@ -95,6 +99,8 @@ class Card:
 
     def __exit__(self, *error: Any) -> None:
         self._mode.__exit__(*error)
+        for known in (machine.runs_triton, device.runs_triton, device.copy_stream):
+            known.cache_clear()
 
     def mode(self) -> TorchFunctionMode:
         """The context in which a thread's tensors go to the card, that is to say nowhere."""
@@ -149,15 +155,17 @@ class _ToTheCard(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func is torch.Tensor.record_stream:
-            return None
+        if func is torch.device:
+            return func(*args, **kwargs)
         if func is torch.Tensor.pin_memory:
             self.card.allocate()
             return args[0]
         if kwargs.pop("pin_memory", False) or func in (torch.empty, torch.zeros):
             self.card.allocate()
-        args, kwargs = pytree.tree_map(_here, (args, kwargs))
-        return func(*args, **kwargs)
+        moved_args, moved_kwargs = pytree.tree_map(_here, (args, kwargs))
+        out = func(*moved_args, **moved_kwargs)
+        # what goes to the card is a copy there
+        return out.clone() if func is torch.Tensor.to and moved_args[1:] != args[1:] else out
 
 
 def _here(value: Any) -> Any:

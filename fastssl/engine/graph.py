@@ -1,4 +1,4 @@
-"""A step captured once as a CUDA graph, and replayed: kernels are launched by the device, not one by one by the host."""
+"""A step captured once as a CUDA graph, and replayed: the device launches its kernels, not the host one by one."""
 
 from __future__ import annotations
 

@@ -112,10 +112,7 @@ class TrainingStep:
         """Do step number `step`; returns the parts of the loss, detached. Waits for the device no further than for the
         end of the step NUM_AHEAD before."""
         rates = self.method.rates(step, horizon)
-        if self.how == "graphed":
-            parts = self._replayed(rates, batch)
-        else:
-            parts = self._launched(rates, batch)
+        parts = (self._replayed if self.how == "graphed" else self._launched)(rates, batch)
         self.method.after_step(self.nets, step, horizon)
         self._stay_close()
         return parts
@@ -158,7 +155,9 @@ class TrainingStep:
     def _warn_of_the_dead(self) -> None:
         if self.dead:
             num = sum(p.requires_grad for p in self.nets.online.parameters())
-            self._warn(f"{len(self.dead)} of {num} parameters get a gradient of zero from the loss ({named(self.dead)})")
+            self._warn(
+                f"{len(self.dead)} of {num} parameters get a gradient of zero from the loss ({named(self.dead)})"
+            )
 
     def _prepared(self, batch: Batch) -> str:
         """Set up whatever is not eager; what stands in its way, if anything does."""
@@ -235,7 +234,9 @@ class TrainingStep:
             try:
                 self.method.loss(self._trained, batch)["total"].backward()
                 gradients = {n: p.grad for n, p in self.nets.online.named_parameters() if p.requires_grad}
-                self.dead = [name for name, gradient in gradients.items() if gradient is not None and not gradient.any()]
+                self.dead = [
+                    name for name, gradient in gradients.items() if gradient is not None and not gradient.any()
+                ]
                 return [name for name, gradient in gradients.items() if gradient is None]
             finally:
                 self.optimizer.zero_grad(set_to_none=True)

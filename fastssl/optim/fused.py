@@ -15,6 +15,6 @@ def fuse(optimizer: Optimizer, device: torch.device) -> None:
     """
     if device.type != "cuda" or not isinstance(optimizer, SGD):
         return
-    optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]  # GradScaler asks for it
+    optimizer._step_supports_amp_scaling = True  # GradScaler asks for it
     for group in (optimizer.defaults, *optimizer.param_groups):
         group.update(fused=True, foreach=False)

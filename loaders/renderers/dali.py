@@ -11,11 +11,13 @@ DALI meets damage the `pil` renderer names the image.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import torch
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
 
@@ -53,6 +55,7 @@ class DaliRenderer:
         self.source, self.threads, self.device_id, self.times = source, threads, device_id, times or StageTimes()
         self._pil = PilRenderer(source, pool, self.times)
         self._pipeline: Pipeline | None = None
+        self._copied: torch.cuda.Event | None = None  # the end of the last copies out of DALI's buffers
 
     def render(self, rows: Rows, out: Mapping[str, Any]) -> None:
         """Fill out[view name], uint8 [copies * B, S, S, 3], with the crops that `rows` describes, copy-major.
@@ -83,6 +86,8 @@ class DaliRenderer:
                 row_sets.append((v.view.name, copy * len(rows.ids) + places))
                 for name, value in _box_inputs(v.view, v.boxes[row_sets[-1][1]]).items():
                     self._pipeline.feed_input(f"{v.view.name}.{copy}.{name}", value)
+        if self._copied is not None:
+            self._copied.synchronize()  # long past, as a rule; DALI writes into the same buffers again
         try:
             results = self._pipeline.run()
         except RuntimeError as e:
@@ -94,17 +99,9 @@ class DaliRenderer:
             if self.device_id is None:
                 out[name][target_rows] = result.as_array()
             else:
-                self._copy_on_device(result, out[name], target_rows)
-
-    @staticmethod
-    def _copy_on_device(result: Any, target: Any, target_rows: np.ndarray) -> None:
-        """Rows of a torch tensor from a TensorListGPU, without the host; returns when they are there."""
-        if len(target_rows) == target_rows[-1] - target_rows[0] + 1:
-            rows = target[int(target_rows[0]) : int(target_rows[-1]) + 1]
-            result.as_tensor().copy_to_external(rows.data_ptr(), non_blocking=False)
-        else:
-            for k, row in enumerate(target_rows.tolist()):
-                result[k].copy_to_external(target[row].data_ptr(), non_blocking=False)
+                _copy_on_device(result, out[name], target_rows)
+        if self.device_id is not None:
+            self._copied = torch.cuda.current_stream(self.device_id).record_event()
 
     def _render_elsewhere(self, rows: Rows, b: int, out: Mapping[str, Any]) -> None:
         if self.device_id is None:
@@ -130,6 +127,21 @@ class DaliRenderer:
             return False
         expected = tuple(self.source.sizes[i].tolist())
         return (height, width) == expected and components in _COLOURS and height * width <= MAX_PIXELS
+
+
+def _copy_on_device(result: Any, target: torch.Tensor, target_rows: np.ndarray) -> None:
+    """Rows of a torch tensor from a TensorListGPU, without the host, queued on the current stream.
+
+    Not on DALI's own: torch hands out memory again as soon as its last reader is queued, and only what is queued behind
+    that reader may write there. DALI has the stream wait for what it decodes.
+    """
+    stream = ctypes.c_void_p(torch.cuda.current_stream(target.device).cuda_stream)
+    if len(target_rows) == target_rows[-1] - target_rows[0] + 1:
+        rows = target[int(target_rows[0]) : int(target_rows[-1]) + 1]
+        result.copy_to_external(ctypes.c_void_p(rows.data_ptr()), stream, non_blocking=True)
+    else:
+        for k, row in enumerate(target_rows.tolist()):
+            result[k].copy_to_external(ctypes.c_void_p(target[row].data_ptr()), stream, non_blocking=True)
 
 
 def _box_inputs(view: View, boxes: np.ndarray) -> dict[str, np.ndarray]:

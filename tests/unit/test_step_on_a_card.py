@@ -1,9 +1,8 @@
-"""The step and the loader on a GPU that is not there (`tests.card`): what would end, slow or spoil the first run on one."""
+"""The step on a GPU that is not there (`tests.card`): what would end, slow or spoil the first run on one."""
 
 from __future__ import annotations
 
 import threading
-from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from fastssl.methods.base import Horizon
 from loaders.loader import Loader, bind
 from loaders.store.data import open_data
 from tests.card import Card, Event
-from tests.test_every_method import paws, s4l, supervised
+from tests.test_every_method import paws, supervised
 
 CUDA = torch.device("cuda", 0)
 STEPS = WARM_UP_STEPS + 4
@@ -67,16 +66,14 @@ def test_a_graph_of_either_optimiser_is_captured_and_does_the_eager_steps(card, 
     eager, _, _ = losses("eager", stages())
     graphed, step, warnings = losses("graphed", stages())
     assert (step.how, warnings) == ("graphed", [])
-    assert step._graph is not None and graphed == pytest.approx(eager, rel=1e-3)
+    assert step._graph is not None and graphed == pytest.approx(eager, rel=1e-3, abs=2e-4)
 
 
 def test_what_is_captured_with_ddp_was_made_on_the_graphs_own_stream(card, one_rank, monkeypatch):
     """Catches DDP made, or warmed up, on another stream than the one that captures: the capture ends in
     cudaErrorStreamCaptureImplicit."""
     averaged = step_module.DistributedDataParallel
-    monkeypatch.setattr(
-        TrainingStep, "_averaged", lambda self, online: averaged(online, broadcast_buffers=False)
-    )
+    monkeypatch.setattr(TrainingStep, "_averaged", lambda self, online: averaged(online, broadcast_buffers=False))
     _, step, warnings = losses("graphed", supervised())
     assert (step.how, warnings) == ("graphed", []) and step._graph is not None
     assert card.captures[0]["stream"] is step._stream
@@ -113,7 +110,7 @@ def test_a_loader_may_allocate_while_a_graph_is_captured(card, monkeypatch):
 
 
 def test_a_graph_that_does_another_step_is_not_used(card, monkeypatch):
-    """Catches a replay that leaves something out: training would go on, with weights that do not move as they should."""
+    """Catches a replay that leaves something out: training goes on, with weights that do not move as they should."""
     from fastssl.engine.graph import Graph
 
     replay = Graph.replay
