@@ -1,4 +1,4 @@
-"""What a run is: the job that every rank is given, and the machine it computes on."""
+"""What a run is: the job that every rank is given."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fastssl.engine.step import How
+from fastssl.engine.settings import Settings
 from fastssl.evaluation import load_protocol
 from fastssl.methods.base import Stage, Stages
 from fastssl.record.trackers import check_trackers
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(Settings):
     """Everything that decides what a run computes, the same on every rank."""
 
     recipe: str
@@ -24,20 +24,8 @@ class Job:
     seed: int
     device: Literal["cpu", "cuda"]
     world: int
-    how: How | None = None  # a step is done; None: the fastest that the device is known to do well
-    loader: str = "auto"
-    cache_gib: float = 0.0  # decoded support images kept in memory, a rank
-    damaged: Literal["stop", "replace"] = "stop"  # what an image that cannot be decoded does
-    resume: Literal["auto", "never"] = "auto"
-    allow_change: tuple[str, ...] = ()  # what may differ from the run that is continued
-    init_from: Path | None = None
-    unsafe_pickle: bool = False  # whether code in files of weights that the user names may run
     held_out: str | None = None  # labelled images (a subset) that stand in for the validation images, left unopened
-    stage_to: Path | None = None  # where this host keeps copies of the data; None: read in place
-    nonfinite: Literal["stop", "skip-once"] = "stop"  # what a step whose loss is not finite does
     replay: Path | None = None  # do no more than this step again, which was not finite
-    log_to: tuple[str, ...] = ()  # trackers that get the metrics too
-    watchdog_s: float = 300.0  # how long a rank may hold the others up; 0: for ever
     command: str = ""
 
     def folder(self, stage: Stage) -> Path:

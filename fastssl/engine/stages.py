@@ -23,8 +23,9 @@ from fastssl.engine.claim import claim, finished
 from fastssl.engine.job import Job
 from fastssl.engine.produced import RowsSoFar
 from fastssl.engine.same_everywhere import check_same_everywhere
+from fastssl.engine.settings import How
 from fastssl.engine.signals import Agreement, StopRequest
-from fastssl.engine.step import How, default_how
+from fastssl.engine.step import default_how
 from fastssl.engine.train import Trainer
 from fastssl.engine.watchdog import Progress, Watchdog
 from fastssl.errors import ConfigError, Stopped

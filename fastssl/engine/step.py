@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from torch.optim import Optimizer
 from fastssl import dist
 from fastssl.engine import gradient_check
 from fastssl.engine.graph import Graph, Kept
+from fastssl.engine.settings import How
 from fastssl.errors import ConfigError, FastsslError
 from fastssl.machine import runs_triton
 from fastssl.methods.base import Config, Horizon, Method, Nets, Stage
@@ -32,8 +32,6 @@ from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm
 from fastssl.nn.recompute import recompute_blocks, recomputing
 from fastssl.optim.fused import fuse
 from loaders.batch import Batch
-
-How = Literal["eager", "eager-recompute", "compiled", "graphed"]
 
 WARM_UP_STEPS = 11  # what DDP's bookkeeping needs before its kernels can be captured
 NUM_AHEAD = 2  # steps by which the host may run ahead of the device: each holds a batch, and clocks tell nothing

@@ -18,8 +18,9 @@ from torch import Tensor
 from fastssl import dist
 from fastssl.engine import stragglers
 from fastssl.engine.nonfinite import FirstNotFinite, LeftOut, describe
+from fastssl.engine.settings import How
 from fastssl.engine.signals import Agreement, StopRequest
-from fastssl.engine.step import How, TrainingStep
+from fastssl.engine.step import TrainingStep
 from fastssl.errors import ConfigError, FastsslError, Stopped
 from fastssl.methods.base import Horizon, Method, Span, Stage
 from fastssl.optim.fused import fuse

@@ -19,7 +19,7 @@ from fastssl.config import has_path
 from fastssl.costs.cost import ours
 from fastssl.costs.memory import memory_of
 from fastssl.costs.trace import Trace, trace_step
-from fastssl.engine.step import How
+from fastssl.engine.settings import How
 from fastssl.errors import ConfigError
 from fastssl.methods.base import Config, Facts, Stage
 from fastssl.recipes.datasets import KNOWN_SETS

@@ -1,0 +1,52 @@
+"""`fastssl convert-imagenet`: archives and folders to `.beton`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import click
+
+from fastssl.commands.command import command
+from fastssl.errors import ConfigError
+
+
+@command("convert-imagenet")
+@click.argument("src", required=False, type=click.Path(path_type=Path))
+@click.argument("out", required=False, type=click.Path(path_type=Path))
+@click.option("--no-decode-check", is_flag=True, help="Trust that every file decodes; headers are read all the same.")
+@click.option("--subset", metavar="LIST", help="Only these training images: a list's name or path.")
+@click.option("--reencode", metavar="QUALITY,MAX_SIDE", help="Write every image anew, no longer side than that.")
+@click.option("--dry-run", is_flag=True, help="Print what would be done and the disk it needs.")
+@click.option("--verify", type=click.Path(path_type=Path), metavar="OUT", help="Read OUT again, against its manifest.")
+def convert_imagenet(
+    src: Path | None,
+    out: Path | None,
+    no_decode_check: bool,
+    subset: str | None,
+    reencode: str | None,
+    dry_run: bool,
+    verify: Path | None,
+) -> None:
+    """SRC, ImageNet's archives or folders train/CLASS/* and val/CLASS/*, to OUT/train.beton, OUT/val.beton and
+    OUT/manifest.json. The same command continues a conversion that was stopped. SRC is only read."""
+    from fastssl.commands import converting
+    from loaders.convert import conversion as convert
+
+    start_s = time.monotonic()
+    if verify is not None:
+        if src is not None or dry_run:
+            raise ConfigError("--verify OUT stands alone: it reads a finished conversion")
+        with converting.reporting() as report:
+            manifest = convert.verify(verify, report)
+        click.echo(converting.summary(manifest, time.monotonic() - start_s))
+        return
+    if src is None or out is None:
+        raise ConfigError("convert-imagenet takes SRC and OUT, or --verify OUT")
+    anew = converting.parse_reencode(reencode) if reencode is not None else None
+    plan = convert.prepare(src, convert.Options(not no_decode_check, anew, subset))
+    click.echo(converting.described(plan, out))
+    if not dry_run:
+        with converting.reporting() as report:
+            manifest = convert.convert(plan, out, report)
+        click.echo(converting.summary(manifest, time.monotonic() - start_s))

@@ -1,0 +1,205 @@
+"""`fastssl train`: a recipe on data, with one seed or several; a sweep; what either would do; a submitted job."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fastssl.commands.command import (
+    CHANGES,
+    CPU_RANKS,
+    DATA,
+    GPUS,
+    Function,
+    as_typed,
+    command,
+    ranks,
+    settings,
+)
+from fastssl.commands.command import (
+    out as out_option,
+)
+from fastssl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fastssl.commands.sweep import Sweep
+    from fastssl.engine.job import Job
+
+DEFAULT_RECIPE = "paws.digits"
+SUBMISSION = {  # parameter of `launch.slurm.submit` -> its option
+    "nodes": click.option("--nodes", type=click.IntRange(1), help="--submit: hosts [ranks / 8]."),
+    "gpus_per_node": click.option("--gpus-per-node", type=click.IntRange(1), help="--submit: GPUs of each host [8]."),
+    "cpus_per_rank": click.option("--cpus-per-rank", type=click.IntRange(1), help="--submit: [10 beside a GPU or 1]."),
+    "partition": click.option("--partition", help="--submit: SLURM's partition [its default]."),
+    "time_limit": click.option(
+        "--time", "time_limit", metavar="[D-]H:MM:SS", help="--submit: time limit, after which it is requeued."
+    ),
+}
+
+
+def _submission(function: Function) -> Function:
+    for option in reversed(SUBMISSION.values()):
+        function = option(function)
+    return function
+
+
+@command()
+@click.argument("recipe", default=DEFAULT_RECIPE)
+@DATA
+@out_option("Run directory [runs/RECIPE-seedK].")
+@GPUS
+@CPU_RANKS
+@settings()
+@click.option("--labels", help="Labelled images: all, per-class=N, a list's name or path.")
+@CHANGES
+@click.option("--sweep", "swept", multiple=True, metavar="KEY=V1,V2,...", help="A run for each value; then the best.")
+@click.option("--held-out", metavar="SET", help="--sweep: training images to choose by [a list, or 12 a class].")
+@click.option("--seeds", default="0", show_default=True, help="Seed, or several separated by commas.")
+@click.option("--dry-run", is_flag=True, help="Print what would be done; needs neither data nor devices.")
+@click.option("--submit", type=click.Choice(["slurm"]), help="Submit as a job, which is requeued when it is preempted.")
+@_submission
+def train(
+    recipe: str,
+    data: tuple[str, ...],
+    out: Path | None,
+    gpus: int | None,
+    cpu_ranks: int | None,
+    labels: str | None,
+    changes: tuple[str, ...],
+    swept: tuple[str, ...],
+    held_out: str | None,
+    seeds: str,
+    dry_run: bool,
+    submit: str | None,
+    **others: Any,
+) -> None:
+    """Train RECIPE (default: paws.digits). The same command continues a run that was stopped."""
+    from fastssl.commands.on_ranks import on_ranks
+    from fastssl.commands.sweep import prepare
+    from fastssl.commands.sweep import run as run_sweep
+    from fastssl.engine.job import Job
+    from fastssl.recipes.resolve import resolve
+
+    submission = {name: others.pop(name) for name in SUBMISSION}
+    if labels is not None:
+        changes = (*changes, f"labels={labels}")
+    stages = resolve(recipe, changes)
+    chosen = _seeds(seeds)
+    _check(out, chosen, held_out, swept, submit, submission, others["resume"])
+
+    def where(seed: int) -> Path:
+        return out or Path("runs") / f"{recipe}{'-sweep' if swept else ''}-seed{seed}"
+
+    job = Job(
+        recipe=recipe,
+        stages=stages,
+        changes=changes,
+        data=data or _embedded(stages[0].method.dataset),
+        out=where(chosen[0]),
+        seed=chosen[0],
+        command=as_typed(),
+        **ranks(gpus, cpu_ranks),
+        **others,
+    )
+    if not job.data and not dry_run:
+        raise ConfigError(f"{recipe} needs images: --data {_how_to_get(stages[0].method.dataset)}")
+    sweep = prepare(job, swept, held_out) if swept else None
+    if dry_run:
+        _describe(job, sweep)
+        return
+    if missing := (next(iter(sweep.runs.values())) if sweep else job).missing_inputs():
+        raise ConfigError(f"{recipe} builds on another run: give {' and '.join(missing)}")
+    if sweep:
+        run_sweep(sweep, on_ranks)
+        return
+    jobs = [replace(job, seed=seed, out=where(seed)) for seed in chosen]
+    if submit:
+        _submit(jobs, submission)
+    else:
+        _train(jobs, on_ranks)
+
+
+def _check(
+    out: Path | None,
+    seeds: Sequence[int],
+    held_out: str | None,
+    swept: tuple[str, ...],
+    submit: str | None,
+    submission: dict[str, Any],
+    resume: str,
+) -> None:
+    """Raise ConfigError where options do not go together."""
+    from fastssl.launch.started_by_others import launcher
+
+    if out and len(seeds) > 1:
+        raise ConfigError("--out names one run; with several --seeds leave it out")
+    if len(seeds) > 1 and launcher() is not None:
+        raise ConfigError("--seeds: one seed a command where a launcher starts the ranks")
+    if held_out is not None and not swept:
+        raise ConfigError("--held-out belongs to --sweep")
+    if swept and (len(seeds) > 1 or submit or launcher() is not None or resume == "never"):
+        raise ConfigError(
+            "--sweep does its runs one after the other, starts their ranks itself and always continues: leave out "
+            "several --seeds, --submit, --resume never and torchrun or srun"
+        )
+    if any(submission.values()) and not submit:
+        raise ConfigError("--nodes, --gpus-per-node, --cpus-per-rank, --partition and --time belong to --submit slurm")
+
+
+def _embedded(dataset: str) -> tuple[str, ...]:
+    """`--data` of a set that needs none."""
+    from fastssl.recipes.datasets import KNOWN_SETS
+
+    return (dataset,) if KNOWN_SETS[dataset].embedded else ()
+
+
+def _how_to_get(dataset: str) -> str:
+    from fastssl.recipes.datasets import KNOWN_SETS
+
+    return KNOWN_SETS[dataset].how
+
+
+def _describe(job: Job, sweep: Sweep | None) -> None:
+    from fastssl.commands.dry_run import describe
+
+    click.echo(describe(job) + (f"\n{sweep.described()}" if sweep else ""))
+
+
+def _submit(jobs: list[Job], submission: dict[str, Any]) -> None:
+    from fastssl.commands.on_ranks import on_ranks
+    from fastssl.launch.ranks import Ranks
+    from fastssl.launch.slurm import submit
+
+    for job in jobs:
+        logs = job.out.absolute() / "slurm"
+        click.echo(submit(Ranks(job.world, job.device), partial(on_ranks, job), job.recipe, logs, **submission))
+
+
+def _train(jobs: list[Job], on_ranks: Callable[[Job], Any]) -> None:
+    """One after the other; of several the mean and spread, which are kept beside the runs."""
+    from fastssl.evaluation.summary import accuracy_cell, spread_over_seeds
+    from fastssl.run_dir.checkpoint import write_atomically
+
+    results = [on_ranks(job) for job in jobs]
+    if len(jobs) > 1:
+        seeds = [job.seed for job in jobs]
+        scores = spread_over_seeds(results)
+        for name, spread in scores.items():
+            click.echo(f"{name}: {accuracy_cell(spread)}")
+        together = Path("runs") / f"{jobs[0].recipe}-seeds-{'-'.join(map(str, seeds))}.json"
+        kept = {"command": jobs[0].command, "seeds": seeds, "scores": scores}
+        write_atomically(together, json.dumps(kept, indent=2) + "\n")
+        click.echo(f"kept in {together}")
+
+
+def _seeds(text: str) -> list[int]:
+    parts = text.split(",")
+    if len(set(parts)) < len(parts) or not all(part.isdecimal() and int(part) < 2**63 for part in parts):
+        raise ConfigError(f"--seeds {text!r}: write different whole numbers separated by commas, such as 0,1,2")
+    return [int(part) for part in parts]
