@@ -50,7 +50,8 @@ from fastssl.engine.stages import facts_of
 from fastssl.engine.step import TrainingStep
 from fastssl.machine import keep_freed_memory
 from fastssl.methods.base import Facts, Horizon, Method, Nets, Stage, Steps
-from fastssl.methods.paws import PawsConfig, cifar10, rn50_100ep
+from fastssl.methods.paws import PawsConfig
+from fastssl.recipes.paws import cifar10, rn50_100ep
 from loaders.batch import Batch, Part
 from loaders.loader import Loader, bind
 from loaders.store.data import open_data

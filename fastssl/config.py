@@ -22,12 +22,16 @@ Parsers = Mapping[Any, Callable[[str], Any]]  # for types with a notation of the
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the nearest known name, or a list where none is near."""
+    """`; did you mean 'x', 'y' or 'z'?` for the nearest three known names, or a list, five at most, where none is
+    near."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, known, n=3)
     if near:
-        return f"; did you mean {near[0]!r}?"
-    return f"; known: {', '.join(known)}"
+        *others, last = map(repr, near)
+        return f"; did you mean {', '.join(others) + ' or ' if others else ''}{last}?"
+    listed = known if len(known) <= 5 else difflib.get_close_matches(name, known, n=5, cutoff=0.0)
+    more = f" and {len(known) - len(listed)} more" if len(known) > len(listed) else ""
+    return f"; known: {', '.join(listed)}{more}"
 
 
 def with_value(config: T, path: str, text: str, parsers: Parsers | None = None) -> T:

@@ -25,10 +25,11 @@ from fastssl.losses.semppl import Relic
 from fastssl.methods.base import Artefact, Facts, Horizon, Ref, Steps
 from fastssl.methods.s4l import Vat
 from fastssl.methods.simclrv2 import Memory
-from fastssl.methods.supervised import FirstLayer, StepDecay, finetune
+from fastssl.methods.supervised import FirstLayer, StepDecay
 from fastssl.nn.encoders import ByolResNet, ResNet, SimclrResNet, WideResNet
 from fastssl.recipes.datasets import KNOWN_SETS
 from fastssl.recipes.resolve import recipes, resolve
+from fastssl.recipes.supervised import finetune
 from fastssl.record.clock import Clock
 from fastssl.record.recorder import Recorder
 from fastssl.run_dir.checkpoint import Checkpoints, sha256_of

@@ -1,7 +1,7 @@
 """The contract between a method and the engine.
 
-A method is one file beside this one: a `Config`, a loss as a pure function, a `Method`, and its recipes: public
-functions annotated `-> Stages`. The engine knows only what is here and names no method; where a method needs more, this
+A method is one file beside this one: a `Config`, a loss as a pure function, a `Method`; its recipes are a file of the
+same name in `fastssl/recipes`. The engine knows only what is here and names no method; where a method needs more, this
 contract is widened.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -299,6 +299,14 @@ class Stage:
             raise ConfigError(f"a stage of {self.length} does nothing")
         if self.keep_checkpoints < 1:
             raise ConfigError(f"keep_checkpoints is {self.keep_checkpoints}, but the newest must be kept")
+
+    def with_method(self, **changes: Any) -> Stage:
+        """The stage with these settings of its method changed. Raises TypeError for one that the method has not."""
+        return replace(self, method=replace(self.method, **changes))
+
+    def settings(self, *names: str) -> dict[str, Any]:
+        """Those of the method's settings, for another method to be given."""
+        return {name: getattr(self.method, name) for name in names}
 
 
 Stages = tuple[Stage, ...]

@@ -15,14 +15,13 @@ normalisation of its pixels must be the student's. The student is a trunk and a 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastssl.errors import ConfigError
-from fastssl.methods import supervised
 from fastssl.methods.base import (
     Artefact,
     Config,
@@ -31,10 +30,7 @@ from fastssl.methods.base import (
     Horizon,
     Method,
     Nets,
-    Ref,
     Span,
-    Stage,
-    Stages,
     autocast,
     in_full,
 )
@@ -179,31 +175,3 @@ class Distil(Method):
         assert isinstance(net, Classifier)
         with autocast(x.device, self.config.precision):
             return in_full(net.trunk(x) if tap == "backbone" else net(x))
-
-
-# ---------------------------------------------------------------------------------------------------------- recipes
-
-
-def cifar10_small() -> Stages:
-    """The network of supervised.cifar10_small learns on all images of CIFAR-10, without labels, what a classifier says
-    of them: a run of supervised.cifar10_finetune or any other with its pixels, given by --set teacher=RUN."""
-    (stage,) = supervised.cifar10_small()
-    alone = stage.method
-    assert isinstance(alone, SupervisedConfig)
-    method = DistilConfig(
-        dataset=alone.dataset,
-        eval_view=alone.eval_view,
-        labels=alone.labels,
-        view=replace(alone.view, ops=(Flip(),)),
-        encoder=alone.encoder,
-        batch_global=256,
-        temperature=1.0,
-        lr_peak=12.8,  # of 1.6, 4.8 and 12.8, by a hundred held-out training images a class (`--sweep`)
-        warmup=Epochs(2),
-    )
-    return (distil(method, Epochs(30)),)
-
-
-def distil(method: DistilConfig, length: Epochs, teacher: Ref | None = None) -> Stage:
-    """Train `method` under `teacher`: by default the one that `--set teacher=RUN` names."""
-    return Stage("distil", method, length, needs={"teacher": teacher or Ref()}, evaluate=("classifier", "knn"))

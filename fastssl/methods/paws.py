@@ -40,31 +40,25 @@ from fastssl.methods.base import (
     Method,
     Nets,
     Span,
-    Stage,
-    Stages,
     autocast,
     in_full,
     through,
 )
-from fastssl.nn.encoders import Encoder, ResNet, WideResNet
+from fastssl.nn.encoders import Encoder, ResNet
 from fastssl.nn.heads import prediction_head, projection_head
 from fastssl.nn.norm.lockstep import LockstepSequential
 from fastssl.optim.lars import Lars
 from fastssl.optim.param_groups import Rule, lars_groups
 from loaders.batch import Batch
-from loaders.plan.ops import Affine, ColourJitter, Equalize, Flip, GaussianBlur, Grayscale, Noise, Solarise
+from loaders.plan.ops import ColourJitter, Flip, GaussianBlur, Grayscale
 from loaders.plan.plan import Plan
 from loaders.plan.views import (
-    CIFAR10,
     IMAGENET,
-    UNIT,
     Balanced,
-    Centre,
     Rrc,
     Shuffled,
     Stream,
     View,
-    Whole,
     parse_subset,
 )
 
@@ -339,172 +333,3 @@ class Paws(Method):
         assert isinstance(net, PawsNet)
         layers = (net.trunk, net.projection, net.prediction)
         return through(layers[: 1 + self.taps.index(tap)], x, self.config.precision)
-
-
-# ---------------------------------------------------------------------------------------------------------- recipes
-
-
-def digits() -> Stages:
-    """Scikit-learn's handwritten digits, ten labels a class: what `fastssl train` runs first."""
-    # A demonstration: view size, width, batch, rate and length were chosen among nine settings, with seeds 0 and 1, on
-    # the very held-out digits that it reports. fp32, as bf16 convolutions crawl on CPUs without them.
-    ops = (Affine(degrees=12.0, scale=(0.85, 1.15), shift=0.08), Noise(p=0.5, std=(0.0, 0.15)))
-    method = PawsConfig(
-        dataset="digits",
-        eval_view=View("eval", 8, Whole(), pixels=UNIT),
-        labels="per-class=10",
-        precision="fp32",
-        encoder=ResNet(10, stem="cifar", base_width=16),
-        out_features=64,
-        prediction=False,
-        global_view=View("global", 8, Rrc((0.6, 1.0)), ops, UNIT, copies=2),
-        small_view=None,
-        batch_global=256,
-        classes_global=10,
-        images_per_class=8,
-        lr_start=0.8,
-        lr_peak=3.2,
-        lr_final=0.032,
-        warmup=Epochs(5),
-    )
-    every = Epochs(20)  # an epoch is five steps, a quarter of a second
-    return (Stage("pretrain", method, Epochs(120), evaluate_every=every, checkpoint_every=every),)
-
-
-def cifar10() -> Stages:
-    """CIFAR-10 with 4,000 labels, WRN-28-2, 600 epochs: the paper's appendix C. Paper: soft-NN 96.0 +- 0.2 %."""
-    jitter = ColourJitter(0.8, 0.4, 0.4, 0.4, 0.1)  # strength .5
-    ops = (Flip(), jitter, Solarise(0.2), Equalize(0.2))
-    method = PawsConfig(
-        dataset="cifar10",
-        eval_view=View("eval", 32, Whole(), pixels=CIFAR10),
-        labels="paws-cifar10-4000-split-91",
-        encoder=WideResNet(28, 2),
-        out_features=128,
-        prediction=False,
-        global_view=View("global", 32, Rrc((0.75, 1.0)), ops, CIFAR10, copies=2),
-        small_view=View("small", 18, Rrc((0.3, 0.75)), ops, CIFAR10, copies=6),
-        batch_global=256,
-        classes_global=10,
-        images_per_class=64,
-        support_views=2,
-        lr_start=0.8,
-        lr_peak=3.2,
-        lr_final=0.032,
-        warmup=Epochs(10),
-    )
-    return (Stage("pretrain", method, Epochs(600)),)
-
-
-def cifar10_small() -> Stages:
-    """CIFAR-10 with 4,000 labels on two CPU cores in half an hour: a small ResNet, two crops, a short schedule.
-
-    Crops are 24 pixels wide, which shows things at about their size in the whole 32-pixel image.
-    """
-    (stage,) = cifar10()
-    paper = stage.method
-    assert isinstance(paper, PawsConfig)
-    ops = (Flip(), ColourJitter(0.8, 0.4, 0.4, 0.4, 0.1))  # as strong as the authors'; no solarise, no equalize
-    method = replace(
-        paper,
-        encoder=ResNet(10, stem="cifar", base_width=16),
-        global_view=View("global", 24, Rrc((0.35, 1.0)), ops, CIFAR10, copies=2),
-        small_view=None,
-        images_per_class=32,
-        support_views=1,
-        lr_start=0.4,
-        lr_peak=1.6,
-        lr_final=0.016,
-        warmup=Epochs(2),
-    )
-    return (replace(stage, method=method, length=Epochs(60), evaluate_every=Epochs(5)),)
-
-
-def rn50_100ep() -> Stages:
-    """ImageNet with 10 % of the labels, ResNet-50, 100 epochs. Paper: 73.9 % fine-tuned, 71.0 % nearest neighbours."""
-    return _imagenet("simclr-10", epochs=100)
-
-
-def rn50_100ep_4gpus() -> Stages:
-    """As rn50_100ep for 4 GPUs of 80 GB: a quarter of the batch, all 960 classes. Untested."""
-    return _on_fewer_gpus(batch_global=1024, classes_global=960, images_per_class=7)
-
-
-def rn50_100ep_1gpu() -> Stages:
-    """As rn50_100ep for 1 GPU of 80 GB: a sixteenth of the batch, 480 classes of 3 images. Untested."""
-    return _on_fewer_gpus(batch_global=256, classes_global=480, images_per_class=3)
-
-
-def rn50_200ep() -> Stages:
-    """As rn50_100ep for 200 epochs. Paper: 75.0 % fine-tuned, 71.9 % nearest neighbours."""
-    return _imagenet("simclr-10", epochs=200)
-
-
-def rn50_300ep() -> Stages:
-    """As rn50_100ep for 300 epochs. Paper: 75.5 % fine-tuned, 73.1 % nearest neighbours."""
-    return _imagenet("simclr-10", epochs=300)
-
-
-def rn50w2_200ep() -> Stages:
-    """As rn50_200ep, twice as wide. Paper: 77.8 % fine-tuned."""
-    return _imagenet("simclr-10", epochs=200, width=2)
-
-
-def rn50w4_200ep() -> Stages:
-    """As rn50_200ep, four times as wide. Paper: 79.0 % fine-tuned."""
-    return _imagenet("simclr-10", epochs=200, width=4)
-
-
-def rn50_100ep_1pct() -> Stages:
-    """ImageNet with 1 % of the labels, ResNet-50, 100 epochs. Paper: 63.8 % fine-tuned, 61.5 % nearest neighbours."""
-    return _imagenet("simclr-1", epochs=100)
-
-
-def rn50_200ep_1pct() -> Stages:
-    """As rn50_100ep_1pct for 200 epochs. Paper: 66.1 % fine-tuned, 63.2 % nearest neighbours."""
-    return _imagenet("simclr-1", epochs=200)
-
-
-def rn50_300ep_1pct() -> Stages:
-    """As rn50_100ep_1pct for 300 epochs. Paper: 66.5 % fine-tuned, 64.2 % nearest neighbours."""
-    return _imagenet("simclr-1", epochs=300)
-
-
-def rn50w2_200ep_1pct() -> Stages:
-    """As rn50_200ep_1pct, twice as wide. Paper: 69.6 % fine-tuned."""
-    return _imagenet("simclr-1", epochs=200, width=2)
-
-
-def rn50w4_200ep_1pct() -> Stages:
-    """As rn50_200ep_1pct, four times as wide. Paper: 69.9 % fine-tuned."""
-    return _imagenet("simclr-1", epochs=200, width=4)
-
-
-def _on_fewer_gpus(batch_global: int, classes_global: int, images_per_class: int) -> Stages:
-    """rn50_100ep with what 80 GB hold of its batch, by `fastssl.costs.memory`: classes rather than images of each,
-    since the authors found few classes to hurt (suncet#11); rates by the square root of the batch, as SimCLRv2's."""
-    (stage,) = rn50_100ep()
-    paper = stage.method
-    assert isinstance(paper, PawsConfig)
-    scale = (batch_global / paper.batch_global) ** 0.5
-    method = replace(
-        paper,
-        batch_global=batch_global,
-        classes_global=classes_global,
-        images_per_class=images_per_class,
-        lr_start=paper.lr_start * scale,
-        lr_peak=paper.lr_peak * scale,
-        lr_final=paper.lr_final * scale,
-    )
-    return (replace(stage, method=method),)
-
-
-def _imagenet(labels: str, epochs: int, width: int = 1) -> Stages:
-    method = PawsConfig(
-        dataset="imagenet",
-        eval_view=View("eval", 224, Centre(resize=256), pixels=IMAGENET),
-        labels=labels,
-        encoder=ResNet(50, width),
-        out_features=2048 * width,  # not stated for the wide ones; the authors' evaluation assumes it
-    )
-    return (Stage("pretrain", method, Epochs(epochs)),)

@@ -1,4 +1,4 @@
-r"""S4L: a classifier of few labelled images that also learns, from all images, what self-supervision asks of it.
+"""S4L: a classifier of few labelled images that also learns, from all images, what self-supervision asks of it.
 
 Paper      Zhai, Oliver, Kolesnikov and Beyer, ICCV 2019, arXiv 1905.03670
 Code       google-research/s4l at 8f1cf05 (TensorFlow 1, TPUs), which reproduces the published numbers; where paper and
@@ -25,17 +25,6 @@ Label lists are the release's, with 128 and 13 images a class, `s4l-10` and `s4l
 simclr-10` takes. They are published as JSON (`label_map_count_128000_index_0`, `label_map_count_13000_index_0`); save
 the file names under "values", one a line, as `s4l-10.txt` and `s4l-1.txt` beside the data.
 
-The paper chose rate, decay and weight of the unlabelled loss from these, with 10 % and with 1 % of the labels:
-
-    fastssl train s4l.rotation --data PATH --gpus 8 --sweep lr_peak=.3,.1,.03 --sweep weight_decay=1e-4,3e-4,1e-3 \
-        --sweep rotation.weight=.5,1
-    fastssl train s4l.rotation --data PATH --gpus 8 --sweep lr_peak=.03,.01,.003 --sweep weight_decay=3e-3,1e-2,3e-2 \
-        --sweep rotation.weight=.5,1 --labels s4l-1 --set epochs=1000 --set warmup=10 --set decays=700,800,900
-
-and so `s4l.exemplar` with `exemplar.weight`, `s4l.vat` and `s4l.vat_entmin` with `vat.weight`. For 1 % only the
-supervised baseline's settings were released: that the others are as long is inferred, and its HSV noise, which exemplar
-has anyway, is not theirs here, as nothing says so and `--set` cannot express it.
-
 Resizing is Pillow's bilinear filter, which widens when it shrinks an image, for the release's legacy bilinear in
 training and its area filter in evaluation.
 """
@@ -43,9 +32,9 @@ training and its area filter in evaluation.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -73,16 +62,12 @@ from fastssl.methods.base import (
     Horizon,
     Method,
     Nets,
-    Ref,
     Span,
-    Stage,
-    Stages,
-    Steps,
     autocast,
     in_full,
 )
 from fastssl.nn.ema import copy_of, follow
-from fastssl.nn.encoders import Encoder, ResNet, S4lResNet
+from fastssl.nn.encoders import Encoder, S4lResNet
 from fastssl.nn.initialisers import glorot_uniform, initialise
 from fastssl.nn.norm.group_batch_norm import GroupBatchNorm
 from fastssl.nn.norm.running_stats import frozen_running_stats
@@ -90,19 +75,16 @@ from fastssl.nn.trunks.resnet_v2 import S4L_NORM
 from fastssl.nn.trunks.stem import Norm
 from loaders.batch import Batch, Part
 from loaders.plan.draws import tag
-from loaders.plan.ops import Flip, HsvNoise
+from loaders.plan.ops import Flip
 from loaders.plan.plan import Plan
 from loaders.plan.views import (
     SIGNED,
     Centre,
     DistortedBox,
-    FiveCrops,
-    Rrc,
     Sequential,
     Shuffled,
     Stream,
     View,
-    Whole,
     parse_subset,
 )
 
@@ -110,8 +92,8 @@ TURNS = (0, 1, 2, 3)  # quarter turns, counter-clockwise as numpy.rot90's
 RELEASE_XI = 1e-6  # the release's step, by which the lengths of its gradients count: semi_supervised/vat_utils.py
 _NOISE = tag("vat")
 
-_CROP = View("crop", 224, DistortedBox((0.05, 1.0), (0.75, 1.33)), (Flip(),), SIGNED)
-_EVAL = View("eval", 224, Centre(resize=256), pixels=SIGNED)
+CROP = View("crop", 224, DistortedBox((0.05, 1.0), (0.75, 1.33)), (Flip(),), SIGNED)
+EVAL = View("eval", 224, Centre(resize=256), pixels=SIGNED)
 
 
 # ----------------------------------------------------------------------------------------------------------- losses
@@ -166,7 +148,7 @@ class S4lConfig(Config):
     An epoch is a pass over the labelled images, or where it learns pseudo-labels over all."""
 
     encoder: Encoder = S4lResNet(50)
-    view: View = _CROP
+    view: View = CROP
     batch_global: int = 256  # labelled images, and as many of all
     core_images: int | None = None  # a virtual core's labelled images; None: one core, as large as the batch
     class_weight: float = 1.0
@@ -214,7 +196,7 @@ class LabelConfig(S4lConfig):
     """Settings of the stage in between, which labels every image by the networks of the stage before: `label_view`'s
     copies and turns of an image vote by their mean logits."""
 
-    label_view: View = _EVAL
+    label_view: View = EVAL
 
     def build(self, facts: Facts, inputs: Mapping[str, Artefact]) -> Method:
         return Labeller(self, facts, inputs)
@@ -481,230 +463,3 @@ def _pseudo_labels(facts: Facts, inputs: Mapping[str, Artefact]) -> Tensor:
             "all training images: make it anew"
         )
     return found["pseudo_label"]
-
-
-# ---------------------------------------------------------------------------------------------------------- recipes
-
-
-def supervised() -> Stages:
-    """ImageNet with 10 % of the labels, ResNet-50 v2, labelled images alone. Release: 56.4 %, top-5 80.4 %."""
-    return (_stage("train", _IMAGENET, Epochs(200)),)
-
-
-def supervised_1pct() -> Stages:
-    """As supervised with 1 % of the labels and HSV noise. Release: 25.1 %, top-5 48.3 %."""
-    method = replace(
-        _IMAGENET,
-        labels="s4l-1",
-        view=replace(_CROP, ops=(Flip(), HsvNoise())),
-        lr_peak=0.01,
-        weight_decay=1e-2,
-        decays=(Epochs(700), Epochs(800), Epochs(900)),  # warm-up 5 epochs; the paper says 10
-    )
-    return (_stage("train", method, Epochs(1000)),)
-
-
-def rotation() -> Stages:
-    """S4L-Rotation, ImageNet with 10 % of the labels. Release: 61.4 %, top-5 83.9 %."""
-    return (_stage("train", replace(_IMAGENET, core_images=8, lr_peak=0.03, rotation=Rotation()), Epochs(200)),)
-
-
-def exemplar() -> Stages:
-    """S4L-Exemplar, ImageNet with 10 % of the labels. Release, with swapped identities: 62.2 %, top-5 83.7 %."""
-    method = replace(
-        _IMAGENET,
-        view=replace(_CROP, ops=(HsvNoise(), Flip()), copies=8),
-        batch_global=512,
-        core_images=16,
-        warmup=Epochs(10),
-        exemplar=Exemplar(),
-    )
-    return (_stage("train", method, Epochs(200)),)
-
-
-def vat() -> Stages:
-    """VAT, ImageNet with 10 % of the labels. Release, with shorter perturbations: 60.0 %, top-5 82.7 %."""
-    return (_stage("train", replace(_IMAGENET, core_images=8, lr_peak=0.03, vat=Vat()), Epochs(200)),)
-
-
-def vat_entmin() -> Stages:
-    """As vat, with entropy minimisation. Release: 60.9 %, top-5 83.3 %."""
-    (stage,) = vat()
-    return (replace(stage, method=_changed(stage, entropy_weight=1.0)),)
-
-
-def pseudo_label() -> Stages:
-    """The network of supervised labels all of ImageNet, and another learns that. Release: 60.2 %, top-5 82.9 %."""
-    (teacher,) = supervised()
-    student = _changed(
-        teacher,
-        pseudo_labels=True,
-        weight_decay=1e-4,
-        decays=(Epochs(30), Epochs(60), Epochs(90)),
-    )
-    return _taught(teacher, _stage("train", student, Epochs(100)))
-
-
-def moam() -> Stages:
-    """MOAM, ResNet-50 v2 four times as wide, ImageNet with 10 % of the labels: rotation, VAT and entropy, then the same
-    on pseudo-labels, then the labels alone. Paper: 73.2 %, top-5 91.2 %; after the first stage 88.8 %."""
-    method = replace(
-        _IMAGENET,
-        encoder=S4lResNet(50, width=4),
-        batch_global=128,
-        core_images=None,  # the one network of the release that was synchronised
-        class_weight=0.3,
-        rotation=Rotation(0.4),  # paper .7; the release's weights add up to 1 and reproduce the number
-        vat=Vat(0.3, epsilon=32.0),
-        entropy_weight=0.3,
-        smoothed="unlabelled",
-        weight_decay=2e-4,
-        warmup=Epochs(10),
-        decays=(Epochs(100), Epochs(150), Epochs(190)),
-        half_life=Epochs(1),
-    )
-    # Inferred, as the paper does not say: how the second stage warms up, and that half of its average is from the last
-    # epoch of all images, 10,009 steps; the third stage's batch and losses, and that it starts from the weights
-    # themselves, not from their average, which is what labels and is evaluated.
-    again = replace(method, pseudo_labels=True, warmup=Epochs(1), decays=(Epochs(6), Epochs(12)))
-    last = replace(
-        method,
-        class_weight=1.0,
-        rotation=None,
-        vat=None,
-        entropy_weight=0.0,
-        lr_peak=5e-4,
-        weight_decay=3e-3,
-        warmup=Epochs(0),
-        decays=(Epochs(5), Epochs(10), Epochs(15)),
-        half_life=None,
-    )
-    five_crops = View("label", 224, FiveCrops(resize=256), pixels=SIGNED, copies=5, turns=TURNS)
-    return _three_stages(
-        _stage("joint", method, Epochs(200)),
-        _stage("relearn", again, Epochs(18)),
-        _stage("finetune", last, Epochs(20)),
-        five_crops,
-    )
-
-
-def supervised_cifar10_small() -> Stages:
-    """CIFAR-10 with 4,000 labels in seven minutes on one core: a narrow ResNet-10, the labelled images alone."""
-    return (_small(Epochs(200)),)
-
-
-def rotation_cifar10_small() -> Stages:
-    """As supervised_cifar10_small for as long, with rotation."""
-    return (_small(Epochs(38), **_QUICK, rotation=Rotation()),)
-
-
-def exemplar_cifar10_small() -> Stages:
-    """As supervised_cifar10_small for as long, with exemplar: four copies of an image."""
-    view = replace(_SMALL_CROP, ops=(HsvNoise(), Flip()), copies=4)
-    return (_small(Epochs(35), **_QUICK, view=view, exemplar=Exemplar(features=128)),)
-
-
-def vat_cifar10_small() -> Stages:
-    """As supervised_cifar10_small for as long, with VAT. At full length VAT reaches 86.4 % (WRN-28-2)."""
-    return (_small(Epochs(29), vat=_SMALL_VAT),)
-
-
-def vat_entmin_cifar10_small() -> Stages:
-    """As vat_cifar10_small, with entropy minimisation."""
-    return (_small(Epochs(29), vat=_SMALL_VAT, entropy_weight=0.1),)
-
-
-def pseudo_label_cifar10_small() -> Stages:
-    """As supervised_cifar10_small for as long in all: half for the teacher, half for the student."""
-    return _taught(_small(Epochs(100)), _small(Epochs(8), pseudo_labels=True))
-
-
-def moam_cifar10_small() -> Stages:
-    """As supervised_cifar10_small for as long in all: MOAM's stages, labels by five crops without their turns, which
-    would make labelling four times as long."""
-    joint = _small(
-        Epochs(6),
-        name="joint",
-        **_QUICK,
-        class_weight=0.3,
-        rotation=Rotation(0.4),
-        vat=replace(_SMALL_VAT, weight=0.3),
-        entropy_weight=0.03,
-        smoothed="unlabelled",
-        half_life=Epochs(1),
-    )
-    again = _changed(joint, pseudo_labels=True, warmup=Steps(20), decays=(Steps(150),), half_life=Steps(50))
-    relearn = replace(joint, name="relearn", method=again, length=Steps(200), evaluate_every=Steps(200))
-    finetune = _small(Epochs(70), name="finetune")
-    return _three_stages(joint, relearn, finetune, View("label", 28, FiveCrops(), pixels=SIGNED, copies=5))
-
-
-_IMAGENET = S4lConfig(dataset="imagenet", eval_view=_EVAL, labels="s4l-10", core_images=32)  # on eight cores
-_SMALL_CROP = View("crop", 24, Rrc((0.35, 1.0)), (Flip(),), SIGNED)  # things at about their size in all 32 pixels
-# By short runs on 40,000 training images, scored on the others (benchmarks/results/s4l_cifar10_cpu_202611.md).
-_SMALL_VAT = Vat(epsilon=1.5)
-_QUICK: dict[str, Any] = {"lr_peak": 0.1, "weight_decay": 2e-4}
-
-
-def _small(length: Epochs, name: str = "train", **changes: Any) -> Stage:
-    tenths = [Epochs(max(1, length.count * tenth // 10)) for tenth in (7, 8, 9)]
-    method = S4lConfig(
-        dataset="cifar10",
-        eval_view=View("eval", 32, Whole(), pixels=SIGNED),
-        labels="paws-cifar10-4000-split-91",
-        encoder=ResNet(10, stem="cifar", base_width=16),
-        view=_SMALL_CROP,
-        batch_global=32,
-        lr_peak=0.03,
-        warmup=Epochs(1),
-        decays=tuple(tenths),
-    )
-    quarter = Epochs(max(1, length.count // 4))
-    stage = _stage(name, replace(method, **changes), length)
-    return replace(stage, evaluate=("classifier",), evaluate_every=quarter, checkpoint_every=quarter)
-
-
-def _taught(teacher: Stage, student: Stage) -> Stages:
-    """`teacher` labels all images, `student` learns that."""
-    method = teacher.method
-    return (
-        replace(teacher, name="teach"),
-        _labelling("teach", method, method.eval_view),
-        replace(student, name="learn", needs={"labels": Ref(stage="label"), "teacher": Ref(stage="teach")}),
-    )
-
-
-def _three_stages(joint: Stage, relearn: Stage, finetune: Stage, label_view: View) -> Stages:
-    """MOAM's: each stage starts from the one before, the second with labels of the first for all images."""
-    return (
-        joint,
-        _labelling(joint.name, joint.method, label_view),
-        replace(relearn, needs={"init": Ref(stage=joint.name), "labels": Ref(stage="label")}),
-        replace(finetune, needs={"init": Ref(stage=relearn.name)}),
-    )
-
-
-def _labelling(by: str, method: Config, label_view: View) -> Stage:
-    """The stage that labels every image by the networks of stage `by`, which `method` trained."""
-    settings = {field.name: getattr(method, field.name) for field in fields(method)}
-    return Stage(
-        "label", LabelConfig(**settings, label_view=label_view), Epochs(1), do="produce", needs={"init": Ref(stage=by)}
-    )
-
-
-def _stage(name: str, method: S4lConfig, length: Epochs) -> Stage:
-    tenth = Epochs(max(1, length.count // 10))
-    return Stage(
-        name,
-        method,
-        length,
-        evaluate=("classifier", "knn"),
-        evaluate_every=tenth,
-        log_every=Steps(100),
-        checkpoint_every=Epochs(max(1, length.count // 40)),
-    )
-
-
-def _changed(stage: Stage, **changes: Any) -> S4lConfig:
-    assert isinstance(stage.method, S4lConfig)
-    return replace(stage.method, **changes)

@@ -17,7 +17,7 @@ device's batch. No linear classifier is trained along: the protocols measure tha
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -26,7 +26,6 @@ from torch.nn import functional as F
 
 from fastssl.dist import gather_rows, gather_rows_together, mean_over_ranks, rank
 from fastssl.errors import ConfigError
-from fastssl.methods import supervised
 from fastssl.methods.base import (
     Artefact,
     Config,
@@ -35,24 +34,19 @@ from fastssl.methods.base import (
     Horizon,
     Method,
     Nets,
-    Ref,
     Span,
-    Stage,
-    Stages,
     autocast,
     in_full,
 )
-from fastssl.methods.distil import DistilConfig, distil
-from fastssl.methods.supervised import FirstLayer, SupervisedConfig, finetune
 from fastssl.nn.ema import copy_of, follow
-from fastssl.nn.encoders import Depth, Encoder, SimclrResNet
+from fastssl.nn.encoders import Encoder, SimclrResNet
 from fastssl.nn.heads import simclr_head
 from fastssl.optim.lars import Lars
 from fastssl.optim.param_groups import lars_groups
 from loaders.batch import Batch
 from loaders.plan.ops import TF_LUMA, Flip, GaussianKernelBlur, Grayscale, TfColourJitter
 from loaders.plan.plan import Plan
-from loaders.plan.views import UNIT, Centre, DistortedBox, Filter, Shuffled, Stream, View, Whole
+from loaders.plan.views import UNIT, Centre, DistortedBox, Filter, Shuffled, Stream, View
 
 LrRule = Literal["sqrt", "linear"]
 
@@ -307,189 +301,3 @@ class Simclrv2(Method):
             if tap != "backbone":
                 features = (net.projection if tap == "z" else net.projection[:3])(features)
         return in_full(features)
-
-
-# ---------------------------------------------------------------------------------------------------------- recipes
-
-
-def cifar10() -> Stages:
-    """CIFAR-10 without labels, ResNet-18, 1,000 epochs: what the code's README runs. It says: about 91 % linear."""
-    view = replace(VIEW, size=32, ops=(Flip(), *colours(0.5)))
-    method = Simclrv2Config(
-        dataset="cifar10",
-        eval_view=View("eval", 32, Whole(), pixels=UNIT),
-        encoder=SimclrResNet(18, stem="cifar"),
-        head_layers=2,  # paper, appendix
-        view=view,
-        batch_global=512,
-        tau=0.5,
-        lr_base=1.0,
-        lr_rule="linear",
-        warmup=Epochs(10),  # the code's default
-    )
-    return (Stage("pretrain", method, Epochs(1000), evaluate=("knn",)),)
-
-
-def cifar10_small() -> Stages:
-    """CIFAR-10 without labels on two CPU cores in half an hour: the network and view size of paws.cifar10_small."""
-    (stage,) = cifar10()
-    paper = stage.method
-    assert isinstance(paper, Simclrv2Config)
-    method = replace(
-        paper,
-        labels="paws-cifar10-4000-split-91",
-        encoder=SimclrResNet(10, stem="cifar", base_width=16),
-        view=replace(paper.view, size=24),
-        warmup=Epochs(4),
-    )
-    return (replace(stage, method=method, length=Epochs(80), evaluate_every=Epochs(10)),)
-
-
-def cifar10_small_three_stages() -> Stages:
-    """As cifar10_small, then fine-tuned on 4,000 labelled images, then distilled into the same network on all."""
-    (pretrain,) = cifar10_small()
-    theirs = pretrain.method
-    assert isinstance(theirs, Simclrv2Config)
-    seen_once = replace(theirs.view, ops=(Flip(),), copies=1)
-    tuned = SupervisedConfig(
-        dataset=theirs.dataset,
-        eval_view=theirs.eval_view,
-        labels=theirs.labels,
-        view=seen_once,
-        encoder=theirs.encoder,
-        head=FirstLayer(128, bias=False),
-        batch_global=128,
-        optimizer="lars",
-        lr_peak=0.16,
-        warmup=Epochs(0),
-        weight_decay=0.0,
-        label_smoothing=0.0,
-    )
-    student = DistilConfig(
-        dataset=theirs.dataset,
-        eval_view=theirs.eval_view,
-        labels=theirs.labels,
-        view=seen_once,
-        encoder=theirs.encoder,
-        batch_global=256,
-        lr_peak=1.6,
-        warmup=Epochs(2),
-    )
-    return _in_a_row(pretrain, finetune(tuned, Epochs(60)), distil(student, Epochs(30)))
-
-
-# ImageNet. The paper's numbers (its table 1) are % top-1: linear; fine-tuned with 1 / 10 / 100 % of the labels.
-
-
-def rn50_800ep() -> Stages:
-    """ImageNet without labels, ResNet-50. Paper, with memory: 71.7 linear; 57.9 / 68.4 / 76.3 fine-tuned."""
-    return _imagenet(50)
-
-
-def rn50_800ep_memory() -> Stages:
-    """As rn50_800ep with the momentum memory. Paper: 71.7 linear; 57.9 / 68.4 / 76.3 fine-tuned."""
-    return _imagenet(50, memory=Memory())
-
-
-def rn50_sk_800ep() -> Stages:
-    """As rn50_800ep, with selective kernels. Paper, with memory: 74.6 linear; 64.5 / 72.1 / 78.7 fine-tuned."""
-    return _imagenet(50, selective_kernel=True)
-
-
-def rn50w2_800ep() -> Stages:
-    """As rn50_800ep, twice as wide. Paper, with memory: 75.6 linear; 66.3 / 73.9 / 79.1 fine-tuned."""
-    return _imagenet(50, width=2)
-
-
-def rn50w2_sk_800ep() -> Stages:
-    """As rn50_sk_800ep, twice as wide. Paper, with memory: 77.7 linear; 70.6 / 77.0 / 81.3 fine-tuned."""
-    return _imagenet(50, width=2, selective_kernel=True)
-
-
-def rn101_800ep() -> Stages:
-    """As rn50_800ep, ResNet-101. Paper, with memory: 73.6 linear; 62.1 / 71.4 / 78.2 fine-tuned."""
-    return _imagenet(101)
-
-
-def rn101_sk_800ep() -> Stages:
-    """As rn101_800ep, with selective kernels. Paper, with memory: 76.3 linear; 68.3 / 75.1 / 80.6 fine-tuned."""
-    return _imagenet(101, selective_kernel=True)
-
-
-def rn101w2_800ep() -> Stages:
-    """As rn101_800ep, twice as wide. Paper, with memory: 77.0 linear; 69.1 / 75.8 / 80.7 fine-tuned."""
-    return _imagenet(101, width=2)
-
-
-def rn101w2_sk_800ep() -> Stages:
-    """As rn101_sk_800ep, twice as wide. Paper, with memory: 79.0 linear; 73.2 / 78.8 / 82.4 fine-tuned."""
-    return _imagenet(101, width=2, selective_kernel=True)
-
-
-def rn152_800ep() -> Stages:
-    """As rn50_800ep, ResNet-152. Paper, with memory: 74.5 linear; 64.0 / 73.0 / 79.3 fine-tuned."""
-    return _imagenet(152)
-
-
-def rn152_sk_800ep() -> Stages:
-    """As rn152_800ep, with selective kernels. Paper, with memory: 77.2 linear; 70.0 / 76.5 / 81.3 fine-tuned."""
-    return _imagenet(152, selective_kernel=True)
-
-
-def rn152w2_800ep() -> Stages:
-    """As rn152_800ep, twice as wide. Paper, with memory: 77.4 linear; 70.2 / 76.6 / 81.1 fine-tuned."""
-    return _imagenet(152, width=2)
-
-
-def rn152w2_sk_800ep() -> Stages:
-    """As rn152_sk_800ep, twice as wide. Paper, with memory: 79.4 linear; 74.2 / 79.4 / 82.9 fine-tuned."""
-    return _imagenet(152, width=2, selective_kernel=True)
-
-
-def rn152w3_sk_800ep() -> Stages:
-    """As rn152_sk_800ep, three times as wide. Paper, with memory: 79.8 linear; 74.9 / 80.1 / 83.1 fine-tuned."""
-    return _imagenet(152, width=3, selective_kernel=True)
-
-
-def _imagenet(depth: Depth, width: int = 1, selective_kernel: bool = False, memory: Memory | None = None) -> Stages:
-    method = Simclrv2Config(
-        dataset="imagenet",
-        labels="simclr-10",  # what nearest neighbours look among
-        encoder=SimclrResNet(depth, width, selective_kernel),
-        memory=memory,
-    )
-    return (Stage("pretrain", method, Epochs(800), evaluate=("knn",)),)
-
-
-def distill_rn50() -> Stages:
-    """ResNet-50 learns on ImageNet what one that was fine-tuned (--set teacher=RUN) says of it."""
-    return (_distilled(SimclrResNet(50), temperature=0.1),)
-
-
-def distill_rn152w3_sk() -> Stages:
-    """As distill_rn50 for the largest network. Paper: 76.6 / 80.9 % with 1 / 10 % of the labels."""
-    return (_distilled(SimclrResNet(152, 3, selective_kernel=True), temperature=0.1),)
-
-
-def distill_rn50_from_rn152w3_sk() -> Stages:
-    """ResNet-50 learns what a run of distill_rn152w3_sk says. Paper: 73.9 / 77.5 % with 1 / 10 % of the labels."""
-    return (_distilled(SimclrResNet(50), temperature=1.0),)
-
-
-def rn50_three_stages_10pct() -> Stages:
-    """rn50_800ep, fine-tuned with 10 % of the labels (paper, with memory: 68.4 %), then distilled into itself."""
-    return _in_a_row(*rn50_800ep(), *supervised.simclrv2_rn50_finetune_10pct(), *distill_rn50())
-
-
-def _distilled(encoder: SimclrResNet, temperature: float) -> Stage:
-    method = DistilConfig("imagenet", EVAL_VIEW, "simclr-10", encoder=encoder, temperature=temperature)
-    return distil(method, Epochs(400))
-
-
-def _in_a_row(pretrained: Stage, tuned: Stage, student: Stage) -> Stages:
-    """Three stages, each with what the one before made."""
-    return (
-        pretrained,
-        replace(tuned, needs={"init": Ref(stage=pretrained.name)}),
-        replace(student, needs={"teacher": Ref(stage=tuned.name)}),
-    )

@@ -14,7 +14,7 @@ batch norms stay those of pre-training; their weights and biases are trained.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,14 +26,10 @@ from fastssl.methods import paws
 from fastssl.methods.base import (
     Artefact,
     Config,
-    Epochs,
     Facts,
     Horizon,
     Method,
     Nets,
-    Ref,
-    Stage,
-    Stages,
     Steps,
     autocast,
     through,
@@ -143,36 +139,3 @@ class Suncet(Method):
         assert isinstance(net, paws.PawsNet)
         layers = (net.trunk, net.projection, net.prediction)
         return through(layers[: 1 + self.taps.index(tap)], x, self.config.precision)
-
-
-# ---------------------------------------------------------------------------------------------------------- recipes
-
-
-def cifar10() -> Stages:
-    """A run of paws.cifar10, fine-tuned for 180 steps. Paper: soft-NN 96.0 +- 0.2 %."""
-    return _after(paws.cifar10(), images_per_class=64, epochs=30)
-
-
-def cifar10_small() -> Stages:
-    """A run of paws.cifar10_small, fine-tuned for 180 steps of half the paper's batch: minutes on one CPU core."""
-    return _after(paws.cifar10_small(), images_per_class=32, epochs=15)
-
-
-def _after(stages: Stages, images_per_class: int, epochs: int) -> Stages:
-    """What follows a PAWS recipe, on the images that it saw the labels of."""
-    (stage,) = stages
-    theirs = stage.method
-    assert isinstance(theirs, paws.PawsConfig)
-    method = SuncetConfig(
-        dataset=theirs.dataset,
-        eval_view=theirs.eval_view,
-        labels=theirs.labels,
-        precision=theirs.precision,
-        view=replace(theirs.eval_view, name="labelled", ops=(Flip(),), copies=2),
-        encoder=theirs.encoder,
-        out_features=theirs.out_features,
-        prediction=theirs.prediction,
-        classes_global=theirs.classes_global,
-        images_per_class=images_per_class,
-    )
-    return (Stage("finetune", method, Epochs(epochs), needs={"init": Ref()}),)

@@ -14,7 +14,7 @@ the first layer of its projection head; the classifier above starts at zero. The
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -33,40 +33,24 @@ from fastssl.methods.base import (
     Horizon,
     Method,
     Nets,
-    Ref,
     Span,
-    Stage,
-    Stages,
-    Steps,
     autocast,
     in_full,
 )
-from fastssl.nn.encoders import ByolResNet, Encoder, ResNet, SimclrResNet
+from fastssl.nn.encoders import Encoder, ResNet
 from fastssl.nn.norm.global_batch_norm import BatchNormMode, GlobalBatchNorm
 from fastssl.nn.norm.lockstep import LockstepSequential
 from fastssl.nn.norm.running_stats import average_running_stats, set_batch_norm_mode
 from fastssl.optim.lars import Lars
 from fastssl.weights.read import Weights, WeightsError, load_whole
 from loaders.batch import Batch
-from loaders.plan.ops import Flip
 from loaders.plan.plan import Plan
 from loaders.plan.views import (
-    IMAGENET,
-    UNIT,
-    Centre,
-    ClampedRrc,
-    DistortedBox,
-    Filter,
-    Rrc,
     Shuffled,
     Stream,
     View,
     parse_subset,
 )
-
-# What fine-tuning shows of ImageNet.
-_RANDOM_CROP = View("labelled", 224, Rrc((0.08, 1.0)), (Flip(),), IMAGENET)
-_CENTRE = View("eval", 224, Centre(resize=256), pixels=IMAGENET)
 
 
 @dataclass(frozen=True)
@@ -281,211 +265,3 @@ def _told(weights: Weights, *path: str) -> Any:
     for name in path:
         value = value.get(name) if isinstance(value, Mapping) else None
     return value
-
-
-# ---------------------------------------------------------------------------------------------------------- recipes
-
-
-def digits() -> Stages:
-    """The network, labels and crops of paws.digits, trained on the hundred labelled digits alone."""
-    return (_stage(_beside(paws.digits(), batch_global=100, lr_peak=0.1), Epochs(400)),)
-
-
-def cifar10_small() -> Stages:
-    """The network, labels and crops of paws.cifar10_small, trained on the 4,000 labelled images alone."""
-    return (_stage(_beside(paws.cifar10_small(), batch_global=128, lr_peak=0.2), Epochs(2000)),)
-
-
-def cifar10_finetune() -> Stages:
-    """A run of paws.cifar10_small, fine-tuned on its 4,000 labelled images from the first projection layer."""
-    # Of views 24 and 32 pixels wide, rates of .01 and .05, decays of .0005 and .005, by a hundred held-out training
-    # images a class (`--sweep`).
-    method = _beside(paws.cifar10_small(), batch_global=128, lr_peak=0.05)
-    method = replace(
-        method,
-        view=replace(method.view, size=32),
-        head=FirstLayer(128, bias=True),
-        warmup=Epochs(0),
-        weight_decay=5e-3,
-        label_smoothing=0.0,
-    )
-    return (finetune(method, Epochs(20)),)
-
-
-def rn50_100pct() -> Stages:
-    """ImageNet, ResNet-50 from scratch, 90 epochs; rates as SimCLR's authors gave them. SimCLRv2's: 76.6 %."""
-    return _imagenet_baseline("all", epochs=90)
-
-
-def rn50_10pct() -> Stages:
-    """As rn50_100pct with 10 % of the labels, as long as S4L trained its own (v2, other labels: 56.4 %)."""
-    return _imagenet_baseline("simclr-10", epochs=200, weight_decay=1e-3)
-
-
-def rn50_1pct() -> Stages:
-    """As rn50_100pct with 1 % of the labels, as long as S4L trained its own (v2, other labels: 25.1 %)."""
-    return _imagenet_baseline("simclr-1", epochs=1000, weight_decay=1e-2, lr_peak=0.01)
-
-
-def paws_rn50_finetune_10pct() -> Stages:
-    """PAWS's ResNet-50 (paws.rn50_*) with 10 % of the labels. Paper: 73.9 / 75.0 / 75.5 % after 100 / 200 / 300
-    epochs."""
-    return (finetune(paws_finetune("simclr-10"), Epochs(50)),)
-
-
-def paws_rn50_finetune_1pct() -> Stages:
-    """PAWS's ResNet-50 (paws.rn50_*_1pct) with 1 % of the labels. Paper: 63.8 / 66.1 / 66.5 % after 100 / 200 / 300
-    epochs."""
-    return (finetune(paws_finetune("simclr-1"), Epochs(50)),)
-
-
-def paws_rn50w2_finetune_10pct() -> Stages:
-    """As paws_rn50_finetune_10pct, twice as wide, after 200 epochs. Paper: 77.8 %."""
-    return (finetune(paws_finetune("simclr-10", width=2), Epochs(50)),)
-
-
-def paws_rn50w2_finetune_1pct() -> Stages:
-    """As paws_rn50_finetune_1pct, twice as wide, after 200 epochs. Paper: 69.6 %."""
-    return (finetune(paws_finetune("simclr-1", width=2), Epochs(50)),)
-
-
-def simclrv2_rn50_finetune_100pct() -> Stages:
-    """SimCLRv2's ResNet-50 with all labels, from the trunk. Paper: 76.3 %."""
-    return (finetune(simclrv2_finetune(SimclrResNet(50), "all"), Epochs(30)),)
-
-
-def simclrv2_rn50_finetune_10pct() -> Stages:
-    """SimCLRv2's ResNet-50 with 10 % of the labels. Paper: 68.4 %."""
-    return (finetune(simclrv2_finetune(SimclrResNet(50), "simclr-10"), Epochs(30)),)
-
-
-def simclrv2_rn50_finetune_1pct() -> Stages:
-    """SimCLRv2's ResNet-50 with 1 % of the labels. Paper: 57.9 %."""
-    return (finetune(simclrv2_finetune(SimclrResNet(50), "simclr-1"), Epochs(60)),)
-
-
-def simclrv2_rn50w2_sk_finetune_10pct() -> Stages:
-    """SimCLRv2's ResNet-50, twice as wide, selective kernels, with 10 % of the labels. Paper: 77.0 %."""
-    return (finetune(simclrv2_finetune(SimclrResNet(50, 2, selective_kernel=True), "simclr-10"), Epochs(30)),)
-
-
-def simclrv2_rn50w2_sk_finetune_1pct() -> Stages:
-    """As simclrv2_rn50w2_sk_finetune_10pct with 1 % of the labels. Paper: 70.6 %."""
-    return (finetune(simclrv2_finetune(SimclrResNet(50, 2, selective_kernel=True), "simclr-1"), Epochs(60)),)
-
-
-def semppl_rn50_finetune_10pct() -> Stages:
-    """SemPPL's ResNet-50 with 10 % of the labels. Paper: 76.0 %."""
-    return (finetune(semppl_finetune("simclr-10"), Epochs(30)),)
-
-
-def semppl_rn50_finetune_1pct() -> Stages:
-    """SemPPL's ResNet-50 with 1 % of the labels. Paper: 68.5 %."""
-    return (finetune(semppl_finetune("simclr-1"), Epochs(30)),)
-
-
-def finetune(method: SupervisedConfig, length: Epochs, init: Ref | None = None) -> Stage:
-    """Train `method` from the weights `init`: by default those that `--init-from` names."""
-    return replace(_stage(method, length), name="finetune", needs={"init": init or Ref()})
-
-
-def paws_finetune(labels: str, width: int = 1) -> SupervisedConfig:
-    """The one setting in the authors' code; the paper chose among rates of .01 to .2 and 30 or 50 epochs, on 12
-    held-out training images a class."""
-    return SupervisedConfig(
-        dataset="imagenet",
-        eval_view=_CENTRE,
-        labels=labels,
-        view=_RANDOM_CROP,
-        encoder=ResNet(50, width),
-        head=FirstLayer(2048 * width, bias=True),
-        batch_norm="local",  # on four GPUs of 256 images each
-        batch_global=1024,
-        lr_peak=0.02,
-        warmup=Epochs(0),
-        weight_decay=0.0,
-        label_smoothing=0.0,
-    )
-
-
-def simclrv2_finetune(encoder: SimclrResNet, labels: str) -> SupervisedConfig:
-    """The paper's appendix B: with all labels from the trunk, else from the first projection layer."""
-    plain = encoder.width == 1 and not encoder.selective_kernel
-    return SupervisedConfig(
-        dataset="imagenet",
-        eval_view=replace(_CENTRE, pixels=UNIT, filter=Filter.BICUBIC_ALIASED),
-        labels=labels,
-        view=replace(_RANDOM_CROP, crop=DistortedBox((0.08, 1.0)), pixels=UNIT, filter=Filter.BICUBIC_ALIASED),
-        encoder=encoder,
-        head=None if labels == "all" else FirstLayer(2048 * encoder.width, bias=False),
-        batch_global=1024,
-        optimizer="lars",
-        lr_peak=0.16 if plain else 0.064,  # .005 and .002 times the root of the batch
-        warmup=Epochs(0),
-        weight_decay=0.0,
-        label_smoothing=0.0,
-    )
-
-
-def semppl_finetune(labels: str) -> SupervisedConfig:
-    """The paper chose on held-out training images among batches of 512 to 2,048 and, for a batch of 256, rates of .001
-    to .005 for the encoder and .025 to .5 for the classifier; these are from the middle."""
-    return SupervisedConfig(
-        dataset="imagenet",
-        eval_view=replace(_CENTRE, filter=Filter.BICUBIC),
-        labels=labels,
-        view=replace(_RANDOM_CROP, crop=ClampedRrc((0.08, 1.0)), filter=Filter.BICUBIC),
-        encoder=ByolResNet(50),
-        head=FirstLayer(4096, bias=True),
-        batch_global=1024,
-        lr_peak=0.01,
-        lr_head=0.4,
-        warmup=Epochs(0),
-        schedule=StepDecay((Epochs(18), Epochs(24)), 0.2),
-        weight_decay=0.0,
-        label_smoothing=0.0,
-    )
-
-
-def _imagenet_baseline(labels: str, epochs: int, weight_decay: float = 1e-4, lr_peak: float = 0.1) -> Stages:
-    method = SupervisedConfig(
-        dataset="imagenet",
-        eval_view=_CENTRE,
-        labels=labels,
-        view=_RANDOM_CROP,
-        encoder=ResNet(50),
-        lr_peak=lr_peak,
-        weight_decay=weight_decay,
-        label_smoothing=0.0,
-    )
-    return (_stage(method, Epochs(epochs)),)
-
-
-def _beside(stages: Stages, batch_global: int, lr_peak: float) -> SupervisedConfig:
-    """What trains on the labels of a PAWS recipe alone: everything that is not the method is the same."""
-    (stage,) = stages
-    theirs = stage.method
-    assert isinstance(theirs, paws.PawsConfig)
-    return SupervisedConfig(
-        dataset=theirs.dataset,
-        eval_view=theirs.eval_view,
-        labels=theirs.labels,
-        precision=theirs.precision,
-        view=replace(theirs.global_view, name="labelled", copies=1),
-        encoder=theirs.encoder,
-        batch_global=batch_global,
-        lr_peak=lr_peak,
-    )
-
-
-def _stage(method: SupervisedConfig, length: Epochs) -> Stage:
-    tenth = Epochs(max(1, length.count // 10))
-    return Stage(
-        name="train",
-        method=method,
-        length=length,
-        evaluate=("classifier", "knn"),
-        evaluate_every=tenth,
-        log_every=Steps(100),
-        checkpoint_every=tenth,
-    )

@@ -1,6 +1,6 @@
 """Finds recipes by name and applies what the user changes.
 
-A recipe `paws.digits` is the public function `digits`, annotated `-> Stages`, of the module `fastssl/methods/paws.py`.
+A recipe `paws.digits` is the public function `digits`, annotated `-> Stages`, of the module `fastssl/recipes/paws.py`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import pkgutil
 from collections.abc import Callable
 from dataclasses import replace
 
-import fastssl.methods
+import fastssl.recipes
 from fastssl.config import has_path, suggest, with_value
 from fastssl.errors import ConfigError
 from fastssl.methods.base import Ref, Span, Stage, Stages, parse_span
@@ -24,14 +24,25 @@ _FIXED = {"name", "method", "do", "needs", "dataset"}  # what a recipe is
 def recipes() -> dict[str, Callable[[], Stages]]:
     """Every recipe by name, in the order of its file."""
     found: dict[str, Callable[[], Stages]] = {}
-    for module in pkgutil.iter_modules(fastssl.methods.__path__):
-        if module.name == "base":
-            continue
-        members = vars(importlib.import_module(f"fastssl.methods.{module.name}"))
-        for name, member in members.items():
-            if inspect.isfunction(member) and member.__annotations__.get("return") == "Stages" and name[0] != "_":
-                found[f"{module.name}.{name}"] = member
+    for module in pkgutil.iter_modules(fastssl.recipes.__path__):
+        found |= {
+            f"{module.name}.{name}": recipe for name, recipe in recipes_of(f"fastssl.recipes.{module.name}").items()
+        }
     return found
+
+
+def recipes_of(module: str) -> dict[str, Callable[[], Stages]]:
+    """The public functions without parameters that `module` itself defines and annotates `-> Stages`."""
+    members = {name: each for name, each in vars(importlib.import_module(module)).items() if inspect.isfunction(each)}
+    return {
+        name: each for name, each in members.items() if each.__module__ == module and name[0] != "_" and is_recipe(each)
+    }
+
+
+def is_recipe(function: Callable[..., object]) -> bool:
+    """Whether it is annotated `-> Stages` and needs no argument."""
+    signature = inspect.signature(function)
+    return signature.return_annotation in ("Stages", Stages) and not signature.parameters
 
 
 def resolve(name: str, changes: tuple[str, ...] = ()) -> Stages:

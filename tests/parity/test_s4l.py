@@ -21,7 +21,6 @@ from fastssl.costs.trace import Untraceable
 from fastssl.errors import ConfigError
 from fastssl.losses.adversarial import curvature_product, divergence, entropy, unit
 from fastssl.losses.triplet import exemplar_identities, exemplar_loss
-from fastssl.methods import s4l
 from fastssl.methods.base import Artefact, Epochs, Facts, Horizon
 from fastssl.methods.s4l import (
     TURNS,
@@ -35,6 +34,7 @@ from fastssl.methods.s4l import (
 )
 from fastssl.nn.encoders import ResNet
 from fastssl.nn.recompute import recompute_blocks
+from fastssl.recipes import s4l as recipes
 from fastssl.recipes.resolve import resolve
 from loaders.errors import PlanError
 from loaders.loader import Loader, bind
@@ -577,7 +577,7 @@ def test_the_header_s_sweeps_are_accepted(monkeypatch):
 
     for module in (dry_run, memory):
         monkeypatch.setattr(module, "trace_step", not_traced)
-    text = s4l.__doc__.replace("\\\n", "")
+    text = recipes.__doc__.replace("\\\n", "")
     commands = re.findall(r"^ +fastssl (train s4l.rotation .*--sweep.*)$", text, re.MULTILINE)
     assert len(commands) == 2
     for recipe, term in (("rotation", "rotation"), ("exemplar", "exemplar"), ("vat", "vat"), ("vat_entmin", "vat")):

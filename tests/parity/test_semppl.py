@@ -9,12 +9,14 @@ import torch
 
 from fastssl.errors import ConfigError
 from fastssl.losses.semppl import Byol, Positives, Relic, SimClr, semppl_loss
-from fastssl.methods import relicv2, semppl
+from fastssl.methods import semppl
 from fastssl.methods.base import Facts, Horizon, through
 from fastssl.methods.semppl import Semppl, SempplConfig
 from fastssl.nn.encoders import ByolResNet
 from fastssl.profiling.workload import sized
+from fastssl.recipes.relicv2 import without_positives
 from fastssl.recipes.resolve import resolve
+from fastssl.recipes.semppl import ABLATIONS
 from loaders.batch import Batch, Part
 from loaders.plan.draws import mix, tag, uniforms
 from loaders.plan.ops import TF_LUMA, Flip, GaussianKernelBlur, Grayscale, Solarise, TfColourJitter
@@ -372,7 +374,7 @@ def trained(semppl_, labels=LABELS):
 def test_without_alpha_it_is_relicv2_bitwise():
     """Whatever the settings of queues, votes and positives, and whatever the labels: no queue exists, and three steps
     end on the same bits."""
-    (plain,) = relicv2._without_positives(resolve_tiny())
+    (plain,) = without_positives(resolve_tiny())
     settings = {"capacity": 64, "positives": 7, "neighbours": 3, "voting": False, "start": "random"}
     ours, losses = trained(method(alpha=0.0, labels="all", alpha_on_kl=True, **settings))
     torch.manual_seed(0)
@@ -503,9 +505,9 @@ def test_no_label_at_all_is_refused_unless_none_is_asked_for():
     assert Semppl(config(alpha=0.0), unlabelled, {}).nets().state is None
 
 
-@pytest.mark.parametrize("name", semppl.ABLATIONS)
+@pytest.mark.parametrize("name", ABLATIONS)
 def test_ablations_change_the_recipe_they_start_from(name):
-    changes = semppl.ABLATIONS[name]
+    changes = ABLATIONS[name]
     (stage,), (plain,) = resolve("semppl.rn50_100ep", changes), resolve("semppl.rn50_100ep")
     assert (stage != plain) == bool(changes)
     assert stage.method.num_large == 4 and len(stage.method.views) == 4

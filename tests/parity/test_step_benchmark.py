@@ -19,8 +19,8 @@ import torch
 from benchmarks import plain as peers
 from benchmarks import step as benchmark
 from fastssl.methods.base import Facts
-from fastssl.methods.paws import digits
 from fastssl.nn.encoders import WideResNet
+from fastssl.recipes.paws import digits
 from loaders.plan.views import Rrc
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "step_bf16.json"

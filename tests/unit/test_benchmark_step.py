@@ -11,7 +11,7 @@ import torch
 from benchmarks import gpu
 from benchmarks import step as benchmark
 from fastssl.methods.base import Facts
-from fastssl.methods.paws import digits
+from fastssl.recipes.paws import digits
 from loaders.plan.views import Rrc
 
 CPU = torch.device("cpu")
