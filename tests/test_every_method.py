@@ -32,7 +32,8 @@ from fastssl.recipes.resolve import recipes, resolve
 from fastssl.recipes.supervised import finetune
 from fastssl.record.clock import Clock
 from fastssl.record.recorder import Recorder
-from fastssl.run_dir.checkpoint import Checkpoints, sha256_of
+from fastssl.run_dir.checkpoint import Checkpoints
+from loaders.files import sha256_of
 from loaders.loader import Loader, bind
 from loaders.plan.views import UNIT, Rrc, View
 from loaders.store.data import DataSets, open_data

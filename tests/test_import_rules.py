@@ -35,14 +35,16 @@ MOST_FLOORS, MOST_ROOMS = 10, 26
 # room -> (rooms of ours, libraries) that it may import; the longest matching name rules; a room may import itself
 GROUND = {"fastssl.errors", "fastssl.config", "fastssl.dist", "fastssl.machine"}
 CONTRACT = GROUND | {"fastssl.methods.base", "fastssl.weights.read", "loaders"}
+DISK = {"loaders.files", "loaders.errors"}
 PIXELS = {"loaders.plan", "loaders.store", "loaders.errors", "loaders.timing"}
 RULES: dict[str, tuple[set[str], set[str]]] = {
     "loaders.errors": (set(), set()),
+    "loaders.files": (set(), set()),
     "loaders.plan": ({"loaders.errors"}, {"numpy"}),
     "loaders.timing": (set(), {"numpy"}),
-    "loaders.store": ({"loaders.plan", "loaders.errors"}, {"numpy", "PIL", "sklearn"}),
-    "loaders.labels": ({"loaders.plan", "loaders.store", "loaders.errors"}, {"numpy"}),
-    "loaders.convert": ({"loaders.store", "loaders.labels", "loaders.errors"}, {"numpy", "PIL"}),
+    "loaders.store": (DISK | {"loaders.plan"}, {"numpy", "PIL", "sklearn"}),
+    "loaders.labels": (DISK | {"loaders.plan", "loaders.store"}, {"numpy"}),
+    "loaders.convert": (DISK | {"loaders.store", "loaders.labels"}, {"numpy", "PIL"}),
     "loaders.published": ({"loaders.plan", "loaders.store", "loaders.labels", "loaders.errors"}, {"numpy", "PIL"}),
     "loaders.renderers": (PIXELS, {"numpy", "PIL", "numba", "llvmlite"}),
     "loaders.renderers.ffcv": (PIXELS | {"loaders.renderers"}, {"numpy", "numba", "llvmlite"}),
@@ -58,12 +60,15 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "fastssl.machine": (set(), {"numpy", "torch"}),
     "fastssl.html": (set(), set()),
     "fastssl.config": ({"fastssl.errors"}, set()),
-    "fastssl.weights": ({"fastssl.errors"}, {"torch", "safetensors"}),
+    "fastssl.weights": ({"fastssl.errors", "loaders.files"}, {"torch", "safetensors"}),
     "fastssl.weights.unpickle": (set(), {"torch", "safetensors"}),
     "fastssl.launch": ({"fastssl.errors", "fastssl.dist", "loaders.errors"}, {"torch", "submitit"}),
-    "fastssl.record": ({"fastssl.errors", "fastssl.config"}, {"rich", "torch", "tensorboard", "wandb"}),
+    "fastssl.record": (
+        {"fastssl.errors", "fastssl.config", "loaders.files"},
+        {"rich", "torch", "tensorboard", "wandb"},
+    ),
     "fastssl.record.clock": (set(), set()),
-    "fastssl.run_dir": ({"fastssl.errors", "fastssl.dist", "fastssl.weights"}, {"torch"}),
+    "fastssl.run_dir": ({"fastssl.errors", "fastssl.dist", "fastssl.weights", "loaders.files"}, {"torch"}),
     "fastssl.nn": ({"fastssl.dist", "fastssl.machine"}, {"torch"}),
     "fastssl.nn.norm.triton_kernels": (set(), {"torch", "triton"}),
     "fastssl.optim": ({"fastssl.machine"}, {"torch"}),
@@ -87,7 +92,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "numpy"},
     ),
     "fastssl.export": (
-        GROUND | {"fastssl.evaluation.summary", "fastssl.nn", "fastssl.run_dir", "fastssl.weights"},
+        GROUND | {"fastssl.evaluation.summary", "fastssl.nn", "fastssl.run_dir", "fastssl.weights", "loaders.files"},
         {"torch", "safetensors"},
     ),
     "fastssl.costs": (CONTRACT | {"fastssl.engine", "fastssl.recipes"}, {"torch"}),

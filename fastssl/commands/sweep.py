@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -29,9 +28,9 @@ from fastssl.evaluation.summary import accuracy_cell, mean_and_spread
 from fastssl.methods.base import Config, Epochs, Stage
 from fastssl.recipes.resolve import resolve
 from fastssl.record.trackers import WANDB_RUN_ID
-from fastssl.run_dir.checkpoint import write_atomically
 from fastssl.run_dir.files import RESOLVED, RESULT, read_json
 from fastssl.run_dir.lock import LOCK
+from loaders.files import whole_folder, write_file
 from loaders.labels.subsets import Resolved
 from loaders.loader import resolved
 from loaders.plan.views import parse_subset
@@ -246,16 +245,15 @@ def _evaluated_once(stage: Stage) -> str:
 
 def _copy(run: Path, out: Path) -> None:
     """The finished run's files but for what says that it is finished; whole or not at all."""
-    unfinished = out.with_name(f".{out.name}.tmp")
     if not out.exists():
-        shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.copytree(run, unfinished, ignore=shutil.ignore_patterns(RESULT, LOCK, WANDB_RUN_ID))
-        os.replace(unfinished, out)
+        with whole_folder(out) as folder:
+            ignored = shutil.ignore_patterns(RESULT, LOCK, WANDB_RUN_ID)
+            shutil.copytree(run, folder, ignore=ignored, dirs_exist_ok=True)
 
 
 def _write(out: Path, record: dict[str, Any]) -> None:
-    write_atomically(out / RECORD, json.dumps(record, indent=2) + "\n")
-    write_atomically(out / TABLE, _table(record))
+    write_file(out / RECORD, json.dumps(record, indent=2) + "\n")
+    write_file(out / TABLE, _table(record))
 
 
 def _table(record: dict[str, Any]) -> str:

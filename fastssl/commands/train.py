@@ -184,7 +184,7 @@ def _submit(jobs: list[Job], submission: dict[str, Any]) -> None:
 def _train(jobs: list[Job], on_ranks: Callable[[Job], Any]) -> None:
     """One after the other; of several the mean and spread, which are kept beside the runs."""
     from fastssl.evaluation.summary import accuracy_cell, spread_over_seeds
-    from fastssl.run_dir.checkpoint import write_atomically
+    from loaders.files import write_file
 
     results = [on_ranks(job) for job in jobs]
     if len(jobs) > 1:
@@ -194,7 +194,7 @@ def _train(jobs: list[Job], on_ranks: Callable[[Job], Any]) -> None:
             click.echo(f"{name}: {accuracy_cell(spread)}")
         together = Path("runs") / f"{jobs[0].recipe}-seeds-{'-'.join(map(str, seeds))}.json"
         kept = {"command": jobs[0].command, "seeds": seeds, "scores": scores}
-        write_atomically(together, json.dumps(kept, indent=2) + "\n")
+        write_file(together, json.dumps(kept, indent=2) + "\n")
         click.echo(f"kept in {together}")
 
 

@@ -15,8 +15,8 @@ from fastssl.engine.job import Job
 from fastssl.errors import ConfigError
 from fastssl.machine import threads_per_rank, versions
 from fastssl.record.trackers import WANDB_RUN_ID
-from fastssl.run_dir.checkpoint import write_atomically
 from fastssl.run_dir.files import CHECKPOINTS, PRODUCED, RESOLVED, RESULT, read_json
+from loaders.files import write_file
 from loaders.store.data import DataSets
 
 
@@ -74,7 +74,7 @@ def _as_typed(job: Job) -> dict[str, Any]:
 
 def _write(job: Job, resolved: dict[str, Any]) -> None:
     try:
-        write_atomically(job.out / RESOLVED, json.dumps(resolved, indent=2) + "\n")
+        write_file(job.out / RESOLVED, json.dumps(resolved, indent=2) + "\n")
     except OSError as error:
         raise ConfigError(f"--out {job.out} cannot be written: {error.strerror}") from error
 

@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 from fastssl import dist
 from fastssl.config import to_plain
 from fastssl.methods.base import Nets, Stage
-from fastssl.run_dir.checkpoint import Checkpoints, write_atomically
+from fastssl.run_dir.checkpoint import Checkpoints
+from loaders.files import write_file
 from loaders.plan.plan import BoundPlan
 
 
@@ -112,5 +113,5 @@ def describe(folder: Path, step: int, found: FirstNotFinite, stage: Stage, plan:
             "ids": {stream.name: plan.rows(stream.name, step).ids.tolist() for stream in plan.plan.streams},
             "config": to_plain(stage),
         }
-        write_atomically(path, json.dumps(content, indent=2) + "\n")
+        write_file(path, json.dumps(content, indent=2) + "\n")
     return path

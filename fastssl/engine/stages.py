@@ -35,10 +35,11 @@ from fastssl.machine import keep_freed_memory, threads_per_rank, versions
 from fastssl.methods.base import Artefact, Facts, Method, Stage
 from fastssl.record.clock import Clock
 from fastssl.record.recorder import Recorder, result_lines
-from fastssl.run_dir.checkpoint import STATE, Checkpoints, sha256_of, verified_sha256, write_atomically
+from fastssl.run_dir.checkpoint import STATE, Checkpoints, verified_sha256
 from fastssl.run_dir.files import CHECKPOINTS, PRODUCED, RESOLVED, RESULT, read_json
 from fastssl.run_dir.lock import held
 from fastssl.weights.read import BACKBONE, Weights, read_weights
+from loaders.files import sha256_of, whole_file, write_file
 from loaders.loader import Bound, Loader, bind
 from loaders.plan.views import Sequential
 from loaders.store import staging
@@ -73,7 +74,7 @@ def run(job: Job) -> dict[str, Any]:
             return results[job.stages[0].name]
         result = {**results[job.stages[-1].name], "stages": results}
         if dist.is_main():
-            write_atomically(job.out / RESULT, json.dumps(result, indent=2) + "\n")
+            write_file(job.out / RESULT, json.dumps(result, indent=2) + "\n")
         return result
 
 
@@ -165,7 +166,7 @@ class _StageRun:
         with self._loader() as loader:
             result = self._produce(loader) if self.stage.do == "produce" else self._train(loader)
         if dist.is_main():
-            write_atomically(done, json.dumps(result, indent=2) + "\n")
+            write_file(done, json.dumps(result, indent=2) + "\n")
             if self.stage.do == "produce":
                 shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)  # the rows that were kept on the way
         dist.barrier()
@@ -320,7 +321,8 @@ class _StageRun:
         pairs = zip(ids[replaced].tolist(), tensors["ids"][replaced].tolist(), strict=True)
         instead = {str(lost): substitute for lost, substitute in pairs}
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.folder / PRODUCED, tensors | {"ids": ids})
+        with whole_file(self.folder / PRODUCED) as file:
+            torch.save(tensors | {"ids": ids}, file)
         of_this_file = {"sha256": sha256_of(self.folder / PRODUCED), "num_images": len(self.bound.sources[stream])}
         return {
             "stage": self.stage.name,

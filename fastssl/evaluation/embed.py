@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 
 from fastssl import dist
 from fastssl.evaluation.subject import Subject
+from loaders.files import sha256_of, whole_file, write_file
 
 
 def embed(subject: Subject, role: str, tap: str, out: Path) -> Path:
@@ -29,21 +27,10 @@ def embed(subject: Subject, role: str, tap: str, out: Path) -> Path:
         files = {}
         for name, array in (("features", features.values), ("labels", features.labels), ("ids", features.ids)):
             path = out / f"{role}.{name}.npy"
-            buffer = io.BytesIO()
-            np.save(buffer, array.numpy(), allow_pickle=False)
-            _write(path, buffer.getbuffer())
-            files[name] = {"file": path.name, "sha256": hashlib.sha256(buffer.getbuffer()).hexdigest()}
+            with whole_file(path) as file:
+                np.save(file, array.numpy(), allow_pickle=False)
+            files[name] = {"file": path.name, "sha256": sha256_of(path)}
         text = json.dumps({"tap": tap, "role": role, **subject.provenance((role,))[role], "files": files}, indent=2)
-        _write(about, text.encode())
+        write_file(about, text)
     dist.barrier()
     return about
-
-
-def _write(path: Path, content: bytes | memoryview) -> None:
-    """All of `content` at `path`, or nothing."""
-    unfinished = path.with_name(f".{path.name}.tmp")
-    with open(unfinished, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,10 +24,11 @@ from fastssl.errors import FastsslError
 from fastssl.evaluation.summary import accuracy_cell, mean_and_spread
 from fastssl.export.architecture import architecture
 from fastssl.nn.encoders import encoder_of
-from fastssl.run_dir.checkpoint import STATE, Checkpoints, sync, verified_sha256
+from fastssl.run_dir.checkpoint import STATE, Checkpoints, verified_sha256
 from fastssl.run_dir.files import CHECKPOINTS, RESOLVED, RESULT, read_json
 from fastssl.weights.layouts import EXPORT
 from fastssl.weights.read import BACKBONE, CONFIG, HEADS, Weights, read_weights
+from loaders.files import whole_folder
 
 CARD = "README.md"
 FILES = {BACKBONE, HEADS, CONFIG, CARD}
@@ -156,28 +156,14 @@ def _serialised(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def _write(out: Path, files: Mapping[str, bytes]) -> None:
-    """Write the folder beside its place, sync it, and put it there by renaming. Raises ExportError."""
-    place = out.absolute()
-    partial, old = place.parent / f".{place.name}.partial", place.parent / f".{place.name}.dropped"
+    """Write the folder, in the place of an earlier export. Raises ExportError."""
     try:
-        if old.exists() and not place.exists():  # a kill between the two renames below
-            old.rename(place)
-        if place.exists() and not (place.is_dir() and {path.name for path in place.iterdir()} <= FILES):
+        if out.exists() and not (out.is_dir() and {path.name for path in out.iterdir()} <= FILES):
             raise ExportError(f"--out {out} holds other files than an export's: choose another folder")
-        for remains in (partial, old):
-            shutil.rmtree(remains, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for name, content in files.items():
-            (partial / name).write_bytes(content)
-            sync(partial / name)
-        sync(partial)
-        if place.exists():
-            place.rename(old)
-        partial.rename(place)
-        sync(place.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        with whole_folder(out) as folder:
+            for name, content in files.items():
+                (folder / name).write_bytes(content)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise ExportError(f"--out {out} cannot be written: {error.strerror}") from error
 
 

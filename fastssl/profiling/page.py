@@ -12,6 +12,7 @@ from rich.text import Text
 
 from fastssl.html.charts import Bar, bar_chart
 from fastssl.html.page import Html, element, facts, page, paragraph, section, table
+from loaders.files import write_file
 
 Profile = Mapping[str, Any]
 
@@ -152,7 +153,7 @@ def _seconds(value: float) -> str:
 
 def write_page(profile: Profile, path: Path) -> None:
     """One file, nothing loaded from elsewhere."""
-    path.write_text(as_page(profile), encoding="utf-8")
+    write_file(path, as_page(profile))
 
 
 def as_page(profile: Profile) -> Html:

@@ -31,7 +31,7 @@ from fastssl.profiling.summary import Before, summarise
 from fastssl.profiling.workload import LOADER_IMAGES, SIZED, fitting, sized, stand_ins
 from fastssl.recipes.datasets import KNOWN_SETS
 from fastssl.recipes.resolve import resolve
-from fastssl.run_dir.checkpoint import write_atomically
+from loaders.files import write_file
 from loaders.plan.views import Balanced
 from loaders.store.data import open_data
 from loaders.store.source import Source, is_encoded
@@ -51,7 +51,7 @@ class Keep:
 
     def __call__(self, everyone: list[dict[str, Any]], complete: bool) -> None:
         profile = summarise(self.before, everyone, complete)
-        write_atomically(self.out / PROFILE, json.dumps(profile, indent=2, allow_nan=False) + "\n")
+        write_file(self.out / PROFILE, json.dumps(profile, indent=2, allow_nan=False) + "\n")
         if complete:
             write_page(profile, self.out / PAGE)
 

@@ -24,6 +24,7 @@ from rich.text import Text
 
 from fastssl.errors import FastsslError
 from fastssl.record.trackers import open_tracker
+from loaders.files import write_file
 
 PLAIN_EVERY_S = 10.0  # console only: a day of plain lines stays under 9,000
 BAR_CELLS = 16
@@ -252,9 +253,4 @@ def _truncate(path: Path, resume_step: int) -> None:
             kept.append(line)
     if len(kept) == len(lines):
         return
-    new = path.with_name(path.name + ".new")
-    with new.open("wb") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path)
+    write_file(path, b"".join(kept))

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from fastssl.config import suggest
 from fastssl.errors import ConfigError
+from loaders.files import write_file
 
 _FOLDER, WANDB_RUN_ID = "tensorboard", "wandb_run_id"
 
@@ -75,7 +76,7 @@ class WeightsAndBiases:
 
         kept = run_dir / WANDB_RUN_ID
         if not kept.exists():
-            kept.write_text(uuid.uuid4().hex[:8] + "\n")
+            write_file(kept, uuid.uuid4().hex[:8] + "\n")
         resolved = run_dir / "resolved.json"
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "fastssl"),

@@ -15,8 +15,8 @@ from fastssl.html.page import Html, element, facts, joined, number, numbers_behi
 from fastssl.record.recorder import duration
 from fastssl.report import pictures
 from fastssl.report.history import STALL_PACE, STALL_WAIT_SHARE, History, StageHistory, read_history
-from fastssl.run_dir.checkpoint import write_atomically
 from loaders.errors import LoaderError
+from loaders.files import write_file
 
 CONTENTS = {
     "accuracy": "Accuracy",
@@ -39,7 +39,7 @@ def write_report(run: Path, compare: Path | None, data: tuple[str, ...], out: Pa
     html = training_page(read_history(run), None if compare is None else read_history(compare), data)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(out, html)
+        write_file(out, html)
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be written: {error.strerror}") from error
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +18,8 @@ import torch
 
 from fastssl import dist
 from fastssl.errors import FastsslError
-from fastssl.weights.tensor_files import WeightsError, read_tensors, sha256_of
+from fastssl.weights.tensor_files import WeightsError, read_tensors
+from loaders.files import drop_folder, sha256_of, whole_folder, write_file
 
 STATE, DIGEST, LATEST = "state.pt", "digest.json", "latest"
 
@@ -57,34 +57,20 @@ class Checkpoints:
         return self.folder / f"step-{step:08d}"
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Write `state` as the checkpoint of `step`: temporary folder, fsync, rename, then the pointer; then drop what
-        need not stay. Raises CheckpointError where the disk refuses; what was there before stays whole."""
-        final, partial = self.path(step), self.folder / f".step-{step:08d}.partial"
+        """Write `state` as the checkpoint of `step`, then the pointer to it; then drop what need not stay. Raises
+        CheckpointError where the disk refuses; what was there before stays whole."""
+        final = self.path(step)
         try:
             self._drop_remains()
-            partial.mkdir(parents=True)
-            digest = _write_state(partial / STATE, state)
-            (partial / DIGEST).write_text(json.dumps(digest))
-            for path in (partial / DIGEST, partial):
-                sync(path)
-            if final.exists():
-                self._drop(final)
-            partial.rename(final)
-            sync(self.folder)
-            write_atomically(self.folder / LATEST, final.name + "\n")
+            with whole_folder(final) as folder:
+                (folder / DIGEST).write_text(json.dumps(_write_state(folder / STATE, state)))
+            write_file(self.folder / LATEST, final.name + "\n")
             for old in self.steps()[: -self.keep]:
                 if self.milestone_every is None or old % self.milestone_every:
-                    self._drop(self.path(old))
+                    drop_folder(self.path(old))
         except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(f"cannot write checkpoint {final}: {error}") from error
         return final
-
-    def _drop(self, path: Path) -> None:
-        """Remove a checkpoint such that at no moment a part of it looks like a whole one."""
-        dying = path.with_name(f".{path.name}.dropped")
-        path.rename(dying)
-        shutil.rmtree(dying)
 
     def _drop_remains(self) -> None:
         """Remove what a kill left of others."""
@@ -156,7 +142,7 @@ class _Hashing:
 
 
 def _write_state(path: Path, state: dict[str, Any]) -> dict[str, Any]:
-    """Write and fsync the file; what its digest file says. Raises OSError."""
+    """Write the file; what its digest file says. Raises OSError."""
     with path.open("wb") as file:
         hashing = _Hashing(file)
         try:
@@ -165,7 +151,6 @@ def _write_state(path: Path, state: dict[str, Any]) -> dict[str, Any]:
             if hashing.refused is None:
                 raise
             raise hashing.refused from None
-        os.fsync(file.fileno())
     return {"sha256": hashing.sha256.hexdigest(), "bytes": hashing.num_bytes}
 
 
@@ -179,24 +164,3 @@ def verified_sha256(path: Path) -> str:
     if found != expected:
         raise CheckpointError(f"checkpoint {path} is damaged (its digest differs)")
     return found
-
-
-def write_atomically(path: Path, content: str | dict[str, Any]) -> None:
-    """Replace `path` by text, or by tensors and plain values for `torch.load`, in one step that survives a crash."""
-    temporary = path.with_name(f".{path.name}.partial")
-    if isinstance(content, str):
-        temporary.write_text(content)
-    else:
-        torch.save(content, temporary)
-    sync(temporary)
-    temporary.replace(path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,7 +12,7 @@ RESOLVED, RESULT, PRODUCED, CHECKPOINTS = "resolved.json", "result.json", "produ
 
 
 def read_json(path: Path) -> Any:
-    """What `write_atomically` left at `path`, as JSON. Raises FastsslError where it is not whole."""
+    """What a run wrote at `path`, as JSON. Raises FastsslError where it is not whole."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:

@@ -16,7 +16,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastssl.weights import layouts
-from fastssl.weights.tensor_files import WeightsError, read_tensors, sha256_of
+from fastssl.weights.tensor_files import WeightsError, read_tensors
+from loaders.files import sha256_of
 
 BACKBONE, HEADS, CONFIG = "backbone.safetensors", "heads.safetensors", "config.json"  # an exported folder
 MAX_LEFT = 12  # entries named in a message

@@ -6,7 +6,6 @@ options left out; a file that needs more is refused, or where the user says so c
 
 from __future__ import annotations
 
-import hashlib
 import os
 import pickle
 import re
@@ -54,12 +53,6 @@ def read_tensors(path: Path, unsafe_pickle: bool = False) -> tuple[dict[str, Any
     if head[8:] == b"{":  # eight bytes of length, then JSON
         return _read_safetensors(path)
     raise WeightsError(f"{path} is no file of weights: neither torch's nor safetensors")
-
-
-def sha256_of(path: Path) -> str:
-    """Hex digest of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:

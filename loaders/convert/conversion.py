@@ -31,8 +31,9 @@ from loaders.convert.imagenet import TRAIN, Listing, find
 from loaders.convert.journal import RECORD, Journal, write_all
 from loaders.convert.judge import MAX_BYTES, SAID, Outcome, Reencode, Verdict, judge
 from loaders.errors import StoreError
+from loaders.files import partial_of, put, write_file
 from loaders.labels.subsets import Resolved, listed
-from loaders.store.beton import PAGE_SIZE, BetonFile, Stored, data_start, place, sync_folder, write_tables
+from loaders.store.beton import PAGE_SIZE, BetonFile, Stored, data_start, place, write_tables
 from loaders.store.source import digest
 
 MANIFEST = "manifest.json"
@@ -126,7 +127,7 @@ def _convert(plan: Plan, out: Path, progress: Progress) -> dict[str, Any]:
             "options": plan.described(),
             "splits": {job.name: job.run(progress) for job in jobs},
         }
-        _write_whole(out / MANIFEST, json.dumps(manifest, indent=1).encode() + b"\n")
+        write_file(out / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     for job in jobs:
         job.clean()
     return manifest
@@ -177,9 +178,10 @@ class _Split:
     def __init__(self, plan: Plan, name: str, out: Path):
         self.name, self._options, self._out = name, plan.options, out
         self._listing = plan.splits[name]
-        self._final, self._partial, self._spill, self._journal_path = (
-            out / file for file in (f"{name}.beton", f".{name}.beton.partial", f".{name}.spill", f".{name}.journal")
+        self._final, self._spill, self._journal_path = (
+            out / file for file in (f"{name}.beton", f".{name}.spill", f".{name}.journal")
         )
+        self._partial = partial_of(self._final)
         self._identity = digest([plan.sha256(), PIL.__version__], self._listing.files.numbers[:, 1])
         sizes = np.where(self._listing.sizes > MAX_BYTES, 0, self._listing.sizes)
         self._page_size = _page_size(sizes)
@@ -205,8 +207,7 @@ class _Split:
         with open(self._partial, "r+b") as file:
             self._convert_images(file.fileno(), progress)
             self._finish(file)
-        os.replace(self._partial, self._final)
-        sync_folder(self._out)
+        put(self._partial, self._final)
 
     def clean(self) -> None:
         for path in (self._journal_path, self._spill, self._partial):
@@ -390,17 +391,6 @@ def _check_space(plan: Plan, out: Path) -> None:
     needed, free = sum(map(plan.bytes_needed, plan.splits)), shutil.disk_usage(out).free
     if needed > free + used:
         raise StoreError(f"{out}: {needed:,} bytes are needed, {free + used:,} are free")
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    """`path` appears with all of `data` or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    sync_folder(path.parent)
 
 
 def _version() -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loaders.errors import StoreError
+from loaders.files import write_file
 
 HOME = "https://raw.githubusercontent.com"
 MAX_BYTES = 1 << 24  # the longest list has 2.6 MB
@@ -129,11 +130,9 @@ def _sum(data: bytes) -> str:
 def _keep(file: str, data: bytes, url: str) -> Path:
     """Put a fetched list into the cache, if that can be written; several processes may do so at once."""
     path = cache_folder() / file
-    partial = path.with_name(f".{file}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(data)
-        os.replace(partial, path)
+        write_file(path, data)
     except OSError:  # a read-only home: fetched again next time
         return Path(url)
     return path

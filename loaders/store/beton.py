@@ -22,6 +22,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +31,7 @@ from typing import BinaryIO
 import numpy as np
 
 from loaders.errors import StoreError
+from loaders.files import whole_file
 from loaders.store.jpeg import jpeg_header
 from loaders.store.open_file import OpenFile
 from loaders.store.source import digest
@@ -148,8 +150,6 @@ def write_tables(
     file.seek(0)
     for part in (header, fields, table):
         file.write(part.tobytes())
-    file.flush()
-    os.fsync(file.fileno())
 
 
 class BetonWriter:
@@ -168,7 +168,6 @@ class BetonWriter:
         if num_images < 1:
             raise StoreError(f"{path}: a .beton file needs at least one image")
         self.path = Path(path)
-        self._partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
         self._class_names, self._page_size = tuple(class_names), page_size
         self._num_announced = num_images
         self._rows: list[tuple[int, int, int, int, int]] = []  # height, width, label, ptr, size
@@ -177,7 +176,8 @@ class BetonWriter:
 
     def __enter__(self) -> BetonWriter:
         try:
-            self._file = open(self._partial, "wb")  # noqa: SIM115 - closed in __exit__
+            self._writing = whole_file(self.path)
+            self._file = self._writing.__enter__()
         except OSError as e:
             raise StoreError(f"{self.path}: cannot write there: {e.strerror}") from e
         self._file.seek(self._end)
@@ -186,14 +186,11 @@ class BetonWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            if kind is None:
-                self._finish()
-                os.replace(self._partial, self.path)
-                sync_folder(self.path.parent)
-        finally:
-            self._file.close()
-            self._partial.unlink(missing_ok=True)
+        with ExitStack() as stack:
+            stack.push(self._writing)
+            if error is not None:
+                raise error
+            self._finish()
 
     def add(self, jpeg: bytes, label: int, name: str) -> None:
         """Append an image: grey or three-component JPEG bytes, a label (-1: none), its bare file name."""
@@ -223,15 +220,6 @@ class BetonWriter:
         heights, widths, labels, ptrs, sizes = np.array(self._rows, np.int64).T
         stored = Stored(heights, widths, labels, ptrs, sizes, self._names)
         write_tables(self._file, stored, self._class_names, self._end, self._page_size)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class BetonFile(OpenFile):

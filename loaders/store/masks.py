@@ -31,7 +31,7 @@ from typing import Protocol
 import numpy as np
 
 from loaders.errors import StoreError
-from loaders.store.beton import sync_folder
+from loaders.files import partial_of, put
 from loaders.store.open_file import OpenFile
 from loaders.store.source import Concatenated, Source, digest, joined_name
 
@@ -281,7 +281,7 @@ class MaskWriter:
 
     def __init__(self, path: str | Path, source: Source, *, made_by: str, saw_labels: bool):
         self.path, self.source = Path(path), source
-        self._partial = self.path.with_name(f".{self.path.name}.partial")
+        self._partial = partial_of(self.path)
         self._header = _Header(source.fingerprint(), source.name, len(source), made_by, saw_labels)
         self._table = np.zeros(len(source), _RECORD)
         self.num_done = 0  # masks that are in the file
@@ -310,9 +310,7 @@ class MaskWriter:
                 raise StoreError(f"{self.path}: {self.num_done} of {len(self.source)} masks were written")
             self._file.write(self._table.tobytes())
             self._file.flush()
-            os.fsync(self._file.fileno())
-            os.replace(self._partial, self.path)
-            sync_folder(self.path.parent)
+            put(self._partial, self.path)
 
     def add(self, mask: Packed) -> None:
         """Append the mask of image `num_done`. Raises StoreError where it has not the image's size."""

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from loaders.errors import StoreError
+from loaders.files import partial_of, sha256_of, whole_file, write_file
 from loaders.store.data import MASKS, parse_spec
 
 _CHUNK_BYTES = 1 << 24
@@ -55,6 +56,9 @@ def _stage_one(spec: str, folder: Path, progress: Progress) -> str:
 
 
 def _make_room(files: list[Path], place: Path) -> None:
+    """Remove what a kill left of a copy. Raises StoreError where there is too little room for those that are due."""
+    for file in files:
+        partial_of(place / file.name).unlink(missing_ok=True)
     needed = sum(f.stat().st_size for f in files if not _is_copy(f, place / f.name))
     free = shutil.disk_usage(place).free
     if needed > free:
@@ -73,9 +77,8 @@ def _is_copy(source: Path, copy: Path) -> bool:
 def _copy(source: Path, copy: Path, progress: Progress) -> None:
     if _is_copy(source, copy):
         return
-    partial, total, done = copy.with_name(f".{copy.name}.partial"), source.stat().st_size, 0
-    identity, read = _identity(source), hashlib.sha256()
-    with source.open("rb") as reading, partial.open("wb") as writing:
+    total, done, identity, read = source.stat().st_size, 0, _identity(source), hashlib.sha256()
+    with source.open("rb") as reading, whole_file(copy) as writing:
         while chunk := reading.read(_CHUNK_BYTES):
             read.update(chunk)
             writing.write(chunk)
@@ -85,13 +88,11 @@ def _copy(source: Path, copy: Path, progress: Progress) -> None:
         os.fsync(writing.fileno())
         # Or the sum below would be that of the page cache, not of the disk.
         os.posix_fadvise(writing.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    with partial.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != read.hexdigest():
-            raise StoreError(f"{partial}: does not read back as it was written; is the disk failing?")
-    if _identity(source) != identity:
-        raise StoreError(f"{source}: changed while it was copied")
-    partial.replace(copy)
-    _note(copy).write_text(json.dumps({"source": identity, "sha256": read.hexdigest()}))
+        if sha256_of(partial_of(copy)) != read.hexdigest():
+            raise StoreError(f"{copy}: does not read back as it was written; is the disk failing?")
+        if _identity(source) != identity:
+            raise StoreError(f"{source}: changed while it was copied")
+    write_file(_note(copy), json.dumps({"source": identity, "sha256": read.hexdigest()}))
 
 
 def _identity(source: Path) -> list[int]:

@@ -20,9 +20,10 @@ from fastssl.config import to_plain
 from fastssl.engine.reopen import open_run
 from fastssl.export.architecture import architecture, name_of
 from fastssl.nn.encoders import ByolResNet, ResNet, S4lResNet, SimclrResNet, WideResNet
-from fastssl.run_dir.checkpoint import Checkpoints, sha256_of
+from fastssl.run_dir.checkpoint import Checkpoints
 from fastssl.weights import tensor_files
 from fastssl.weights.read import read_weights
+from loaders.files import sha256_of
 from tests import plain_resnet
 from tests.end_to_end import command
 

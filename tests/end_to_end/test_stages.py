@@ -12,8 +12,8 @@ import torch
 from fastssl.engine import stages
 from fastssl.errors import ConfigError, Stopped
 from fastssl.methods.base import Artefact, Epochs, Stage, Steps
-from fastssl.run_dir.checkpoint import sha256_of
 from loaders.errors import PlanError, StoreError
+from loaders.files import sha256_of
 from loaders.loader import Loader
 from tests import fakes
 from tests.ranks.pool import run_ranks

@@ -65,6 +65,20 @@ def test_a_source_that_changed_is_copied_anew(remote, tmp_path):
     assert open_data((spec,)).get("train").jpeg(3) == open_data((str(remote),)).get("train").jpeg(3)
 
 
+def test_what_a_killed_copy_left_does_not_take_the_room_of_the_next(remote, tmp_path, monkeypatch):
+    """Would catch a disk that has room for one copy, of which half is full of the copy that was killed."""
+    stage((str(remote / "val.beton"),), tmp_path / "local", Copied())
+    (place,) = (tmp_path / "local").iterdir()
+    (place / "val.beton").unlink()
+    remains = place / ".val.beton.partial"
+    remains.write_bytes(bytes(1000))
+    size = (remote / "val.beton").stat().st_size
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=size - 1000 * remains.exists()))
+    copied = Copied()
+    stage((str(remote / "val.beton"),), tmp_path / "local", copied)
+    assert copied.names == ["val.beton"] and not remains.exists()
+
+
 def test_a_copy_that_was_cut_short_is_not_taken_for_whole(remote, tmp_path):
     (spec,) = stage((str(remote),), tmp_path / "local", Copied())
     copy = tmp_path / "local" / os.path.basename(spec) / "train.beton"
