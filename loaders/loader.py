@@ -142,6 +142,7 @@ class Loader:
             for name, source in bound.sources.items()
         }
         self._cache_recurring(renderer, cache_bytes)
+        self._replace_unreadable()
         self._ahead = copy_stream(self.device) if self.device.type == "cuda" else None  # copies and finishes
         self._finishes_there = runs_triton(self.device)
         self._free: deque[_Slot] = deque()
@@ -159,6 +160,22 @@ class Loader:
                     raise StoreError("decoded images are kept for --loader ffcv and pil; DALI's pixels are its own")
                 budget_bytes, masks = cache_bytes // len(recurring), self.bound.masks.get(name)
                 self._renderers[name] = CachedRenderer(source, self._pool, budget_bytes, self._times[name], masks)
+
+    def _replace_unreadable(self) -> None:
+        """Put others in the place of images whose headers say that they cannot be used. Raises StoreError where that is
+        not wanted, or there are no others."""
+        for stream, source in self.bound.sources.items():
+            unreadable = source.unreadable if is_encoded(source) else {}
+            ids = self.bound.subsets[stream].ids
+            if ids is not None and unreadable:
+                unreadable = {int(i): unreadable[int(i)] for i in np.intersect1d(ids, list(unreadable))}
+            if unreadable and not self.replace_damaged:
+                first = next(iter(unreadable))
+                raise StoreError(
+                    f"{source.name}: {len(unreadable)} of {len(source)} images cannot be used, first "
+                    f"{source.path_of(first)}: {unreadable[first]}; mend or remove them"
+                )
+            self.replaced[stream] |= self.bound.plan.substitutes(stream, list(unreadable)) if unreadable else {}
 
     def batches(self, start: int, stop: int) -> Generator[Batch]:
         """Batches of steps start .. stop - 1, prepared in the background while the consumer works.

@@ -16,7 +16,6 @@ One that was stopped continues. At the end: how much foreground the images have,
 from __future__ import annotations
 
 import argparse
-import io
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +28,7 @@ from PIL import Image, ImageFilter
 from loaders.errors import LoaderError, StoreError
 from loaders.plan.views import SaliencyMask
 from loaders.store.data import TRAIN, open_data
-from loaders.store.images import ImageError, open_image
+from loaders.store.images import ImageError, decode, open_image
 from loaders.store.masks import MaskFile, MaskWriter, packed
 from loaders.store.source import ArraySource, Source, is_encoded
 
@@ -93,10 +92,9 @@ def classical(source: Source) -> MaskOf:
             pixels = source.images[i]
             return foreground(Image.fromarray(pixels[..., 0] if source.channels == 1 else pixels), height, width)
         try:
-            with open_image(io.BytesIO(source.jpeg(i))) as image:
-                image.draft(None, (2 * GRID, 2 * GRID))  # decodes no finer than is needed
-                return foreground(image.convert("RGB"), height, width)
-        except (ImageError, OSError, SyntaxError, ValueError) as e:
+            # decodes no finer than is needed
+            return foreground(decode(source.jpeg(i), least=(2 * GRID, 2 * GRID)), height, width)
+        except (ImageError, StoreError, OSError) as e:
             raise StoreError(f"image {i} ({source.name_of(i)}) of {source.name}: {e}") from e
 
     return mask_of

@@ -32,7 +32,7 @@ def parse_reencode(text: str) -> Reencode:
 
 def described(plan: Plan, out: Path) -> str:
     """What would be converted, and whether there is room for it."""
-    lines = []
+    lines = list(plan.said)
     for name, split in plan.splits.items():
         lines.append(f"{name}: {len(split):,} images, {len(split.class_names):,} classes, from {split.path}")
         if split.ignored.count:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from fastssl.config import suggest
 from fastssl.errors import ConfigError
 from fastssl.evaluation.subject import Subject
-from loaders.store.data import LABELLED, TRAIN, VALIDATION, parse_spec
+from loaders.store.data import LABELLED, TRAIN, VALIDATION, DataSpec
 
 _OF_A_RUN = (TRAIN, "unlabelled", LABELLED, VALIDATION)
 
@@ -43,7 +43,7 @@ def divide(data: tuple[str, ...], protocols: Iterable[Any]) -> tuple[tuple[str, 
     asked = [key for protocol in protocols for key in getattr(protocol, "SETS", ())]
     own, sets = [], {}
     for spec in data:
-        key, path = parse_spec(spec)
+        key, path = DataSpec(spec).key, DataSpec(spec).path
         if key is None or key in _OF_A_RUN:
             own.append(spec)
         elif key not in asked:

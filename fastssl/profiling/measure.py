@@ -40,7 +40,7 @@ from fastssl.profiling.probes import (
     let_go,
     resident_bytes,
 )
-from fastssl.profiling.workload import files_of, stand_ins, usable
+from fastssl.profiling.workload import stand_ins, usable
 from fastssl.recipes.datasets import KNOWN_SETS
 from loaders.batch import Batch
 from loaders.loader import Bound, Loader, bind
@@ -114,7 +114,7 @@ class _Measuring:
         sources = dict(given.sources) if given else {TRAIN: stand_ins(asked.stage.method)}
         self.data = usable(sources, plans)
         self.facts = facts_of(self.data, 0)
-        self.files = sorted({path for source in self.data.sources.values() for path in files_of(source)})
+        self.files = sorted({path for source in self.data.sources.values() for path in source.files()})
         self.probe = CoreProbe()
 
     def rounds(self) -> Iterator[None]:

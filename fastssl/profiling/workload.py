@@ -25,10 +25,8 @@ from fastssl.methods.base import Config, Facts, Stage
 from fastssl.recipes.datasets import KNOWN_SETS
 from loaders.plan.plan import Plan
 from loaders.plan.views import Balanced, Whole
-from loaders.store.beton import BetonSource
 from loaders.store.data import LABELLED, DataSets
-from loaders.store.folder import FolderSource
-from loaders.store.source import ArraySource, Concatenated, EncodedSource, Source, digest, is_encoded
+from loaders.store.source import ArraySource, EncodedSource, Source, digest, is_encoded
 
 CPU_STEP_FLOP = 0.25e12  # of one rank's step on a CPU: about a second on two cores
 CARD_SHARE = 0.6  # of a GPU's memory that the chosen shard may need
@@ -112,8 +110,26 @@ class Cycled:
     def name_of(self, i: int) -> str:
         return self.source.name_of(int(self._of[i]))
 
+    def path_of(self, i: int) -> str:
+        return self.source.path_of(int(self._of[i]))
+
+    def files(self) -> list[Path]:
+        return self.source.files()
+
     def jpeg(self, i: int) -> bytes:
         return self.source.jpeg(int(self._of[i]))
+
+    @property
+    def num_bytes(self) -> np.ndarray:
+        return self.source.num_bytes[self._of]
+
+    def tail(self, i: int, size: int) -> bytes:
+        return self.source.tail(int(self._of[i]), size)
+
+    @property
+    def unreadable(self) -> dict[int, str]:
+        there = self.source.unreadable
+        return {i: there[int(j)] for i, j in enumerate(self._of) if int(j) in there} if there else {}
 
     def fingerprint(self) -> str:
         return digest([self.source.fingerprint(), len(self), self.num_classes])
@@ -163,6 +179,7 @@ class Drawn:
 
     name, channels = "stand-ins", 3
     class_names, num_classes = ("drawn",), 1
+    unreadable: Mapping[int, str] = {}  # noqa: RUF012 - none, and never written to
 
     def __init__(self) -> None:
         rng = np.random.default_rng(0)
@@ -178,6 +195,19 @@ class Drawn:
 
     def jpeg(self, i: int) -> bytes:
         return self._files[i]
+
+    def path_of(self, i: int) -> str:
+        return str(i)
+
+    def files(self) -> list[Path]:
+        return []
+
+    @property
+    def num_bytes(self) -> np.ndarray:
+        return np.array([len(file) for file in self._files])
+
+    def tail(self, i: int, size: int) -> bytes:
+        return self._files[i][-size:]
 
     def fingerprint(self) -> str:
         return digest(self._files)
@@ -205,17 +235,3 @@ def stand_ins(config: Config) -> Source:
     return ArraySource(
         "stand-ins", images, np.arange(2048) % known.num_classes, tuple(map(str, range(known.num_classes)))
     )
-
-
-def files_of(source: Source) -> list[Path]:
-    """The files that an encoded source reads; none where it lies in memory."""
-    match source:
-        case Cycled():
-            return files_of(source.source)
-        case Concatenated():
-            return [path for part in source.sources for path in files_of(part)]
-        case BetonSource():
-            return [source.path]
-        case FolderSource():
-            return [source.root / path for path in source._paths]
-    return []

@@ -1,4 +1,4 @@
-"""An image folder or ImageNet's archives into `train.beton`, `val.beton` and `manifest.json`.
+"""Image files, in folders or archives, into `train.beton`, `val.beton` and `manifest.json`.
 
 Two passes: the sizes of all files first, so that every image has its place; then each image is read once, checked,
 and written to its place by whichever thread takes it. What has to be written anew (CMYK, PNG, EXIF-rotated, or all on
@@ -27,15 +27,19 @@ from typing import Any, BinaryIO
 import numpy as np
 import PIL
 
-from loaders.convert.imagenet import TRAIN, Listing, find
 from loaders.convert.journal import RECORD, Journal, write_all
 from loaders.convert.judge import MAX_BYTES, SAID, Outcome, Reencode, Verdict, judge
 from loaders.errors import StoreError
 from loaders.files import partial_of, put, write_file
 from loaders.labels.subsets import Resolved, listed
 from loaders.store.beton import PAGE_SIZE, BetonFile, Stored, data_start, place, write_tables
-from loaders.store.source import digest
+from loaders.store.data import VALIDATION, described
+from loaders.store.folder import ListedSource
+from loaders.store.listing import Listing
+from loaders.store.openers import open_path
+from loaders.store.source import Source, digest
 
+TRAIN, VAL = "train", "val"
 MANIFEST = "manifest.json"
 FORMAT = 1  # of the manifest and of the way images are laid out
 COMMIT_S = 5.0  # a kill loses about this much work
@@ -57,12 +61,14 @@ class Options:
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be converted; `subset` is the list that chose the training images."""
+    """What will be converted; `subset` is the list that chose the training images, `said` what the source was found to
+    hold."""
 
     source: Path
     splits: dict[str, Listing]
     options: Options
     subset: Resolved | None
+    said: tuple[str, ...] = ()
 
     def bytes_needed(self, split: str) -> int:
         """Of disk, at most, as long as images keep their bytes; re-encoding takes about as much twice, for a while."""
@@ -77,19 +83,42 @@ class Plan:
 
     def sha256(self) -> str:
         """Of what decides the result, but for the images' pixels: names, labels, sizes and options."""
-        parts = [(s, li.class_names, digest(li.labels, li.sizes, li.files.names)) for s, li in self.splits.items()]
+        parts = [(s, li.class_names, digest(li.labels, li.sizes, li.names)) for s, li in self.splits.items()]
         return digest([FORMAT, json.dumps(self.described())], parts)
 
 
 def prepare(source: Path, options: Options) -> Plan:
     """Look at the source: names, classes and sizes. Raises StoreError where something is missing or unclear."""
-    splits, chosen = find(source, 4 * _num_threads()), None
+    opened = open_path(str(source))
+    splits = {name: _listing(part, source) for name, part in ((TRAIN, opened.train), (VAL, opened.validation)) if part}
+    chosen, said = None, [described(str(source), opened, {TRAIN: opened.train, VALIDATION: opened.validation})]
+    if TRAIN in splits and VAL in splits:
+        _number_classes(splits[VAL], splits[TRAIN].class_names)
     if options.subset is not None:
         if TRAIN not in splits:
             raise StoreError(f"{source}: has no training images, of which --subset {options.subset} is a list")
         chosen = listed(splits[TRAIN], options.subset, (source,))
         splits[TRAIN] = splits[TRAIN].subset(chosen.ids)  # type: ignore[arg-type]  # a list has ids
-    return Plan(source, splits, options, chosen)
+    return Plan(source, splits, options, chosen, tuple(said))
+
+
+def _listing(part: Source, source: Path) -> Listing:
+    if not isinstance(part, ListedSource):
+        raise StoreError(f"{source}: nothing to convert: {part.name} is read as it is")
+    return part.listing
+
+
+def _number_classes(val: Listing, class_names: tuple[str, ...]) -> None:
+    """Number the validation split's classes as the training set does. An order by class stays one: both are sorted."""
+    if class_names and not val.class_names:
+        raise StoreError(f"{val.path}: no class folders; put each image into the folder of its class")
+    unknown = sorted(set(val.class_names) - set(class_names))
+    if unknown:
+        raise StoreError(f"{val.path}: class {unknown[0]!r} is not among those of the training set")
+    number = {name: c for c, name in enumerate(class_names)}
+    table = np.array([*(number[name] for name in val.class_names), -1], np.int64)  # -1 picks the last
+    if len(val.class_names):
+        val.labels, val.class_names = table[val.labels], class_names
 
 
 def convert(plan: Plan, out: Path, progress: Progress = lambda what, done, total: None) -> dict[str, Any]:
@@ -120,7 +149,7 @@ def _convert(plan: Plan, out: Path, progress: Progress) -> dict[str, Any]:
         _check_space(plan, out)
         manifest = {
             "format": FORMAT,
-            "tool": "fastssl convert-imagenet",
+            "tool": "fastssl convert",
             "version": _version(),
             "pillow": PIL.__version__,
             "plan_sha256": plan.sha256(),
@@ -141,13 +170,19 @@ def verify(out: Path, progress: Progress = lambda what, done, total: None) -> di
         beton = BetonFile(out / said["file"])
         if len(beton) != said["images"] or _tables_sha256(beton.path, said["data"]) != said["tables_sha256"]:
             raise StoreError(f"{beton.path}: damaged: its tables are not those of the manifest")
-        expected = "".join(c["sha256"] for c in said["classes"].values())
+        expected, by_class = (
+            "".join(c["sha256"] for c in said["classes"].values()),
+            np.argsort(beton.labels, kind="stable"),
+        )
+        place = np.empty(len(beton), np.int64)  # of each image among the classes' hashes
+        place[by_class] = np.arange(len(beton))
         all_of_them, wrong = hashlib.sha256(), []
         for ids, digests in _in_chunks(np.arange(len(beton)), lambda ids: _digests(beton, ids)):  # noqa: B023
             progress(f"verify {name}", int(ids[-1]) + 1, len(beton))
             for i, found in zip(ids.tolist(), digests, strict=True):
                 all_of_them.update(found)
-                if found.hex()[:_HASH_DIGITS] != expected[i * _HASH_DIGITS : (i + 1) * _HASH_DIGITS]:
+                at = int(place[i]) * _HASH_DIGITS
+                if found.hex()[:_HASH_DIGITS] != expected[at : at + _HASH_DIGITS]:
                     wrong.append(i)
         if wrong:
             first = f"first {beton.class_names[beton.labels[wrong[0]]]}/{beton.name_of(wrong[0])} (id {wrong[0]})"
@@ -182,7 +217,7 @@ class _Split:
             out / file for file in (f"{name}.beton", f".{name}.spill", f".{name}.journal")
         )
         self._partial = partial_of(self._final)
-        self._identity = digest([plan.sha256(), PIL.__version__], self._listing.files.numbers[:, 1])
+        self._identity = digest([plan.sha256(), PIL.__version__], self._listing.numbers[:, 1])
         sizes = np.where(self._listing.sizes > MAX_BYTES, 0, self._listing.sizes)
         self._page_size = _page_size(sizes)
         slots = np.zeros_like(sizes) if plan.options.reencode else sizes
@@ -269,6 +304,9 @@ class _Split:
         if self._listing.sizes[i] > MAX_BYTES:
             return Verdict(Outcome.TOO_LARGE), b""
         data = self._listing.read(i)
+        if len(data) != self._listing.sizes[i]:
+            where = f"{self._listing.path}: {self._listing.where(i)}"
+            raise StoreError(f"{where} changed while it was converted; run the same command again")
         verdict = judge(data, self._options.decode_check, self._options.reencode)
         if verdict.anew is None:
             return verdict, data
@@ -298,7 +336,7 @@ class _Split:
             labels=self._listing.labels[kept],
             ptrs=ptrs[kept],
             sizes=records["size"][kept],
-            names=[self._listing.files.names[i] for i in kept.tolist()],
+            names=[self._listing.names[i] for i in kept.tolist()],
         )
         write_tables(file, stored, self._listing.class_names, end, self._page_size)
 
@@ -309,12 +347,13 @@ class _Split:
         anew = kept[records["outcome"][kept] != Outcome.KEPT]
         places, end = place(records["size"][anew].astype(np.int64), self._slots_end, self._page_size)
         data = [self._data_start, end]
-        bounds = np.searchsorted(listing.labels[kept], np.arange(len(listing.class_names) + 1))
-        bounds = bounds if listing.class_names else np.array([0, len(kept)])
+        order = np.argsort(listing.labels[kept], kind="stable")
+        bounds = np.searchsorted(listing.labels[kept][order], np.arange(-1, len(listing.class_names) + 1))
         classes = {}
-        for class_name, first, beyond in zip(listing.class_names or ("",), bounds[:-1], bounds[1:], strict=True):
-            starts = records["sha256"][kept[first:beyond], : _HASH_DIGITS // 2]
-            classes[class_name] = {"images": len(starts), "sha256": starts.tobytes().hex()}
+        for class_name, first, beyond in zip(("", *listing.class_names), bounds[:-1], bounds[1:], strict=True):
+            starts = records["sha256"][kept[order[first:beyond]], : _HASH_DIGITS // 2]
+            if class_name or len(starts):
+                classes[class_name] = {"images": len(starts), "sha256": starts.tobytes().hex()}
         plain = np.isin(records["outcome"], [Outcome.KEPT, Outcome.REENCODED])
         aside = [self._odd(i, records[i]) for i in np.flatnonzero(~plain).tolist()]
         return {

@@ -9,37 +9,37 @@ from enum import IntEnum
 from PIL import Image
 
 from loaders.errors import StoreError
-from loaders.store.images import MAX_PIXELS, ImageError, TooManyPixels, open_image
+from loaders.store.images import (
+    MAX_PIXELS,
+    ImageError,
+    NotAnImage,
+    OddSamples,
+    TooManyPixels,
+    decode,
+    header_of_bytes,
+    open_image,
+)
 from loaders.store.jpeg import jpeg_facts
 
 MAX_BYTES = 1 << 26  # of one image file; ImageNet's largest has about 15 MiB
 QUALITY = 95  # of images that have to be written anew
 MAX_SIDE = 65500  # libjpeg's limit
 
-_PNG, _GIF, _JPEG = b"\x89PNG\r\n\x1a\n", b"GIF8", b"\xff\xd8"
-_UPRIGHT = {  # EXIF orientation -> what turns the stored pixels upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
 
 
 class Outcome(IntEnum):
-    """Stored in journals: never renumber. Up to REENCODED an image is in the set."""
+    """Stored in journals: never renumber. Below EMPTY an image is in the set."""
 
     KEPT = 1
     WAS_CMYK = 2
     WAS_PNG = 3
     WAS_ROTATED = 4
     REENCODED = 5
+    WAS_OTHER = 6
     EMPTY = 16
     TOO_LARGE = 17
     NOT_AN_IMAGE = 18
-    GIF = 19
     DEEP = 20
     BOMB = 21
     TRUNCATED = 22
@@ -49,7 +49,7 @@ class Outcome(IntEnum):
 
     @property
     def in_set(self) -> bool:
-        return self <= Outcome.REENCODED
+        return self < Outcome.EMPTY
 
 
 SAID = {
@@ -58,11 +58,11 @@ SAID = {
     Outcome.WAS_PNG: "PNG, now an RGB JPEG",
     Outcome.WAS_ROTATED: "EXIF-rotated, now an upright RGB JPEG",
     Outcome.REENCODED: "re-encoded as asked",
+    Outcome.WAS_OTHER: "WebP, TIFF, BMP or GIF, now an RGB JPEG",
     Outcome.EMPTY: "no bytes",
     Outcome.TOO_LARGE: f"more than {MAX_BYTES} bytes",
-    Outcome.NOT_AN_IMAGE: "neither JPEG nor PNG",
-    Outcome.GIF: "GIF",
-    Outcome.DEEP: "more than 8 bits a sample",
+    Outcome.NOT_AN_IMAGE: "not a JPEG, PNG, WebP, TIFF, BMP or GIF",
+    Outcome.DEEP: "samples or channels that are not read",
     Outcome.BOMB: f"more than {MAX_PIXELS} pixels, or a side beyond {MAX_SIDE}",
     Outcome.TRUNCATED: "truncated",
     Outcome.DAMAGED: "damaged: it does not decode",
@@ -96,13 +96,8 @@ def judge(data: bytes, decode_check: bool = True, reencode: Reencode | None = No
         return Verdict(Outcome.EMPTY)
     if len(data) > MAX_BYTES:
         return Verdict(Outcome.TOO_LARGE)
-    if data.startswith(_GIF):
-        return Verdict(Outcome.GIF)
-    if data.startswith(_PNG):
-        deep = data[24:25] > b"\x08"  # bit depth in IHDR; Pillow would quietly cut it to 8
-        return Verdict(Outcome.DEEP) if deep else _write_anew(data, Outcome.WAS_PNG, 1, reencode)
     if not data.startswith(_JPEG):
-        return Verdict(Outcome.NOT_AN_IMAGE)
+        return _write_anew(data, Outcome.WAS_PNG if data.startswith(_PNG) else Outcome.WAS_OTHER, reencode)
     try:
         facts = jpeg_facts(data)
     except StoreError:
@@ -114,49 +109,45 @@ def judge(data: bytes, decode_check: bool = True, reencode: Reencode | None = No
     if not facts.has_end:  # Pillow decodes a file that lacks a little at its end without a word
         return Verdict(Outcome.TRUNCATED)
     if facts.components == 4:
-        return _write_anew(data, Outcome.WAS_CMYK, facts.orientation, reencode)
+        return _write_anew(data, Outcome.WAS_CMYK, reencode)
     if facts.orientation != 1:
-        return _write_anew(data, Outcome.WAS_ROTATED, facts.orientation, reencode)
+        return _write_anew(data, Outcome.WAS_ROTATED, reencode)
     if reencode:
-        return _write_anew(data, Outcome.REENCODED, 1, reencode)
+        return _write_anew(data, Outcome.REENCODED, reencode)
     if facts.components not in (1, 3):
         return Verdict(Outcome.DAMAGED)
-    if decode_check:
-        try:
-            with _decoded(data) as image:
-                if image.size != (facts.width, facts.height):
-                    return Verdict(Outcome.DAMAGED)
-        except ImageError:
-            return Verdict(Outcome.DAMAGED)
+    if decode_check and not _decodes(data, facts.width, facts.height):
+        return Verdict(Outcome.DAMAGED)
     return Verdict(Outcome.KEPT, facts.height, facts.width)
 
 
-def _decoded(data: bytes) -> Image.Image:
-    image = open_image(io.BytesIO(data))
+def _decodes(data: bytes, width: int, height: int) -> bool:
     try:
-        image.load()
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, OverflowError) as e:
-        image.close()
-        raise ImageError(str(e)) from e
-    return image
+        with open_image(io.BytesIO(data)) as image:
+            image.load()
+            return image.size == (width, height)
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, OverflowError):
+        return False
 
 
-def _write_anew(data: bytes, outcome: Outcome, orientation: int, reencode: Reencode | None) -> Verdict:
+def _write_anew(data: bytes, outcome: Outcome, reencode: Reencode | None) -> Verdict:
+    """As an upright RGB JPEG; one that was grey and is re-encoded stays grey."""
     try:
-        with _decoded(data) as image:
-            if max(image.size) > MAX_SIDE:
-                return Verdict(Outcome.BOMB)
-            rgb = image if image.mode == "L" and outcome is Outcome.REENCODED else image.convert("RGB")
-            if orientation in _UPRIGHT:
-                rgb = rgb.transpose(_UPRIGHT[orientation])
-            scale = reencode.max_side / max(rgb.size) if reencode else 1.0
-            if scale < 1:
-                size = max(1, round(rgb.width * scale)), max(1, round(rgb.height * scale))
-                rgb = rgb.resize(size, Image.Resampling.LANCZOS)
-            buffer = io.BytesIO()
-            rgb.save(buffer, "JPEG", quality=reencode.quality if reencode else QUALITY, comment=b"")
+        if max(header_of_bytes(data)[:2]) > MAX_SIDE:
+            return Verdict(Outcome.BOMB)
+        rgb = decode(data, keep_grey=outcome is Outcome.REENCODED)
     except TooManyPixels:
         return Verdict(Outcome.BOMB)
+    except OddSamples:
+        return Verdict(Outcome.DEEP)
+    except NotAnImage:
+        return Verdict(Outcome.NOT_AN_IMAGE)
     except ImageError:
         return Verdict(Outcome.DAMAGED)
+    scale = reencode.max_side / max(rgb.size) if reencode else 1.0
+    if scale < 1:
+        size = max(1, round(rgb.width * scale)), max(1, round(rgb.height * scale))
+        rgb = rgb.resize(size, Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    rgb.save(buffer, "JPEG", quality=reencode.quality if reencode else QUALITY, comment=b"")
     return Verdict(outcome, rgb.height, rgb.width, buffer.getvalue())

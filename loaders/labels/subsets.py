@@ -34,6 +34,12 @@ class Named(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def labels(self) -> np.ndarray: ...
+
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+
     def __len__(self) -> int: ...
 
     def name_of(self, i: int) -> str: ...
@@ -101,9 +107,10 @@ def listed(source: Named, name: str, search: tuple[Path, ...]) -> Resolved:
     path, data = _read_list(name, search)
     sha256 = hashlib.sha256(data).hexdigest()
     try:
-        entries = data.decode().split()
+        lines = data.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise StoreError(f"{path}: not a text file") from None
+    entries = [line.strip() for line in lines if line.strip()]
     if not entries:
         raise StoreError(f"{path}: the list is empty")
     numbers = all(e.isascii() and e.isdigit() for e in entries)
@@ -139,20 +146,41 @@ def _ids_of_indices(source: Named, path: Path, entries: list[str]) -> np.ndarray
 
 
 def _ids_of_names(source: Named, path: Path, entries: list[str]) -> np.ndarray:
-    """Bare file names; a folder before the name is allowed and ignored."""
-    wanted = [e.rpartition("/")[2] for e in entries]
-    ids: dict[str, int] = {}
-    twice = set()
+    """File names, with or without folders: where an entry or an image has folders, the shorter of the two paths must be
+    the end of the longer one."""
+    whole: dict[str, list[int]] = {entry: [] for entry in entries}  # images whose path ends with the entry
+    ends: dict[str, list[int]] = {end: [] for entry in entries for end in _ends(entry)}  # whose path is its end
     for i in range(len(source)):
-        name = source.name_of(i)
-        if ids.setdefault(name, i) != i:
-            twice.add(name)
-    missing = [name for name in wanted if name not in ids]
+        own = _own_path(source, i)
+        for end in (own, *_ends(own)):
+            if end in whole:
+                whole[end].append(i)
+        if own in ends:
+            ends[own].append(i)
+    fitting = [[*whole[entry], *(i for end in _ends(entry) for i in ends[end])] for entry in entries]
+    missing = [entry for entry, ids in zip(entries, fitting, strict=True) if not ids]
+    ambiguous = [entry for entry, ids in zip(entries, fitting, strict=True) if len(ids) > 1]
     if missing:
         raise NotAmong(
-            f"{path}: {len(missing)} of its {len(wanted)} images are not in {source.name}, first {missing[0]}", missing
+            f"{path}: {len(missing)} of its {len(entries)} images are not in {source.name}, first {missing[0]}",
+            [entry.rpartition("/")[2] for entry in missing],
         )
-    ambiguous = [name for name in wanted if name in twice]
     if ambiguous:
-        raise StoreError(f"{path}: {source.name} has several images called {ambiguous[0]}: which is meant?")
-    return np.array([ids[name] for name in wanted], np.int64)
+        raise StoreError(
+            f"{path}: {source.name} has several images called {ambiguous[0]}: which is meant? Write class/name"
+        )
+    return np.array([ids[0] for ids in fitting], np.int64)
+
+
+def _own_path(source: Named, i: int) -> str:
+    """Class and name. Classes that are but numbers, as files without class names have them, are no folders that a list
+    would name."""
+    label, name = int(source.labels[i]), source.name_of(i)
+    class_name = source.class_names[label] if label >= 0 else ""
+    return f"{class_name}/{name}" if class_name and not class_name.isdecimal() else name
+
+
+def _ends(path: str) -> list[str]:
+    """`b/c`, `c` of `a/b/c`."""
+    parts = path.split("/")
+    return ["/".join(parts[k:]) for k in range(1, len(parts))]

@@ -166,6 +166,24 @@ class BoundPlan:
         after = fitting[fitting > lost]
         return int(after[0]) if len(after) else int(fitting[0]) if len(fitting) else None
 
+    def substitutes(self, stream_name: str, lost: list[int]) -> dict[int, int]:
+        """For each of the images `lost` the one that `substitute` finds, where all of them are known beforehand. Raises
+        PlanError where there is none for one of them."""
+        facts = self.facts[stream_name]
+        ids = np.arange(len(facts.sizes)) if facts.ids is None else facts.ids
+        sound = ids[~np.isin(ids, lost)]
+        by_label: dict[int, np.ndarray] = {}
+        found = {}
+        for i in lost:
+            label = int(facts.labels[i])
+            if label not in by_label:
+                by_label[label] = sound[facts.labels[sound] == label]
+            fitting = by_label[label]
+            if not len(fitting):
+                raise PlanError(f"stream {stream_name!r}: no image of class {label} can be used, image {i} among them")
+            found[i] = int(fitting[np.searchsorted(fitting, i) % len(fitting)])
+        return found
+
     def _check(self, stream: Stream, facts: StreamFacts) -> None:
         name, batch = stream.name, stream.batch_global
         if facts.num_images == 0:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from loaders.errors import StoreError
-from loaders.store.folder import ConvertedFiles, FolderSource, ImageFiles, folders_in, images_in
+from loaders.store.folder import FolderSource, ImageFiles, ListedSource, folders_in, images_in
 
 ALEXNET_ERROR = {  # of each corruption, over its five severities (hendrycks/robustness, as in its paper's table 1)
     "gaussian_noise": 0.886428,
@@ -54,7 +54,7 @@ class ShiftedSet:
     wnids  one tuple a class of `source`: the ImageNet classes that count as right
     """
 
-    source: ImageFiles
+    source: ListedSource
     wnids: tuple[tuple[str, ...], ...]
 
 
@@ -161,7 +161,7 @@ def objectnet_classes(mappings: Path, wnids: tuple[str, ...]) -> dict[str, tuple
 
 def _by_folder(root: Path, members: Mapping[str, tuple[str, ...]]) -> ShiftedSet:
     source = FolderSource(root)
-    _refuse_empty(source)
+    _refuse_empty(source, members)
     return ShiftedSet(source, tuple(members[name] for name in source.class_names))
 
 
@@ -169,8 +169,8 @@ def _without_border(root: Path, members: Mapping[str, tuple[str, ...]]) -> Shift
     folders = sorted(members)
     files = [(c, f"{folder}/{name}") for c, folder in enumerate(folders) for name in images_in(root / folder)]
     labels = np.array([c for c, _ in files], np.int64)
-    source = ConvertedFiles(root, [path for _, path in files], labels, tuple(folders), _RED_BORDER_PX)
-    _refuse_empty(source)
+    source = ImageFiles(root, [path for _, path in files], labels, tuple(folders), _RED_BORDER_PX)
+    _refuse_empty(source, members)
     return ShiftedSet(source, tuple(members[folder] for folder in folders))
 
 
@@ -187,10 +187,10 @@ def _refuse_missing(root: Path, missing: list[str], num_wanted: int) -> None:
         raise StoreError(f"{root}: {len(missing)} of {num_wanted} folders are missing: {named}")
 
 
-def _refuse_empty(source: ImageFiles) -> None:
-    counts = np.bincount(source.labels, minlength=source.num_classes)
-    if not counts.all():
-        raise StoreError(f"{source.name}: folder {source.class_names[counts.argmin()]!r} holds no image")
+def _refuse_empty(source: ListedSource, wanted: Iterable[str]) -> None:
+    held = {source.class_names[label] for label in np.unique(source.labels)}
+    if empty := sorted(set(wanted) - held):
+        raise StoreError(f"{source.name}: folder {empty[0]!r} holds no image")
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from loaders.labels.subsets import resolve
 from loaders.plan.draws import mix, tag
 from loaders.plan.views import PerClass
 from loaders.store.cifar import open_cifar10, open_cifar100
-from loaders.store.folder import ConvertedFiles, FolderSource
+from loaders.store.folder import FolderSource, ImageFiles
 from loaders.store.matlab import numbers, structs
 from loaders.store.source import Source
 
@@ -233,7 +233,7 @@ def _of_lists(root: Path, train: _Rows, test: _Rows, val: _Rows | None = None) -
     if strange := sorted(set(test.classes) - number.keys()):
         raise StoreError(f"{root}: class {strange[0]!r} is in the test split alone")
 
-    def source(rows: _Rows, name: str) -> ConvertedFiles:
+    def source(rows: _Rows, name: str) -> ImageFiles:
         if not rows.paths:
             raise StoreError(f"{root}: the {name} split is empty")
         missing = [p for p in rows.paths if not (root / p).is_file()]
@@ -241,7 +241,7 @@ def _of_lists(root: Path, train: _Rows, test: _Rows, val: _Rows | None = None) -
             count = f"{len(missing)} of {len(rows.paths)}"
             raise StoreError(f"{root}: {count} {name} images are missing, first {missing[0]}")
         labels = np.array([number[c] for c in rows.classes], np.int64)
-        files = ConvertedFiles(root, rows.paths, labels, class_names)
+        files = ImageFiles(root, rows.paths, labels, class_names)
         files.name = f"{root} ({name})"
         return files
 

@@ -5,8 +5,8 @@ beyond a crop: DALI repeats the border, Pillow leaves those taps out (a few perc
 0.2/255 on average). On a GPU the decoder is nvJPEG's (`mixed`): pixels may differ by a little, and none of them
 passes through the host. NOT YET RUN on a GPU.
 
-What only Pillow can judge (PNG, CMYK, a size other than expected) goes through the `pil` renderer on its own; where
-DALI meets damage the `pil` renderer names the image.
+What only Pillow can judge (PNG, CMYK, what does not lie upright, a size other than expected) goes through the `pil`
+renderer on its own; where DALI meets damage the `pil` renderer names the image.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from loaders.plan.plan import Rows
 from loaders.plan.views import Filter, RandomCrop, View
 from loaders.renderers.pil import PilRenderer
 from loaders.store.images import MAX_PIXELS
-from loaders.store.jpeg import jpeg_header
+from loaders.store.jpeg import jpeg_header, orientation_of
 from loaders.store.source import EncodedSource
 from loaders.timing import DECODE, FETCH, StageTimes, now
 
@@ -41,7 +41,7 @@ _COLOURS = (1, 3)  # components of a grey and a colour JPEG; four are CMYK
 class DaliRenderer:
     """Renders an encoded source with `threads` threads of DALI's, on the CPU or the GPU `device_id`.
 
-    Every image is decoded once for all its views, as RGB; EXIF rotation is not applied.
+    Every image is decoded once for all its views, as RGB.
     """
 
     def __init__(
@@ -120,13 +120,14 @@ class DaliRenderer:
             return b""
 
     def _is_ours(self, i: int, file: bytes) -> bool:
-        """Whether DALI may have this file: a grey or colour JPEG of the expected size."""
+        """Whether DALI may have this file: an upright grey or colour JPEG of the expected size."""
         try:
             height, width, components = jpeg_header(file)
         except StoreError:
             return False
         expected = tuple(self.source.sizes[i].tolist())
-        return (height, width) == expected and components in _COLOURS and height * width <= MAX_PIXELS
+        ours = (height, width) == expected and components in _COLOURS and height * width <= MAX_PIXELS
+        return ours and orientation_of(file) == 1
 
 
 def _copy_on_device(result: Any, target: torch.Tensor, target_rows: np.ndarray) -> None:
@@ -166,7 +167,7 @@ def _pipeline(views: tuple[View, ...], batch: int, threads: int, device_id: int 
             fn.external_source(name="files", dtype=types.UINT8, ndim=1, no_copy=True),
             device="cpu" if device_id is None else "mixed",
             output_type=types.RGB,
-            adjust_orientation=False,  # Pillow does not turn by EXIF, and sizes are as stored
+            adjust_orientation=False,  # what does not lie upright does not come here
             jpeg_fancy_upsampling=True,  # else chroma differs from Pillow's
         )
         outputs = []

@@ -3,7 +3,7 @@
 One compiled call takes a stretch of images from JPEG bytes to all their crops, on one core. FFCV's own imdecode asks
 for the fast DCT and its resize averages areas, up to 5/255 from Pillow; with the accurate DCT the decoded pixels are
 Pillow's to the bit, and so are the crops. What turbojpeg does not decode without complaint as an RGB or grey image of
-the expected size (PNG, CMYK, damage) goes to the `pil` renderer, which renders it or names it in its error.
+the expected size, upright (PNG, CMYK, damage), goes to the `pil` renderer, which renders it or names it in its error.
 
 Only FFCV's C library is used; its Loader stays out, though it reads our files, because it
 - ignores turbojpeg's return code, so a damaged image becomes garbage, and maps the file, so a shrunk one is a SIGBUS;
@@ -37,6 +37,7 @@ from loaders.renderers.pil import PilRenderer
 from loaders.renderers.resample import CODES, over_grey, resize_boxes
 from loaders.renderers.spread import spread
 from loaders.store.images import MAX_PIXELS
+from loaders.store.jpeg import orientation_of
 from loaders.store.masks import Masks, mask_of
 from loaders.store.source import EncodedSource
 from loaders.timing import CROP, DECODE, FETCH, StageTimes, now
@@ -244,8 +245,10 @@ class FfcvRenderer:
         return mask_of(self.masks, self.source, int(rows.ids[b])).ravel()
 
     def _file(self, i: int) -> bytes:
-        """The bytes of image `i`; nothing where it cannot be read, so that the `pil` renderer says why."""
+        """The bytes of image `i`; nothing where it cannot be read, so that the `pil` renderer says why, or does not lie
+        upright, so that it turns it."""
         try:
-            return self.source.jpeg(i)
+            file = self.source.jpeg(i)
         except (StoreError, OSError):
             return b""
+        return file if orientation_of(file) == 1 else b""

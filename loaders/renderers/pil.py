@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,7 +13,7 @@ from loaders.plan.plan import Rows
 from loaders.plan.views import Filter, RandomCrop, View
 from loaders.renderers.resample import CODES, resize_boxes
 from loaders.renderers.spread import spread
-from loaders.store.images import ImageError, open_image
+from loaders.store.images import ImageError, decode
 from loaders.store.masks import Masks, mask_of
 from loaders.store.source import EncodedSource
 from loaders.timing import CROP, DECODE, FETCH, StageTimes, now
@@ -26,7 +25,7 @@ _IMAGES_A_TASK = 2
 class PilRenderer:
     """Renders an encoded source with the threads of `pool`, which it neither owns nor closes.
 
-    Every image is decoded once for all its views, as RGB (grey and CMYK are converted; EXIF rotation is not applied).
+    Every image is decoded once for all its views, as RGB (grey and CMYK are converted) and upright, as its EXIF has it.
 
     A copy with a mask is cut from the whole image on a grey background, as its papers have it: mask, then crop, then
     resize. A mask carried through the crop as a fourth channel, to be laid over the finished crop, would be another
@@ -79,14 +78,12 @@ class PilRenderer:
             begin = now()
             file = self.source.jpeg(i)
             begin = self.times.add(FETCH, begin)
-            with open_image(io.BytesIO(file)) as image:
-                height, width = self.source.sizes[i]
-                if image.size != (width, height):
-                    raise ImageError(f"it is {image.width} x {image.height}, its source says {width} x {height}")
-                pixels = image.convert("RGB")
+            image, (height, width) = decode(file), self.source.sizes[i]
+            if image.size != (width, height):
+                raise ImageError(f"it is {image.width} x {image.height}, its source says {width} x {height}")
             self.times.add(DECODE, begin)
-            return pixels
-        except (StoreError, ImageError, OSError, SyntaxError, ValueError) as e:
+            return image
+        except (StoreError, ImageError) as e:
             raise RenderError(f"image {i} ({self._name_of(i)}) of {self.source.name}: {e}", image_id=i) from e
 
     def _name_of(self, i: int) -> str:

@@ -21,18 +21,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import BinaryIO
 
 import numpy as np
 
 from loaders.errors import StoreError
 from loaders.files import whole_file
-from loaders.store.jpeg import jpeg_header
+from loaders.store.jpeg import jpeg_header, orientation_of
 from loaders.store.open_file import OpenFile
 from loaders.store.source import digest
 
@@ -202,6 +202,8 @@ class BetonWriter:
             raise StoreError(f"{name}: {e}") from None
         if components not in (1, 3):
             raise StoreError(f"{name}: a JPEG of {components} components; convert it to RGB first")
+        if orientation_of(jpeg) != 1:
+            raise StoreError(f"{name}: its EXIF orientation says that it lies sideways; turn it upright first")
         num_classes = len(self._class_names) or MAX_CLASSES
         if not -1 <= label < num_classes:
             raise StoreError(f"{name}: label {label} is not in -1..{num_classes - 1}")
@@ -226,6 +228,7 @@ class BetonFile(OpenFile):
     """An open `.beton` file. All tables are checked against the file's length before anything trusts them."""
 
     channels = 3
+    unreadable: Mapping[int, str] = MappingProxyType({})  # whatever is damaged shows when it is decoded
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -233,6 +236,23 @@ class BetonFile(OpenFile):
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    def files(self) -> list[Path]:
+        return [self.path]
+
+    @property
+    def num_bytes(self) -> np.ndarray:
+        return self._jpeg_size.astype(np.int64)
+
+    def tail(self, i: int, size: int) -> bytes:
+        length = int(self._jpeg_size[i])
+        skipped = max(0, length - size)
+        return self._pread(int(self._jpeg_ptr[i]) + skipped, length - skipped, f"image {i}")
+
+    def path_of(self, i: int) -> str:
+        """Class and name."""
+        label = int(self.labels[i])
+        return self.name_of(i) if label < 0 else f"{self.class_names[label]}/{self.name_of(i)}"
 
     def jpeg(self, i: int) -> bytes:
         return self._pread(int(self._jpeg_ptr[i]), int(self._jpeg_size[i]), f"image {i}")

@@ -1,25 +1,51 @@
-"""`--data` values become sources: which files a path means, and which source a stream's key means."""
+"""`--data` values become sources: which set each is a part of, how all number their classes, and what is held out."""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, overload
 
 from loaders.errors import StoreError
-from loaders.store import cifar
-from loaders.store.beton import BetonSource
-from loaders.store.digits import open_digits
-from loaders.store.folder import FolderSource, folders_in, images_in
 from loaders.store.masks import MaskFile, Masks, check_count, masks_by_key
-from loaders.store.source import Source, concatenate, digest, relabelled
+from loaders.store.openers import DIGITS, Splits, open_path
+from loaders.store.source import Source, concatenate, digest, is_encoded, relabelled
 
-TRAIN, VALIDATION, LABELLED = "train", "validation", "labelled"
+TRAIN, VALIDATION, LABELLED, UNLABELLED = "train", "validation", "labelled", "unlabelled"
 MASKS = "masks"  # the key of files that say what is foreground in the images of the others
+NONE = "none"  # in place of a path of validation images: hold nothing out
 _KEYED = re.compile(r"([a-z][a-z0-9_]*)=(.+)", re.DOTALL)
+_MAX_SAID = 3  # things left out that are named in one line
+
+
+class DataSpec(str):
+    """A `--data` value, parsed where it comes in: `key`, None where none is written, and `path`. A path that holds an
+    equals sign can be written `./a=b`."""
+
+    key: str | None
+    path: str
+
+    def __new__(cls, text: str) -> DataSpec:
+        spec = super().__new__(cls, text)
+        keyed = _KEYED.fullmatch(text)
+        spec.key, spec.path = (keyed[1], keyed[2]) if keyed else (None, str(text))
+        return spec
+
+    @property
+    def is_embedded(self) -> bool:
+        """Whether it names a set that comes with the program."""
+        return self.path == DIGITS
+
+    @property
+    def holds_nothing_out(self) -> bool:
+        return self.key == VALIDATION and self.path == NONE
+
+    def at(self, path: Path | str) -> DataSpec:
+        """The same part of the data at another path."""
+        return DataSpec(str(path) if self.key is None else f"{self.key}={path}")
 
 
 @dataclass(frozen=True)
@@ -27,12 +53,13 @@ class DataSets:
     """The sources of a run by key; all number their classes as the labelled one does.
 
     `search` are the folders of the data, where label lists may lie. `masks` say what is foreground in the images of a
-    key, for views with a mask.
+    key, for views with a mask. `said` are lines that say what each path holds, and what of it is left out.
     """
 
     sources: Mapping[str, Source]
     search: tuple[Path, ...] = ()
     masks: Mapping[str, Masks] = field(default_factory=dict)
+    said: tuple[str, ...] = ()
 
     @overload
     def get(self, key: Literal["validation"]) -> Source | None: ...  # type: ignore[overload-overlap]
@@ -68,59 +95,70 @@ class DataSets:
             found[MASKS] = digest([(key, masks.fingerprint()) for key, masks in sorted(self.masks.items())])
         return found
 
+    def unreadable(self) -> list[tuple[str, str, str]]:
+        """(key, path, why) of every image that cannot be used by its header."""
+        found = []
+        for key, source in sorted(self.sources.items()):
+            if is_encoded(source):
+                found += [(key, source.path_of(i), why) for i, why in source.unreadable.items()]
+        return found
 
-@dataclass(frozen=True)
-class _Splits:
-    """What one path holds. A single set, not divided into splits, serves as either."""
 
-    train: Source | None
-    validation: Source | None
-    single: bool = False
-
-
-def open_data(specs: tuple[str, ...], *, validation: bool = True) -> DataSets:
+def open_data(specs: Iterable[str], *, validation: bool = True) -> DataSets:
     """Open `PATH` and `key=PATH` values; several paths under one key are one set. Without `validation` there are no
-    validation images, and no folder or `.beton` of theirs is looked at.
+    validation images, and none of theirs are looked at.
 
-    PATH is `digits`, a `.beton`, a folder of them (`val.beton` apart, the rest is the training set), CIFAR-10 in
-    binary form, or an image folder, whole or divided into `train/` and `val/`; under the key `masks`, a file of masks
-    of any of the others. A path that holds an equals sign can be written `./a=b`. Raises StoreError that says what was
-    looked for.
+    PATH is whatever `loaders.store.openers` knows; under the key `masks`, a file of masks of any of the others. Where
+    there are labels and no validation images, some are held out, unless `validation=none` is among the values. Raises
+    StoreError that says what was looked for.
     """
+    parsed = [DataSpec(spec) for spec in specs]
     found: dict[str, list[Source]] = defaultdict(list)
-    mask_files = []
-    for spec in specs:
-        key, path = parse_spec(spec)
+    mask_files, said = [], []
+    for spec in parsed:
+        key, path = spec.key, spec.path
         if key == MASKS:
             mask_files.append(MaskFile(path))
             continue
-        if key == VALIDATION and not validation:
+        if spec.holds_nothing_out or (key == VALIDATION and not validation):
             continue
-        splits = _open(path, validation)
-        if key is None:
-            if splits.train is not None:
-                found[TRAIN].append(splits.train)
-            if splits.validation is not None and validation:
-                found[VALIDATION].append(splits.validation)
-        else:
-            found[key].append(_chosen(splits, key, path))
+        splits = open_path(path, validation)
+        used = dict(zip((TRAIN, VALIDATION), (splits.train, splits.validation), strict=True))
+        if key is not None:
+            used = {key: _chosen(splits, key, path)}
+        for role, source in used.items():
+            if source is not None and (validation or role != VALIDATION):
+                found[role].append(source)
+        said.append(described(path, splits, used))
     sources = _with_common_classes(found)
-    return DataSets(sources, search_folders(specs), masks_by_key(sources, mask_files))
+    masks = masks_by_key(sources, mask_files)
+    return DataSets(sources, search_folders(parsed), masks, tuple(said))
 
 
-def parse_spec(spec: str) -> tuple[str | None, str]:
-    """(key, path) of a `--data` value; the key is None where none is written."""
-    keyed = _KEYED.fullmatch(spec)
-    return (keyed[1], keyed[2]) if keyed else (None, spec)
+def described(path: str, splits: Splits, used: Mapping[str, Source | None]) -> str:
+    """One line that says what a path holds, as far as it is `used`, and what of it is left out."""
+    parts = []
+    for role, source in used.items():
+        if source is not None:
+            classes = f" of {source.num_classes:,} classes" if source.num_classes else " without labels"
+            parts.append(f"{len(source):,} {role} images{classes}")
+    ignored = splits.ignored()
+    line = f"{path}: {splits.said}: {', '.join(parts) or 'nothing'}"
+    if ignored.count:
+        named = ", ".join(f"{name} ({why})" for name, why in ignored.listed[:_MAX_SAID])
+        more = ", ..." if ignored.count > _MAX_SAID else ""
+        line += f"; {ignored.count:,} left out: {named}{more}"
+    return line
 
 
-def search_folders(specs: tuple[str, ...]) -> tuple[Path, ...]:
+def search_folders(specs: Iterable[str]) -> tuple[Path, ...]:
     """The folders of the data, where label lists may lie."""
-    paths = (Path(path) for _, path in map(parse_spec, specs) if path != "digits")
+    parsed = [DataSpec(spec) for spec in specs]
+    paths = [Path(spec.path) for spec in parsed if not spec.is_embedded and not spec.holds_nothing_out]
     return tuple(dict.fromkeys(path if path.is_dir() else path.parent for path in paths))
 
 
-def _chosen(splits: _Splits, key: str, path: str) -> Source:
+def _chosen(splits: Splits, key: str, path: str) -> Source:
     wanted = splits.validation if key == VALIDATION and not splits.single else splits.train
     if wanted is None:
         raise StoreError(f"{key}={path}: it has no {'val' if key == VALIDATION else 'train'} split")
@@ -144,42 +182,3 @@ def _check_validation(validation: Source, reference: Source) -> None:
     if lost.any():
         name = validation.class_names[validation.labels[lost.argmax()]]
         raise StoreError(f"{validation.name}: its class {name!r} is not among the classes of {reference.name}")
-
-
-def _open(path: str, validation: bool) -> _Splits:
-    if path == "digits":
-        return _Splits(*open_digits())
-    p = Path(path)
-    try:
-        if p.is_file():
-            return _Splits(BetonSource(p), None, single=True)
-        if not p.is_dir():
-            raise StoreError(f"{path}: no such file or folder; --data takes digits, a .beton, or a folder")
-        return _open_folder(p, validation)
-    except OSError as e:
-        raise StoreError(f"{e.filename or path}: cannot be read: {e.strerror}") from e
-
-
-def _open_folder(p: Path, validation: bool) -> _Splits:
-    betons = sorted(f for f in p.glob("*.beton") if not f.name.startswith("."))
-    if betons:
-        parts = [BetonSource(f) for f in betons if f.name != "val.beton"]
-        held_out = BetonSource(p / "val.beton") if len(parts) < len(betons) and validation else None
-        return _Splits(concatenate(parts) if parts else None, held_out)
-    if cifar.find(p) is not None:
-        return _Splits(*cifar.open_cifar10(p))
-    folders = folders_in(p)
-    if _is_divided(p, folders):
-        train = FolderSource(p / "train") if "train" in folders else None
-        return _Splits(train, FolderSource(p / "val") if "val" in folders and validation else None)
-    if not folders and not images_in(p):
-        raise StoreError(
-            f"{p}: no images; looked for *.beton, CIFAR-10's {cifar.TRAIN[0]}, train/ and val/, "
-            "folders of images, and *.JPEG, *.jpg, *.jpeg and *.png"
-        )
-    return _Splits(FolderSource(p), None, single=True)
-
-
-def _is_divided(p: Path, folders: list[str]) -> bool:
-    """Whether `train` and `val` are splits: `train` may also be a class of vehicles among others."""
-    return "val" in folders or ("train" in folders and (len(folders) == 1 or bool(folders_in(p / "train"))))

@@ -12,6 +12,7 @@ _BARE = frozenset({0x01, *range(0xD0, 0xD9)})  # markers without a length
 _APP1, _SCAN, _END = 0xE1, 0xDA, b"\xff\xd9"
 _ORIENTATION = 0x0112  # EXIF 2.3, table 4
 _EXIF = b"Exif\0\0"
+_EXIF_WITHIN = 1 << 16  # bytes of a file; where it begins later, other segments of the largest size stand before it
 
 
 class JpegFacts(NamedTuple):
@@ -40,7 +41,7 @@ def jpeg_facts(data: bytes) -> JpegFacts:
         if marker in _FRAMES and frame is None:
             frame = _frame(data, start, end)
         elif marker == _APP1 and data[start : start + len(_EXIF)] == _EXIF:
-            orientation = _exif_orientation(data[start + len(_EXIF) : end])
+            orientation = exif_orientation(data[start + len(_EXIF) : end])
         elif marker == _SCAN and frame is not None:
             return JpegFacts(*frame, orientation, data.rfind(_END, end) >= 0)
     raise StoreError("a JPEG without a " + ("scan" if frame else "frame header"))
@@ -74,7 +75,18 @@ def _frame(data: bytes, start: int, end: int) -> tuple[int, int, int, int]:
     return height, width, components, bits
 
 
-def _exif_orientation(tiff: bytes) -> int:
+def orientation_of(data: bytes) -> int:
+    """The EXIF orientation, 1..8, of a JPEG; 1 of anything else. Costs next to nothing where there is no EXIF."""
+    if data.find(_EXIF, 0, _EXIF_WITHIN) < 0:
+        return 1
+    try:
+        return jpeg_facts(data).orientation
+    except StoreError:
+        return 1
+
+
+def exif_orientation(tiff: bytes) -> int:
+    """What EXIF data, which are laid out as a TIFF, say of the orientation: 1..8, 1 where that makes no sense."""
     order = {b"II": "little", b"MM": "big"}.get(tiff[:2])
     if order is None:
         return 1

@@ -162,6 +162,20 @@ class JoinedMasks:
         return digest([part.fingerprint() for part in self.parts])
 
 
+class PickedMasks:
+    """The masks of some of a source's images, `ids` int64 [M]."""
+
+    def __init__(self, masks: Masks, ids: np.ndarray):
+        self.masks, self.ids, self.name, self.about = masks, ids, masks.name, masks.about
+        self.foreground = masks.foreground[ids]
+
+    def mask(self, i: int) -> np.ndarray:
+        return self.masks.mask(int(self.ids[i]))
+
+    def fingerprint(self) -> str:
+        return digest([self.masks.fingerprint()], self.ids)
+
+
 def masks_by_key(sources: dict[str, Source], files: Sequence[MaskFile]) -> dict[str, Masks]:
     """Of each key whose source, or all of whose parts, one of `files` belongs to: the masks. Raises StoreError where a
     file belongs to none of the sources, does not fit its own, or belongs to a part of a source that has parts without.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Protocol, TypeGuard
 
 import numpy as np
@@ -25,7 +27,7 @@ class Source(Protocol):
 
     @property
     def sizes(self) -> np.ndarray:
-        """int32 [N, 2], height and width in pixels as stored (EXIF orientation is not applied)."""
+        """int32 [N, 2], height and width in pixels of the upright images."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -41,14 +43,31 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def name_of(self, i: int) -> str:
-        """The bare file name of image `i`; its index where images are not files."""
+        """The file name of image `i`, below its class where it lies deeper; its index where images are not files."""
+
+    def path_of(self, i: int) -> str:
+        """Where image `i` lies in the data: its path from the data's folder, class and name, or its index."""
+
+    def files(self) -> list[Path]:
+        """The files that images are read from; none where they lie in memory."""
 
     def fingerprint(self) -> str:
         """sha256 over what identifies the data (labels, sizes, names or offsets), not over all pixels."""
 
 
 class EncodedSource(Source, Protocol):
-    """Images as files: JPEG, in image folders also PNG."""
+    """Images as files: JPEG, in image folders and archives also what else `loaders.store.images` reads."""
+
+    @property
+    def unreadable(self) -> Mapping[int, str]:
+        """Images that are known not to be usable, before any is decoded, and why."""
+
+    @property
+    def num_bytes(self) -> np.ndarray:
+        """int64 [N], of each image as it is stored."""
+
+    def tail(self, i: int, size: int) -> bytes:
+        """The last `size` bytes of image `i` as it is stored, all of it where it has fewer."""
 
     def jpeg(self, i: int) -> bytes:
         """The encoded bytes of image `i`, as stored. Safe to call from several threads."""
@@ -88,6 +107,12 @@ class ArraySource:
     def name_of(self, i: int) -> str:
         return str(i)
 
+    def path_of(self, i: int) -> str:
+        return str(i)
+
+    def files(self) -> list[Path]:
+        return []
+
     def fingerprint(self) -> str:
         head = np.ascontiguousarray(self.images[:64])  # tells sets of equal labels apart
         return digest(self.class_names, self.images.shape, self.labels, head)
@@ -104,7 +129,6 @@ class Concatenated:
         self.class_names = class_names
         self.name = joined_name(sources)
         self.labels = np.concatenate([relabelled(s, class_names) for s in sources])
-        self.sizes = np.concatenate([s.sizes for s in sources])
         self.channels = 3
         self._ends = np.cumsum([len(s) for s in sources])
 
@@ -114,6 +138,10 @@ class Concatenated:
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        return np.concatenate([s.sizes for s in self.sources])
 
     def _locate(self, i: int) -> tuple[EncodedSource, int]:
         k = int(np.searchsorted(self._ends, i, side="right"))
@@ -126,6 +154,28 @@ class Concatenated:
     def name_of(self, i: int) -> str:
         source, j = self._locate(i)
         return source.name_of(j)
+
+    def path_of(self, i: int) -> str:
+        source, j = self._locate(i)
+        return source.path_of(j)
+
+    def files(self) -> list[Path]:
+        return [path for source in self.sources for path in source.files()]
+
+    @property
+    def num_bytes(self) -> np.ndarray:
+        return np.concatenate([s.num_bytes for s in self.sources])
+
+    def tail(self, i: int, size: int) -> bytes:
+        source, j = self._locate(i)
+        return source.tail(j, size)
+
+    @property
+    def unreadable(self) -> dict[int, str]:
+        starts = [0, *self._ends.tolist()]
+        return {
+            start + i: why for start, s in zip(starts, self.sources, strict=False) for i, why in s.unreadable.items()
+        }
 
     def fingerprint(self) -> str:
         return digest(self.class_names, [s.fingerprint() for s in self.sources])

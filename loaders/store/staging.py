@@ -16,7 +16,7 @@ from pathlib import Path
 
 from loaders.errors import StoreError
 from loaders.files import partial_of, sha256_of, whole_file, write_file
-from loaders.store.data import MASKS, parse_spec
+from loaders.store.data import MASKS, DataSpec
 
 _CHUNK_BYTES = 1 << 24
 
@@ -35,11 +35,13 @@ def stage(specs: tuple[str, ...], folder: Path, progress: Progress) -> tuple[str
 
 
 def _stage_one(spec: str, folder: Path, progress: Progress) -> str:
-    key, path = parse_spec(spec)
-    source = Path(path)
+    spec = DataSpec(spec)
+    if spec.holds_nothing_out:
+        return spec
+    source = Path(spec.path)
     files = [source] if source.is_file() else sorted(source.glob("*.beton"))
-    if not files or (key != MASKS and any(f.suffix != ".beton" for f in files)):
-        raise StoreError(f"--stage-to copies .beton files; {path} is none: convert it first")
+    if not files or (spec.key != MASKS and any(f.suffix != ".beton" for f in files)):
+        raise StoreError(f"--stage-to copies .beton files; {spec.path} is none: convert it first")
     # One folder a source path, so that two sources' train.beton do not meet.
     place = folder / hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:16]
     try:
@@ -52,7 +54,7 @@ def _stage_one(spec: str, folder: Path, progress: Progress) -> str:
     except OSError as error:
         raise StoreError(f"--stage-to {folder}: {error.strerror}: {error.filename}") from error
     copied = place / source.name if source.is_file() else place
-    return str(copied) if key is None else f"{key}={copied}"
+    return spec.at(copied)
 
 
 def _make_room(files: list[Path], place: Path) -> None:

@@ -21,10 +21,10 @@ from PIL import Image, ImageOps
 
 import loaders.convert.conversion as conversion
 from loaders.convert.conversion import Options, convert, prepare, verify
-from loaders.convert.imagenet import find
 from loaders.convert.judge import SAID, Outcome, Reencode, judge
 from loaders.errors import StoreError
 from loaders.store.beton import PAGE_SIZE, BetonReader, place
+from loaders.store.imagenet import train_archive
 from loaders.store.matlab import structs
 from tests.imagenet_trees import DEVKIT, TRAIN_TAR, VAL_TAR, add, devkit, encoded, folder_tree, official_tree, tar_of
 
@@ -69,10 +69,10 @@ Image.fromarray(np.arange(12, dtype=np.uint16).reshape(3, 4) * 5000).save(PNG16,
         (encoded(1, form="PNG"), Outcome.WAS_PNG),
         (encoded(1, mode="RGBA", form="PNG"), Outcome.WAS_PNG),
         (b"", Outcome.EMPTY),
-        (encoded(1, form="GIF"), Outcome.GIF),
-        (encoded(1, form="BMP"), Outcome.NOT_AN_IMAGE),
+        (encoded(1, form="GIF"), Outcome.WAS_OTHER),
+        (encoded(1, form="BMP"), Outcome.WAS_OTHER),
         (b"<html>not found</html>", Outcome.NOT_AN_IMAGE),
-        (PNG16.getvalue(), Outcome.DEEP),
+        (PNG16.getvalue(), Outcome.WAS_PNG),
         (patched(PHOTO, FRAME, b"\x0c"), Outcome.DEEP),
         (patched(PHOTO, FRAME + 1, b"\xf0\x00\xf0\x00"), Outcome.BOMB),
         (encoded(1, 9000, 9000, mode="L", form="PNG"), Outcome.BOMB),
@@ -88,7 +88,7 @@ Image.fromarray(np.arange(12, dtype=np.uint16).reshape(3, 4) * 5000).save(PNG16,
 def test_verdicts(data, outcome):
     verdict = judge(data)
     assert verdict.outcome is outcome and outcome in SAID
-    assert (verdict.height > 0) == outcome.in_set and (verdict.anew is not None) == (2 <= outcome <= 5)
+    assert (verdict.height > 0) == outcome.in_set and (verdict.anew is not None) == (2 <= outcome <= 6)
 
 
 def test_a_file_without_its_end_is_truncated_where_pillow_takes_it(test_data):
@@ -188,35 +188,36 @@ def test_folder_to_beton_passes_bytes_through_and_sorts_out_odd_files(odd_tree, 
     reader = BetonReader(tmp_path / "out" / "train.beton")
     names = [reader.name(i) for i in range(len(reader))]
     assert names == [
-        *("cmyk.JPEG", "n01440764_10.JPEG", "n01440764_11.JPEG", "n01440764_9.JPEG", "png.JPEG", "turned.JPEG"),
+        *("cmyk.JPEG", "deep.JPEG", "gif.JPEG", "n01440764_10.JPEG", "n01440764_11.JPEG", "n01440764_9.JPEG"),
+        *("png.JPEG", "turned.JPEG"),
         *(f"n01440771_{k}.JPEG" for k in (10, 11, 9)),
     ]
-    assert reader.labels.tolist() == [0] * 6 + [1] * 3 and reader.class_names == ("n01440764", "n01440771")
+    assert reader.labels.tolist() == [0] * 8 + [1] * 3 and reader.class_names == ("n01440764", "n01440771")
     for i, name in enumerate(names):
         data, folder = reader.jpeg(i), odd_tree / "train" / reader.class_names[reader.labels[i]]
-        assert (data == (folder / name).read_bytes()) == (name not in ("cmyk.JPEG", "png.JPEG", "turned.JPEG"))
+        assert (data == (folder / name).read_bytes()) == name.startswith("n0")
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
             assert (image.mode, image.height, image.width) == ("RGB", *reader.sizes[i])
-    assert reader.sizes[5].tolist() == [30, 20]
+    assert reader.sizes[7].tolist() == [30, 20]
 
     train = manifest["splits"]["train"]
     assert [(row["file"], row["what"].split(",")[0]) for row in train["odd"]] == [
         ("n01440764/cmyk.JPEG", "CMYK"),
+        ("n01440764/deep.JPEG", "PNG"),
+        ("n01440764/gif.JPEG", "WebP"),
         ("n01440764/png.JPEG", "PNG"),
         ("n01440764/turned.JPEG", "EXIF-rotated"),
     ]
     assert {row["file"][10:]: row["what"] for row in train["quarantined"]} == {
         "cut.JPEG": "truncated",
         "empty.JPEG": "no bytes",
-        "gif.JPEG": "GIF",
-        "text.JPEG": "neither JPEG nor PNG",
-        "deep.JPEG": "more than 8 bits a sample",
+        "text.JPEG": "not a JPEG, PNG, WebP, TIFF, BMP or GIF",
     }
     assert train["ignored"]["count"] == 2 and {name for name, _ in train["ignored"]["first"]} == {
         "n01440764/gone.JPEG",
         "n01440764/notes.txt",
     }
-    assert {name: c["images"] for name, c in train["classes"].items()} == {"n01440764": 6, "n01440771": 3}
+    assert {name: c["images"] for name, c in train["classes"].items()} == {"n01440764": 8, "n01440771": 3}
     assert len(BetonReader(tmp_path / "out" / "val.beton")) == 2 == manifest["splits"]["val"]["images"]
     assert sorted(os.listdir(tmp_path / "out")) == ["manifest.json", "train.beton", "val.beton"]
     assert json.loads((tmp_path / "out" / "manifest.json").read_text()) == json.loads(json.dumps(manifest))
@@ -249,12 +250,13 @@ def test_validation_classes_are_numbered_as_in_training(tmp_path):
     run(root, tmp_path / "out")
     assert BetonReader(tmp_path / "out" / "val.beton").labels.tolist() == [1, 2]
     (root / "val" / "n99999999").mkdir()
+    (root / "val" / "n99999999" / "x.JPEG").write_bytes(PHOTO)
     with pytest.raises(StoreError, match="class 'n99999999' is not among"):
         prepare(root, Options())
 
 
 def test_sources_that_cannot_be_converted_are_named(tmp_path):
-    with pytest.raises(StoreError, match="no such folder"):
+    with pytest.raises(StoreError, match="no such f"):
         prepare(tmp_path / "none", Options())
     with pytest.raises(StoreError, match="no images; looked for"):
         prepare(tmp_path, Options())
@@ -285,9 +287,9 @@ def test_subset_takes_the_listed_training_images_and_all_validation_images(tmp_p
 def test_reencoded_set(odd_tree, tmp_path):
     manifest = run(odd_tree, tmp_path / "out", reencode=Reencode(70, 16))
     reader = BetonReader(tmp_path / "out" / "train.beton")
-    assert len(reader) == 9 and reader.sizes.max(axis=1).tolist() == [16] * 9
+    assert len(reader) == 11 and reader.sizes.max(axis=1).max() == 16
     assert manifest["options"]["reencode"] == {"quality": 70, "max_side": 16}
-    assert [row["file"][10:-5] for row in manifest["splits"]["train"]["odd"]] == ["cmyk", "png", "turned"]
+    assert [row["file"][10:-5] for row in manifest["splits"]["train"]["odd"]] == ["cmyk", "deep", "gif", "png", "turned"]
     verify(tmp_path / "out")
 
 
@@ -427,7 +429,7 @@ def test_verify_names_what_is_damaged(odd_tree, tmp_path):
     good = (out / "train.beton").read_bytes()
     at = good.index((odd_tree / "train" / "n01440771" / "n01440771_9.JPEG").read_bytes())
     (out / "train.beton").write_bytes(patched(good, at + 300, bytes([good[at + 300] ^ 1])))
-    with pytest.raises(StoreError, match=r"1 of 9 images are damaged, first n01440771/n01440771_9\.JPEG \(id 8\)"):
+    with pytest.raises(StoreError, match=r"1 of 11 images are damaged, first n01440771/n01440771_9\.JPEG \(id 10\)"):
         verify(out)
     label = good.index(b"n01440764_10.JPEG")
     (out / "train.beton").write_bytes(patched(good, label, b"n01440764_99"))
@@ -514,10 +516,10 @@ def test_hostile_members_are_ignored_and_reported(tmp_path):
     manifest = run(tmp_path / "src", tmp_path / "out")["splits"]["train"]
     reader = BetonReader(tmp_path / "out" / "train.beton")
     assert [reader.name(i) for i in range(len(reader))] == ["n01440764_1.JPEG", "n01440764_2.JPEG"]
-    assert reader.jpeg(0) == encoded(1) and reader.class_names == ("n01440764", "n01440771")
+    assert reader.jpeg(0) == encoded(1) and reader.class_names == ("n01440764",)  # the other class holds nothing
     assert [row["what"] for row in manifest["quarantined"]] == ["a second file of this name"]
     ignored = dict(manifest["ignored"]["first"])
-    assert manifest["ignored"]["count"] == 10 == len(ignored)
+    assert manifest["ignored"]["count"] == 11 == len(ignored)
     assert ignored["n01440764.tar: n01440764_6.JPEG"] == "a symbolic link"
     assert ignored["n01440764.tar: n01440764_7.JPEG"] == "a hard link"
     assert ignored["n01440764.tar: n01440764_9.JPEG\\n"] == "not named as an image of its class"
@@ -539,7 +541,7 @@ def test_damaged_archives_are_an_error_or_a_result(tmp_path):
 
     def listed(data: bytes):
         path.write_bytes(data)
-        return find(tmp_path, 1)["train"]
+        return train_archive(tmp_path)
 
     assert len(listed(good)) == 3
 

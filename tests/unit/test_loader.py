@@ -320,8 +320,9 @@ def test_a_consumer_that_is_slow_waits_for_nothing(bound):
     assert sorted(waits)[len(waits) // 2] < 0.01
 
 
+@pytest.mark.parametrize("unreadable_by_header", [True, False])
 @pytest.mark.parametrize("kind", ["pil", "ffcv", "dali"])
-def test_a_damaged_image_is_replaced_by_the_next_of_its_label(kind, tmp_path):
+def test_a_damaged_image_is_replaced_by_the_next_of_its_label(kind, unreadable_by_header, tmp_path):
     """Catches a substitute of another class, one cropped with the damaged image's boxes, and a loop that never ends."""
     require(kind)
     rng = np.random.default_rng(0)
@@ -335,9 +336,13 @@ def test_a_damaged_image_is_replaced_by_the_next_of_its_label(kind, tmp_path):
     victim, following = 1, 2  # both of class 0: ids are ordered by class
     data = DataSets({"train": source})
     path = next(p for p in (tmp_path / "0").iterdir() if p.name == source.name_of(victim))
+    if not unreadable_by_header:
+        assert source.unreadable == {}  # looked at before it is damaged
     path.write_bytes(path.read_bytes()[:200] + b"\xff\xd9")
+    assert unreadable_by_header == (victim in source.unreadable)
 
-    with pytest.raises(RenderError, match=source.name_of(victim)), Loader(bind(plan, data), renderer=kind) as loader:
+    error = StoreError if unreadable_by_header else RenderError
+    with pytest.raises(error, match=source.name_of(victim)), Loader(bind(plan, data), renderer=kind) as loader:
         next(loader.batches(0, 1))
     with Loader(bind(plan, data), renderer=kind, replace_damaged=True) as loader:
         (batch,) = loader.batches(0, 1)

@@ -18,7 +18,9 @@ from loaders.plan.views import Rrc, SaliencyMask, Shuffled, Stream, View
 from loaders.store import data as data_module
 from loaders.store import staging
 from loaders.store.data import DataSets, open_data
+from loaders.store.folder import FolderSource
 from loaders.store.masks import MaskFile, MaskWriter, mask_of, packed
+from loaders.store.openers import Splits
 from loaders.store.source import ArraySource, Concatenated, concatenate
 from tests import fakes
 from tests.end_to_end.command import metrics
@@ -127,7 +129,7 @@ def test_masks_come_back_bit_for_bit(tmp_path):
 
 
 def image_folder_source(folder):
-    return data_module.FolderSource(image_folder(folder, per_class=4))
+    return FolderSource(image_folder(folder, per_class=4))
 
 
 def test_a_file_that_was_stopped_continues_wherever_it_was_torn(tmp_path):
@@ -255,7 +257,7 @@ def test_a_file_of_the_wrong_sizes_is_refused(tmp_path, monkeypatch):
     source, other = source_of(height=9, width=5), source_of(height=5, width=9)
     monkeypatch.setattr(ArraySource, "fingerprint", lambda self: "the same")
     file = write(tmp_path / "x.masks", other)
-    monkeypatch.setattr(data_module, "_open", lambda *_: data_module._Splits(source, None, single=True))
+    monkeypatch.setattr(data_module, "open_path", lambda *_: Splits("a set", source, single=True))
     with pytest.raises(StoreError, match=r"mask of image 0 \(0\) of small is 9 x 5, the image 5 x 9"):
         open_data(("anything", f"masks={file}"))
 
@@ -264,7 +266,7 @@ def test_masks_are_staged_with_their_data(tmp_path):
     source = source_of()
     file = write(tmp_path / "x.masks", source)
     (copied,) = staging.stage((f"masks={file}",), tmp_path / "local", lambda *_: None)
-    key, path = data_module.parse_spec(copied)
+    key, path = copied.key, copied.path
     assert key == "masks" and str(tmp_path / "local") in path
     assert (MaskFile(path).mask(3) == MaskFile(file).mask(3)).all()
 

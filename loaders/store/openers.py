@@ -1,0 +1,234 @@
+"""What a path holds is decided here, for every command alike: a table of openers, of which the first that knows a path
+opens it.
+
+A new format or layout is one file and one row of OPENERS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from loaders.errors import StoreError
+from loaders.store import cifar, imagenet, listed, shards
+from loaders.store.beton import BetonSource
+from loaders.store.digits import open_digits
+from loaders.store.folder import ListedSource, files_below, folders_in, images_in, list_folder
+from loaders.store.images import SUFFIXES
+from loaders.store.listing import Listing, PassedOver
+from loaders.store.source import Source, concatenate
+
+DIGITS = "digits"  # the embedded set, in place of a path
+_TRAIN_FOLDERS = ("train", "training")
+_VAL_FOLDERS = ("val", "valid", "validation", "test")  # the first that is there; test/ only where none of the others is
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What one path holds. A `single` set, not divided into splits, serves as either.
+
+    `said` is what it was taken for; `left_out` what lies there and is used for neither split.
+    """
+
+    said: str
+    train: Source | None
+    validation: Source | None = None
+    single: bool = False
+    left_out: PassedOver | None = None
+
+    def ignored(self) -> PassedOver:
+        """All that is left out, of the path and of its splits."""
+        everything, both = PassedOver(), self.train is not None and self.validation is not None
+        everything.update(self.left_out or PassedOver())
+        for source in (self.train, self.validation):
+            if isinstance(source, ListedSource):
+                everything.update(source.listing.ignored, f"{source.listing.path.name}/" if both else "")
+        return everything
+
+
+class Opener(NamedTuple):
+    """A kind of data: what messages call it, whether a path looks like it, and how it is opened. `open` gets the path,
+    and whether validation images are wanted: where not, nothing of theirs is looked at."""
+
+    said: str
+    looks_like: Callable[[Path], bool]
+    open: Callable[[Path, bool], Splits]
+
+
+def open_path(path: str, validation: bool = True) -> Splits:
+    """What `path` holds. Raises StoreError that says what was looked for."""
+    if path == DIGITS:
+        return Splits("handwritten digits (embedded)", *open_digits())
+    p = Path(path)
+    try:
+        if not p.exists():
+            raise StoreError(f"{path}: no such file or folder; --data takes {DIGITS}, a .beton, a table, or a folder")
+        for opener in OPENERS:
+            if opener.looks_like(p):
+                return opener.open(p, validation)
+    except OSError as e:
+        raise StoreError(f"{e.filename or path}: cannot be read: {e.strerror}") from e
+    raise StoreError(f"{p}: no images; looked for {'; '.join(opener.said for opener in OPENERS)}")
+
+
+# .beton files
+
+
+def _open_beton(p: Path, validation: bool) -> Splits:
+    return Splits("a .beton", BetonSource(p), single=True)
+
+
+def _betons_in(p: Path) -> list[Path]:
+    return sorted(f for f in p.glob("*.beton") if not f.name.startswith(".")) if p.is_dir() else []
+
+
+def _open_betons(p: Path, validation: bool) -> Splits:
+    betons = _betons_in(p)
+    parts = [BetonSource(f) for f in betons if f.name != "val.beton"]
+    held_out = BetonSource(p / "val.beton") if len(parts) < len(betons) and validation else None
+    return Splits("a folder of .beton files", concatenate(parts) if parts else None, held_out)
+
+
+# Listings
+
+
+def _listing_opener(
+    said: str,
+    looks_like: Callable[[Path], bool],
+    train: Callable[[Path], Listing] | None,
+    val: Callable[[Path], Listing] | None = None,
+) -> Opener:
+    """An opener of a kind that lists its image files; a kind without `val` is one set."""
+
+    def opened(p: Path, validation: bool) -> Splits:
+        learnt = ListedSource(train(p)) if train else None
+        if val is None:
+            return Splits(said, learnt, single=True)
+        return Splits(said, learnt, ListedSource(val(p)) if validation else None)
+
+    return Opener(said, looks_like, opened)
+
+
+def _open_archives(p: Path, validation: bool) -> Splits:
+    train = ListedSource(imagenet.train_archive(p)) if (p / imagenet.TRAIN_TAR).is_file() else None
+    has_val = validation and (p / imagenet.VAL_TAR).is_file()
+    return Splits("ImageNet's archives", train, ListedSource(imagenet.val_archive(p)) if has_val else None)
+
+
+def _class_archives_at(p: Path) -> Path | None:
+    return next((f for f in (p / "train", p) if f.is_dir() and imagenet.class_archives_in(f)), None)
+
+
+def _open_class_archives(p: Path, validation: bool) -> Splits:
+    folder = _class_archives_at(p)
+    assert folder is not None
+    train, said = ListedSource(imagenet.class_archives(folder)), "archives of ImageNet's classes, n*.tar"
+    val = next((p / name for name in _VAL_FOLDERS if (p / name).is_dir()), None)
+    if val is None:
+        return Splits(said, train, single=folder == p)
+    return Splits(said, train, ListedSource(list_folder(val)) if validation else None)
+
+
+def _open_kaggle(p: Path, validation: bool) -> Splits:
+    folder = imagenet.kaggle_folder(p)
+    assert folder is not None
+    val = ListedSource(imagenet.kaggle_val(folder)) if validation else None
+    return Splits("Kaggle's ILSVRC folders", ListedSource(imagenet.kaggle_train(folder)), val, left_out=_others(folder))
+
+
+def _open_tiny(p: Path, validation: bool) -> Splits:
+    train = ListedSource(listed.tiny_train(p)) if (p / "train").is_dir() else None
+    val = ListedSource(listed.tiny_val(p)) if validation and (p / "val").is_dir() else None
+    return Splits("Tiny-ImageNet's layout", train, val, left_out=_others(p))
+
+
+def _open_shards(p: Path, validation: bool) -> Splits:
+    by_split = shards.shards_in(p) if p.is_dir() else {"train": [p]}
+    left_out = PassedOver()
+    if "val" not in by_split and "test" in by_split and "train" in by_split:
+        by_split["val"] = by_split.pop("test")
+    for path in by_split.pop("test", []):
+        left_out.add(path.name, "shards of a test set")
+    said = "WebDataset shards"
+
+    def source(split: str) -> Source | None:
+        paths = by_split.get(split)
+        return (
+            ListedSource(shards.list_shards(p if len(by_split) == 1 else p / f"{split} shards", paths))
+            if paths
+            else None
+        )
+
+    return Splits(said, source("train"), source("val") if validation else None, len(by_split) == 1, left_out)
+
+
+def _divided(p: Path) -> tuple[str | None, str | None]:
+    """The folders of training and validation images where those in `p` are splits: `train` may also be a class of
+    vehicles among others."""
+    folders = folders_in(p)
+    train = next((f for f in _TRAIN_FOLDERS if f in folders), None)
+    val = next((f for f in _VAL_FOLDERS if f in folders and (f != "test" or (train and folders_in(p / f)))), None)
+    if train and (val or len(folders) == 1 or folders_in(p / train)):
+        return train, val
+    only_val = not train and (val == "val" or {val} == set(folders))
+    return None, val if only_val else None
+
+
+def _open_divided(p: Path, validation: bool) -> Splits:
+    train, val = _divided(p)
+    said = f"image folders {' and '.join(f'{name}/' for name in (train, val) if name)}"
+    learnt = ListedSource(list_folder(p / train)) if train else None
+    return Splits(said, learnt, ListedSource(list_folder(p / val)) if val and validation else None, left_out=_others(p))
+
+
+def _others(p: Path) -> PassedOver:
+    """What lies in a divided folder beside its splits."""
+    known, left_out = {*_TRAIN_FOLDERS, *_VAL_FOLDERS}, PassedOver()
+    files_in = files_below(p, left_out, deep=False)
+    for row in sorted(files_in):
+        left_out.add(row.path, "an image beside the splits")
+    for name in folders_in(p):
+        if name not in known:
+            left_out.add(f"{name}/", "a folder beside the splits")
+    chosen = _divided(p)
+    for name in sorted(known - set(chosen)):
+        if (p / name).is_dir():
+            left_out.add(f"{name}/", "a second set for the same purpose, or without classes")
+    return left_out
+
+
+def _open_folder(p: Path, validation: bool) -> Splits:
+    listing = list_folder(p)
+    said = "a folder of a folder a class" if listing.class_names else "a folder of images without classes"
+    return Splits(said, ListedSource(listing), single=True)
+
+
+def _one_image(p: Path, validation: bool) -> Splits:
+    raise StoreError(f"{p}: a single image; give the folder that it lies in")
+
+
+def _is_shards(p: Path) -> bool:
+    return p.suffix == ".tar" if p.is_file() else bool(shards.shards_in(p))
+
+
+def _named(p: Path, *suffixes: str) -> bool:
+    return p.is_file() and p.suffix.lower() in suffixes
+
+
+OPENERS = (
+    Opener("*.beton", lambda p: bool(_betons_in(p)), _open_betons),
+    _listing_opener("a .csv or .tsv of paths and labels", lambda p: _named(p, *listed.TABLES), listed.list_table),
+    Opener("a single image", lambda p: _named(p, *SUFFIXES), _one_image),
+    Opener(f"CIFAR-10's {cifar.TRAIN[0]}", lambda p: cifar.find(p) is not None,
+           lambda p, validation: Splits("CIFAR-10", *cifar.open_cifar10(p))),
+    Opener(f"ImageNet's {imagenet.TRAIN_TAR}", imagenet.has_archives, _open_archives),
+    Opener("Kaggle's ILSVRC/Data/CLS-LOC", lambda p: imagenet.kaggle_folder(p) is not None, _open_kaggle),
+    Opener("Tiny-ImageNet's val_annotations.txt", listed.is_tiny_imagenet, _open_tiny),
+    Opener("n*.tar of ImageNet's classes", lambda p: _class_archives_at(p) is not None, _open_class_archives),
+    Opener("WebDataset's *.tar", _is_shards, _open_shards),
+    Opener("a .beton", Path.is_file, _open_beton),
+    Opener("train/ and val/", lambda p: _divided(p) != (None, None), _open_divided),
+    Opener("images, or folders of them", lambda p: bool(folders_in(p) or images_in(p)), _open_folder),
+)  # fmt: skip
