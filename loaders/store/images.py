@@ -118,9 +118,9 @@ def _jpeg_header(data: bytes) -> Header:
 
 
 def decode(data: bytes, keep_grey: bool = False, least: tuple[int, int] | None = None) -> Image.Image:
-    """An image of any of FORMATS, of several frames the first, as RGB of 8 bits and upright. Alpha is dropped, as Pillow's
-    `convert("RGB")` does; of 16 bits a sample the high byte stays. With `keep_grey` a grey image stays one; with `least`
-    (width, height) it may be smaller, no smaller than that, where that costs less. Raises ImageError."""
+    """An image of any of FORMATS, of several frames the first, as RGB of 8 bits and upright. Alpha is dropped, as
+    Pillow's `convert("RGB")` does; of 16 bits a sample the high byte stays. With `keep_grey` a grey image stays one;
+    with `least` (width, height) it may be smaller, no smaller than that, where that costs less. Raises ImageError."""
     with open_image(io.BytesIO(data)) as image:
         try:
             if least is not None:
