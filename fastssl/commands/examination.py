@@ -119,7 +119,7 @@ _INSTALL = "pip install -c constraints.txt -e"
 
 def _probe(code: str) -> dict[str, Any]:
     """What a Python process prints as JSON at the end, or its `error` in one line and whether a module is `missing`."""
-    command = [sys.executable, "-c", code]
+    command = [sys.executable, "-P", "-c", code]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=IMPORT_TIMEOUT_S)
     except subprocess.TimeoutExpired:

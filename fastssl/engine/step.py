@@ -166,7 +166,7 @@ class TrainingStep:
         online = self.nets.online
         if self._compiles:
             keep_what_is_dear(not self.keeps_all)
-            online = torch.compile(online, fullgraph=True, dynamic=False)  # type: ignore[assignment]
+            online = torch.compile(online, fullgraph=True, dynamic=False)
         with self._on_own_stream():
             watched = gradient_check.Watched(self._averaged(online))
             self._trained = replace(self.nets, online=watched)

@@ -40,7 +40,7 @@ def lines(ranks: Ranks, command: str) -> list[str]:
     wrapped = f"srun --cpus-per-task {CPUS_PER_GPU} {command} {again}"  # which srun does not take from sbatch
     return [
         f"torchrun --nnodes {nodes} --nproc-per-node {each} --rdzv-backend c10d --rdzv-endpoint FIRST_HOST:29400 "
-        f"--rdzv-id fastssl -m {command}",
+        f"--rdzv-id fastssl --no-python {command}",  # with `-m` each rank would import what lies in its folder first
         f"sbatch {options} --requeue --wrap {shlex.quote(wrapped)}",
     ]
 

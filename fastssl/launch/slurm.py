@@ -50,6 +50,7 @@ def submit(
         "slurm_signal_delay_s": SAVE_S,
         "slurm_srun_args": [f"--cpus-per-task={cpus}"],  # which srun does not take from sbatch
         "slurm_additional_parameters": {"requeue": True},
+        "slurm_setup": ["export PYTHONSAFEPATH=1"],  # or tasks would import what lies in the job's folder first
     }
     if ranks.device == "cuda":
         parameters["gpus_per_node"] = ranks_each

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -145,8 +145,12 @@ class Artefact:
         return read_weights(self.path, self.unsafe_pickle)
 
 
+AnyConfig = TypeVar("AnyConfig", bound="Config")
+Net = TypeVar("Net", bound=nn.Module)
+
+
 @dataclass
-class Nets:
+class Nets(Generic[Net]):
     """A method's modules.
 
     online   trained; the engine wraps it for gradient averaging, so call it once a loss, with all its inputs
@@ -155,8 +159,8 @@ class Nets:
     state    queues and pointers, equal on all ranks; saved
     """
 
-    online: nn.Module
-    target: nn.Module | None = None
+    online: Net
+    target: Net | None = None
     frozen: nn.Module | None = None
     state: nn.Module | None = None
 
@@ -192,14 +196,14 @@ class Config(ABC):
         """The method of this configuration."""
 
 
-class Method(ABC):
+class Method(ABC, Generic[AnyConfig, Net]):
     """One learning method. Draws nothing itself: initial weights come from torch's generator, seeded by the engine;
     anything random in a step is keyed by the batch."""
 
     taps: tuple[str, ...] = ("backbone",)  # what `embed` offers; the last is the one nearest the loss
     needs_classes = False  # whether it classifies, so that labelled images without any label are refused at the door
 
-    def __init__(self, config: Config, facts: Facts, inputs: Mapping[str, Artefact]):
+    def __init__(self, config: AnyConfig, facts: Facts, inputs: Mapping[str, Artefact]):
         if self.needs_classes and not facts.num_classes:
             raise ConfigError(NO_LABEL)
         self.config, self.facts, self.inputs = config, facts, inputs
@@ -209,21 +213,21 @@ class Method(ABC):
         """The streams of a training step."""
 
     @abstractmethod
-    def nets(self) -> Nets:
+    def nets(self) -> Nets[Net]:
         """Freshly initialised modules on the CPU, whatever the inputs."""
 
     def about(self) -> dict[str, Any]:
         """What stands beside the networks wherever they are stored: plain values, how to build and how to feed them."""
         return {"method": type(self).__name__, "config": to_plain(self.config), "facts": to_plain(self.facts)}
 
-    def load_inputs(self, nets: Nets) -> None:
+    def load_inputs(self, nets: Nets[Net]) -> None:
         """Put what `inputs` hold (weights to start from, a teacher's) into fresh `nets`, before any checkpoint of this
         stage is loaded over them. `nets` itself must work without inputs: runs are opened again without. Here: the
         input called "init"."""
         if "init" in self.inputs:
             self.start_from(nets, self.inputs["init"].weights())
 
-    def start_from(self, nets: Nets, weights: Weights) -> None:
+    def start_from(self, nets: Nets[Net], weights: Weights) -> None:
         """Put another run's weights into fresh `nets`: `--init-from`. Raises WeightsError where they do not fit, with
         nothing loaded. Here: every part (trunk, projection, ...) that both have must fit whole; a line names those
         that only one has. A target is an average of `online`, so it starts from the other run's, or where that had
@@ -240,7 +244,7 @@ class Method(ABC):
             print("taken: {}; as they were drawn: {}; left out: {}".format(*named), flush=True)
 
     @abstractmethod
-    def optimizer(self, nets: Nets) -> Optimizer:
+    def optimizer(self, nets: Nets[Net]) -> Optimizer:
         """Over nets.online (and whatever else is trained), in any number of groups."""
 
     @abstractmethod
@@ -248,22 +252,22 @@ class Method(ABC):
         """The learning rate of each parameter group at `step`."""
 
     @abstractmethod
-    def loss(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:
+    def loss(self, nets: Nets[Net], batch: Batch) -> dict[str, Tensor]:
         """0-dim tensors: "total", which is minimised, and its parts by name. Owns its autocast; similarities,
         softmax and losses in fp32. On several ranks: the mean over ranks of `total` is the objective."""
 
-    def after_step(self, nets: Nets, step: int, horizon: Horizon) -> None:  # noqa: B027
+    def after_step(self, nets: Nets[Net], step: int, horizon: Horizon) -> None:  # noqa: B027
         """Averages and queue pointers, after each step, those included that fp16's scaler left out."""
 
-    def metrics(self, nets: Nets, batch: Batch, truth: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def metrics(self, nets: Nets[Net], batch: Batch, truth: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """0-dim tensors worth a look, on logging steps, without gradient; `truth` has each stream's true labels."""
         return {}
 
     @abstractmethod
-    def embed(self, nets: Nets, x: Tensor, tap: str) -> Tensor:
+    def embed(self, nets: Nets[Net], x: Tensor, tap: str) -> Tensor:
         """Images [N, C, H, W] -> float32 [N, D] at one of `taps`. The caller sets eval mode and no_grad."""
 
-    def produce(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:
+    def produce(self, nets: Nets[Net], batch: Batch) -> dict[str, Tensor]:
         """What a `Produce` stage stores for each image: tensors with B rows (pseudo-labels, masks)."""
         raise NotImplementedError(f"{type(self).__name__} produces nothing")
 

@@ -88,10 +88,9 @@ class DistilConfig(Config):
         return Distil(self, facts, inputs)
 
 
-class Distil(Method):
+class Distil(Method[DistilConfig, Classifier]):
     """Learning a teacher's answers."""
 
-    config: DistilConfig
     taps = ("backbone", "logits")
     needs_classes = True
 
@@ -105,10 +104,10 @@ class Distil(Method):
     def _sees_labels(self) -> bool:
         return self.config.alpha < 1
 
-    def nets(self) -> Nets:
+    def nets(self) -> Nets[Classifier]:
         return Nets(self._classifier(self.config.encoder))
 
-    def load_inputs(self, nets: Nets) -> None:
+    def load_inputs(self, nets: Nets[Classifier]) -> None:
         """The input "teacher" becomes `nets.frozen`. Raises WeightsError where it is none for this student."""
         nets.frozen = self._teacher(self.inputs["teacher"].weights()).requires_grad_(False).eval()
         super().load_inputs(nets)
@@ -135,7 +134,7 @@ class Distil(Method):
         c = self.config
         return Classifier(SupervisedConfig(c.dataset, c.eval_view, encoder=encoder, head=head), self.facts)
 
-    def optimizer(self, nets: Nets) -> Lars:
+    def optimizer(self, nets: Nets[Classifier]) -> Lars:
         c = self.config
         # As in the notebook, the classifier's kernel is adapted and decayed like any other.
         return Lars(lars_groups(nets.online, "paper"), lr=c.lr_peak, weight_decay=c.weight_decay, form="simclr")
@@ -144,7 +143,7 @@ class Distil(Method):
         rate = horizon.warmup_cosine(step, peak=self.config.lr_peak, warmup=self.config.warmup)
         return rate, rate
 
-    def loss(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:
+    def loss(self, nets: Nets[Classifier], batch: Batch) -> dict[str, Tensor]:
         c, part = self.config, batch.parts["unlabelled"]
         x = part.x[c.view.name]
         if nets.frozen is None:
@@ -162,7 +161,7 @@ class Distil(Method):
         told = labelled_cross_entropy(student_NK, part.labels.repeat(c.view.copies))
         return {"total": c.alpha * total + (1 - c.alpha) * told, "distillation": taught, "cross_entropy": told}
 
-    def metrics(self, nets: Nets, batch: Batch, truth: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def metrics(self, nets: Nets[Classifier], batch: Batch, truth: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """agreement: share of images of which both say the same; teacher_entropy: of what is taught, in nats, which is
         the least that distillation can come to."""
         student_NK, teacher_NK = self._seen
@@ -170,8 +169,7 @@ class Distil(Method):
         entropy = distillation(teacher_NK, teacher_NK, temperature=self.config.temperature)
         return {"agreement": agreement, "teacher_entropy": entropy}
 
-    def embed(self, nets: Nets, x: Tensor, tap: str) -> Tensor:
+    def embed(self, nets: Nets[Classifier], x: Tensor, tap: str) -> Tensor:
         net = nets.online
-        assert isinstance(net, Classifier)
         with autocast(x.device, self.config.precision):
             return in_full(net.trunk(x) if tap == "backbone" else net(x))

@@ -268,10 +268,9 @@ class PawsNet(nn.Module):
         return [in_full(each) for each in h], [in_full(each) for each in z]
 
 
-class Paws(Method):
+class Paws(Method[PawsConfig, PawsNet]):
     """Predicting view assignments with support samples."""
 
-    config: PawsConfig
     taps = ("backbone", "h", "z")
 
     def plan(self) -> Plan:
@@ -294,10 +293,10 @@ class Paws(Method):
             seed=self.facts.seed,
         )
 
-    def nets(self) -> Nets:
+    def nets(self) -> Nets[PawsNet]:
         return Nets(PawsNet(self.config, self.facts.channels))
 
-    def optimizer(self, nets: Nets) -> Lars:
+    def optimizer(self, nets: Nets[PawsNet]) -> Lars:
         c = self.config
         return Lars(lars_groups(nets.online, c.lars_rule), lr=c.lr_start, weight_decay=c.weight_decay)
 
@@ -306,7 +305,7 @@ class Paws(Method):
         rate = horizon.warmup_cosine(step, start=c.lr_start, peak=c.lr_peak, final=c.lr_final, warmup=c.warmup)
         return rate, rate
 
-    def loss(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:
+    def loss(self, nets: Nets[PawsNet], batch: Batch) -> dict[str, Tensor]:
         c, unlabelled, support = self.config, batch.parts["unlabelled"].x, batch.parts["support"]
         resolutions = [torch.cat([support.x["support"], unlabelled["global"]])]
         if c.small_view is not None:
@@ -325,11 +324,10 @@ class Paws(Method):
         self._seen = h_GD.detach(), supports.h_SD, labels
         return {"total": cross_entropy + me_max, "cross_entropy": cross_entropy, "me_max": me_max}
 
-    def metrics(self, nets: Nets, batch: Batch, truth: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def metrics(self, nets: Nets[PawsNet], batch: Batch, truth: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return diagnostics(*self._seen, tau=self.config.tau, sharpen_T=self.config.sharpen_T)
 
-    def embed(self, nets: Nets, x: Tensor, tap: str) -> Tensor:
+    def embed(self, nets: Nets[PawsNet], x: Tensor, tap: str) -> Tensor:
         net = nets.online
-        assert isinstance(net, PawsNet)
         layers = (net.trunk, net.projection, net.prediction)
         return through(layers[: 1 + self.taps.index(tap)], x, self.config.precision)

@@ -306,10 +306,9 @@ class PseudoLabels(nn.Module):
 # ----------------------------------------------------------------------------------------------------------- method
 
 
-class S4l(Method):
+class S4l(Method[S4lConfig, S4lNet]):
     """The class's cross-entropy on labelled images, and terms that need no labels on all."""
 
-    config: S4lConfig
     taps = ("backbone", "turned-logits", "logits")
     needs_classes = True
 
@@ -331,7 +330,7 @@ class S4l(Method):
         unlabelled = Stream("unlabelled", "unlabelled", (c.turned_view,), Shuffled(), c.batch_global)
         return Plan((labelled, unlabelled) if c.sees_unlabelled else (labelled,), "labelled", self.facts.seed)
 
-    def nets(self) -> Nets:
+    def nets(self) -> Nets[S4lNet]:
         c, online = self.config, S4lNet(self.config, self.facts)
         return Nets(
             online,
@@ -339,13 +338,13 @@ class S4l(Method):
             frozen=PseudoLabels() if c.pseudo_labels else None,
         )
 
-    def load_inputs(self, nets: Nets) -> None:
+    def load_inputs(self, nets: Nets[S4lNet]) -> None:
         super().load_inputs(nets)
         if self.config.pseudo_labels:
             assert isinstance(nets.frozen, PseudoLabels)
             nets.frozen.label_I = _pseudo_labels(self.facts, self.inputs)
 
-    def optimizer(self, nets: Nets) -> SGD:
+    def optimizer(self, nets: Nets[S4lNet]) -> SGD:
         c, parameters = self.config, list(nets.online.parameters())
         groups = [
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": c.weight_decay},
@@ -359,7 +358,7 @@ class S4l(Method):
         rate = horizon.warmup_stairs(step, peak=c.lr_peak, factor=0.1, at=c.decays, warmup=c.warmup)
         return rate, rate
 
-    def loss(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:
+    def loss(self, nets: Nets[S4lNet], batch: Batch) -> dict[str, Tensor]:
         c, labelled = self.config, batch.parts["labelled"]
         parts = [batch.parts[name] for name in ("labelled", "unlabelled") if name in batch.parts]
         num_images = len(labelled.ids)
@@ -395,7 +394,7 @@ class S4l(Method):
             total = total + c.entropy_weight * values["entropy"]
         return {"total": total, **values}
 
-    def after_step(self, nets: Nets, step: int, horizon: Horizon) -> None:
+    def after_step(self, nets: Nets[S4lNet], step: int, horizon: Horizon) -> None:
         """The average of the weights since the start, of which half is from the last `half_life`: begun at zero and
         divided by what it has seen, as TensorFlow's `zero_debias`. Running statistics are those of the moment."""
         if self.config.half_life is not None:
@@ -404,10 +403,9 @@ class S4l(Method):
             follow(nets.target, nets.online, 1.0 - (1.0 - decay) / (1.0 - decay ** (step + 1)))
             torch._foreach_copy_(list(nets.target.buffers()), list(nets.online.buffers()))
 
-    def embed(self, nets: Nets, x: Tensor, tap: str) -> Tensor:
+    def embed(self, nets: Nets[S4lNet], x: Tensor, tap: str) -> Tensor:
         """ "turned-logits" are the mean of the logits of an image's four turns."""
         net = nets.online if nets.target is None else nets.target
-        assert isinstance(net, S4lNet)
         turns = TURNS if tap == "turned-logits" else (0,)
         found = []
         with autocast(x.device, self.config.precision):
@@ -429,7 +427,7 @@ class Labeller(S4l):
         )
         return Plan((stream,), "images", self.facts.seed)
 
-    def produce(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:
+    def produce(self, nets: Nets[S4lNet], batch: Batch) -> dict[str, Tensor]:
         part, view = batch.parts["images"], self.config.label_view
         logits = self.embed(nets, part.x[view.name], "logits")
         votes = logits.unflatten(0, (view.copies * len(view.turns), len(part.ids))).mean(dim=0)

@@ -224,10 +224,9 @@ class SempplNet(nn.Module):
         return [in_full(each) for each in z]
 
 
-class Semppl(Method):
+class Semppl(Method[SempplConfig, SempplNet]):
     """Semantic positives from pseudo-labels, on one of three bases."""
 
-    config: SempplConfig
     taps = ("backbone", "h", "z")
 
     def __init__(self, config: SempplConfig, facts: Facts, inputs: Mapping[str, Artefact]):
@@ -246,7 +245,7 @@ class Semppl(Method):
             stream = replace(stream, visible=parse_subset(c.labels), every_class=True)
         return Plan((stream,), epoch_of="images", seed=self.facts.seed)
 
-    def nets(self) -> Nets:
+    def nets(self) -> Nets[SempplNet]:
         c = self.config
         online = SempplNet(c, self.facts.channels)
         target = queues = None
@@ -258,7 +257,7 @@ class Semppl(Method):
             queues = LabelledQueues(c.num_large, c.capacity, c.out_features, self.facts.num_classes, random_start)
         return Nets(online, target=target, state=queues)
 
-    def optimizer(self, nets: Nets) -> Lars:
+    def optimizer(self, nets: Nets[SempplNet]) -> Lars:
         c = self.config
         return Lars(lars_groups(nets.online), lr=0.0, weight_decay=c.weight_decay, form="byol")
 
@@ -266,7 +265,7 @@ class Semppl(Method):
         rate = horizon.warmup_cosine(step, peak=self.config.lr_peak, warmup=self.config.warmup)
         return rate, rate
 
-    def loss(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:
+    def loss(self, nets: Nets[SempplNet], batch: Batch) -> dict[str, Tensor]:
         """The ranks exchange target embeddings of all images, from which negatives and the queues' new entries are
         taken: L·D numbers an image, 8.4 MB a step for 4,096 images in half precision, and their labels."""
         c, part = self.config, batch.parts["images"]
@@ -323,15 +322,14 @@ class Semppl(Method):
         queue_L1 = torch.arange(c.num_large, device=slot_BLP.device)[:, None]
         return Positives(queues.z_LCD[queue_L1, slot_BLP].to(z_VBD.dtype), found_B)
 
-    def after_step(self, nets: Nets, step: int, horizon: Horizon) -> None:
+    def after_step(self, nets: Nets[SempplNet], step: int, horizon: Horizon) -> None:
         c, online, target = self.config, nets.online, nets.target
         if target is not None:
-            assert isinstance(online, SempplNet) and isinstance(target, SempplNet)
             decay = cosine_decay(step, horizon.total_steps, c.ema) if c.ema_ramp else c.ema
             follow(target.trunk, online.trunk, decay)
             follow(target.projection, online.projection, decay)
 
-    def metrics(self, nets: Nets, batch: Batch, truth: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def metrics(self, nets: Nets[SempplNet], batch: Batch, truth: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Signs of collapse; how full queues are; and where the truth is known, how right pseudo-labels are.
 
         agreement        mean cosine of large online views with their image's targets
@@ -370,9 +368,8 @@ class Semppl(Method):
             found[f"pseudo_label_recall_{least}of{num_votes}"] = sure_right / hidden
         return found
 
-    def embed(self, nets: Nets, x: Tensor, tap: str) -> Tensor:
+    def embed(self, nets: Nets[SempplNet], x: Tensor, tap: str) -> Tensor:
         net = nets.online
-        assert isinstance(net, SempplNet)
         layers = (net.trunk, net.projection, net.prediction)
         return through(layers[: 1 + self.taps.index(tap)], x, self.config.precision)
 

@@ -245,10 +245,9 @@ class SimclrNet(nn.Module):
         return in_full(self.projection(self.trunk(x)))
 
 
-class Simclrv2(Method):
+class Simclrv2(Method[Simclrv2Config, SimclrNet]):
     """Contrastive pre-training."""
 
-    config: Simclrv2Config
     taps = ("backbone", "proj1", "z")  # proj1: after the first projection layer, from which fine-tuning starts
 
     def plan(self) -> Plan:
@@ -256,14 +255,14 @@ class Simclrv2(Method):
         stream = Stream("unlabelled", "unlabelled", (c.view,), Shuffled(), c.batch_global)
         return Plan((stream,), epoch_of="unlabelled", seed=self.facts.seed)
 
-    def nets(self) -> Nets:
+    def nets(self) -> Nets[SimclrNet]:
         c = self.config
         online = SimclrNet(c, self.facts.channels)
         if c.memory is None:
             return Nets(online)
         return Nets(online, target=copy_of(online), state=KeyMemory(c.memory.size, c.out_features))
 
-    def optimizer(self, nets: Nets) -> Lars:
+    def optimizer(self, nets: Nets[SimclrNet]) -> Lars:
         c = self.config
         # The code leaves out what is called bias or batch_normalization: all that has one axis.
         return Lars(lars_groups(nets.online, "paper"), lr=c.lr_peak, weight_decay=c.weight_decay, form="simclr")
@@ -272,7 +271,7 @@ class Simclrv2(Method):
         rate = horizon.warmup_cosine(step, peak=self.config.lr_peak, warmup=self.config.warmup)
         return rate, rate
 
-    def loss(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:
+    def loss(self, nets: Nets[SimclrNet], batch: Batch) -> dict[str, Tensor]:
         c, part = self.config, batch.parts["unlabelled"]
         x = part.x[c.view.name]
         with autocast(batch.step.device, c.precision):
@@ -286,16 +285,15 @@ class Simclrv2(Method):
         assert isinstance(nets.state, KeyMemory)
         return {"total": momentum_nt_xent(z1_ND, z2_ND, key1_ND, key2_ND, part.ids, nets.state, tau=c.tau)}
 
-    def after_step(self, nets: Nets, step: int, horizon: Horizon) -> None:
+    def after_step(self, nets: Nets[SimclrNet], step: int, horizon: Horizon) -> None:
         if self.config.memory is not None and nets.target is not None:
             follow(nets.target, nets.online, self.config.memory.decay)
 
-    def metrics(self, nets: Nets, batch: Batch, truth: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def metrics(self, nets: Nets[SimclrNet], batch: Batch, truth: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return contrast(*self._seen, tau=self.config.tau)
 
-    def embed(self, nets: Nets, x: Tensor, tap: str) -> Tensor:
+    def embed(self, nets: Nets[SimclrNet], x: Tensor, tap: str) -> Tensor:
         net = nets.online
-        assert isinstance(net, SimclrNet)
         with autocast(x.device, self.config.precision):
             features = net.trunk(x)
             if tap != "backbone":

@@ -91,10 +91,9 @@ class SuncetConfig(Config):
         return Suncet(self, facts, inputs)
 
 
-class Suncet(Method):
+class Suncet(Method[SuncetConfig, paws.PawsNet]):
     """Classifying labelled images by the others, with PAWS's network."""
 
-    config: SuncetConfig
     taps = ("backbone", "h", "z")
 
     def plan(self) -> Plan:
@@ -104,7 +103,7 @@ class Suncet(Method):
         stream = Stream("labelled", "labelled", (c.view,), order, batch_global, ids=ids)
         return Plan((stream,), epoch_of="labelled", seed=self.facts.seed)
 
-    def nets(self) -> Nets:
+    def nets(self) -> Nets[paws.PawsNet]:
         c = self.config
         shape = paws.PawsConfig(
             c.dataset, c.eval_view, encoder=c.encoder, out_features=c.out_features, prediction=c.prediction
@@ -113,13 +112,13 @@ class Suncet(Method):
         set_batch_norm_mode(online, "frozen")
         return Nets(online)
 
-    def start_from(self, nets: Nets, weights: Weights) -> None:
+    def start_from(self, nets: Nets[paws.PawsNet], weights: Weights) -> None:
         """From a run of PAWS, whole. Raises WeightsError where it does not fit; then nothing is loaded."""
         check_same_input(weights, self.config.eval_view)
         check_encoder(weights, self.config.encoder)
         weights.load_whole(nets.online, "online")
 
-    def optimizer(self, nets: Nets) -> Lars:
+    def optimizer(self, nets: Nets[paws.PawsNet]) -> Lars:
         return Lars(lars_groups(nets.online, self.config.lars_rule), lr=self.config.lr_peak)
 
     def rates(self, step: int, horizon: Horizon) -> tuple[float, ...]:
@@ -127,15 +126,14 @@ class Suncet(Method):
         rate = horizon.warmup_cosine(step, peak=c.lr_peak, final=c.lr_final, warmup=Steps(0))
         return rate, rate
 
-    def loss(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:
+    def loss(self, nets: Nets[paws.PawsNet], batch: Batch) -> dict[str, Tensor]:
         part, c = batch.parts["labelled"], self.config
         assert part.columns is not None
         with autocast(batch.step.device, c.precision):
             _, (z_ND,) = nets.online([part.x[c.view.name]])
         return {"total": suncet_loss(z_ND, part.columns.repeat(c.view.copies), tau=c.tau)}
 
-    def embed(self, nets: Nets, x: Tensor, tap: str) -> Tensor:
+    def embed(self, nets: Nets[paws.PawsNet], x: Tensor, tap: str) -> Tensor:
         net = nets.online
-        assert isinstance(net, paws.PawsNet)
         layers = (net.trunk, net.projection, net.prediction)
         return through(layers[: 1 + self.taps.index(tap)], x, self.config.precision)

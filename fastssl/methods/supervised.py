@@ -118,10 +118,9 @@ class Classifier(nn.Module):
         return self.fc(self.first(self.trunk(x)))
 
 
-class Supervised(Method):
+class Supervised(Method[SupervisedConfig, Classifier]):
     """Cross-entropy on labelled images."""
 
-    config: SupervisedConfig
     taps = ("backbone", "logits")
     needs_classes = True
 
@@ -130,15 +129,14 @@ class Supervised(Method):
         stream = Stream("labelled", "labelled", (c.view,), Shuffled(), c.batch_global, ids=parse_subset(c.labels))
         return Plan((stream,), epoch_of="labelled", seed=self.facts.seed)
 
-    def nets(self) -> Nets:
+    def nets(self) -> Nets[Classifier]:
         return Nets(Classifier(self.config, self.facts))
 
-    def start_from(self, nets: Nets, weights: Weights) -> None:
+    def start_from(self, nets: Nets[Classifier], weights: Weights) -> None:
         """From a pre-training run: its trunk and, for `head`, the first layer of its projection head; the classifier
         becomes zero. From a classifier without projection head: all of it. Raises WeightsError, which says what to set,
         where that does not fit; then nothing is loaded."""
         net = nets.online
-        assert isinstance(net, Classifier)
         check_same_input(weights, self.config.eval_view)
         check_encoder(weights, self.config.encoder)
         projection = weights.part("projection")
@@ -160,10 +158,9 @@ class Supervised(Method):
         whole = {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
         load_whole(net, whole, weights.source)
 
-    def optimizer(self, nets: Nets) -> Optimizer:
+    def optimizer(self, nets: Nets[Classifier]) -> Optimizer:
         """Four groups: kernels and the rest, of the encoder and of the classifier."""
         c, net = self.config, nets.online
-        assert isinstance(net, Classifier)
         encoder = [*net.trunk.parameters(), *net.first.parameters()]
         groups = [
             {
@@ -190,19 +187,18 @@ class Supervised(Method):
             return horizon.warmup_stairs(step, peak=peak, factor=schedule.factor, at=schedule.at, warmup=warmup)
         return horizon.warmup_cosine(step, peak=peak, warmup=warmup)
 
-    def loss(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:
+    def loss(self, nets: Nets[Classifier], batch: Batch) -> dict[str, Tensor]:
         part, c = batch.parts["labelled"], self.config
         with autocast(batch.step.device, c.precision):
             logits = in_full(nets.online(part.x[c.view.name]))
         return {"total": F.cross_entropy(logits, part.labels, label_smoothing=c.label_smoothing)}
 
-    def after_step(self, nets: Nets, step: int, horizon: Horizon) -> None:
+    def after_step(self, nets: Nets[Classifier], step: int, horizon: Horizon) -> None:
         if self.config.batch_norm == "local" and dist.world_size() > 1:  # what is saved and evaluated must be of all
             average_running_stats(nets.online)
 
-    def embed(self, nets: Nets, x: Tensor, tap: str) -> Tensor:
+    def embed(self, nets: Nets[Classifier], x: Tensor, tap: str) -> Tensor:
         net = nets.online
-        assert isinstance(net, Classifier)
         with autocast(x.device, self.config.precision):
             return in_full(net.trunk(x) if tap == "backbone" else net(x))
 

@@ -2,12 +2,15 @@
 
 import copy
 import math
+from typing import TypeVar
 
 import torch
 from torch import nn
 
+Net = TypeVar("Net", bound=nn.Module)
 
-def copy_of(online: nn.Module) -> nn.Module:
+
+def copy_of(online: Net) -> Net:
     """A second network with the same weights, which gets no gradient."""
     # deepcopy's own copies of tensors need memory that those of a dry run do not have
     tensors: dict[int, torch.Tensor] = {id(b): b.clone() for b in online.buffers()}

@@ -421,7 +421,7 @@ def silent(which: str, step: TrainingStep) -> Iterator[None]:
     got. What it computes is wrong, how long the rest takes is right."""
     world = dist.world_size()
     if which == "gradients":
-        with step._trained.online.no_sync():  # type: ignore[operator]
+        with step._trained.online.no_sync():
             yield
     elif which == "statistics":
         own, summed = dist.statistics_group().group_name, dist.sum_over_group

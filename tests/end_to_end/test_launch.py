@@ -202,7 +202,7 @@ def test_64_gpus_are_eight_lines_of_torchrun_or_one_of_sbatch(monkeypatch):
     command_line = "fastssl train paws.rn50_100ep --data imagenet --gpus 64"
     assert lines(Ranks(64, "cuda"), typed) == [
         "torchrun --nnodes 8 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint FIRST_HOST:29400 --rdzv-id fastssl "
-        f"-m {command_line}",
+        f"--no-python {command_line}",
         "sbatch --nodes 8 --ntasks-per-node 8 --gpus-per-node 8 --cpus-per-task 10 --open-mode append "
         f"--signal USR1@120 --requeue --wrap 'srun --cpus-per-task 10 {command_line} || "
         "{ code=$?; [ $code != 85 ] || scontrol requeue $SLURM_JOB_ID; exit $code; }'",
