@@ -1,9 +1,9 @@
 """Whether training is right with other versions: environments, a chosen subset of checks in each, one table.
 
-    python -m tools.versions FOLDER [--only 2.11.0 ...] [--checks train unit ...] [--drop] [--table FILE]
+    python -m tools.versions FOLDER [--only 2.11.0 ...] [--checks [train unit ...]] [--drop] [--table FILE]
 
 Each environment lies in FOLDER/torch-VERSION with its results beside it, so that the same command goes on where it was
-stopped; what passed at this commit is not done again. `--drop` removes an environment after its checks: with its CUDA
+stopped; what passed at this commit is not done again, and `--checks` alone shows what is known. `--drop` removes an environment after its checks: with its CUDA
 libraries a torch takes 5.5 GB. A version that cannot be had is a row that says why. Ends with code 1 where a check
 failed or an environment could not be made.
 """
@@ -214,23 +214,29 @@ CHECKS: dict[str, Callable[[Path, Path], str]] = {
 
 def examine(environment: Environment, folder: Path, checks: Sequence[str]) -> dict:
     """What was found, which is also kept in FOLDER/torch-VERSION.json: versions, each check's answer, or why there is
-    no such environment."""
+    no such environment. Several may run at once, with other checks each."""
     file, at = folder / f"{environment.name}.json", commit()
-    found = json.loads(file.read_text()) if file.exists() else {}
-    found = {"asked": environment.torch, "checks": found.get("checks", {})}
+    found = _known(file, environment)
     try:
         python = make(environment, folder)
         found["versions"] = installed(python)
     except Missing as why:
         found["missing"] = str(why)
         checks = ()
+    file.write_text(json.dumps(found, indent=2))
     for name in checks:
         known = found["checks"].get(name, {})
         if not (known.get("ok") and known["commit"] == at and not at.endswith("-dirty")):
-            found["checks"][name] = _checked(name, python, folder / SCRATCH / environment.name) | {"commit": at}
+            out = folder / SCRATCH / environment.name / name.replace(" ", "-")
+            answer = _checked(name, python, out) | {"commit": at}
+            found["checks"] = _known(file, environment)["checks"] | {name: answer}
             file.write_text(json.dumps(found, indent=2))
-    file.write_text(json.dumps(found, indent=2))
     return found
+
+
+def _known(file: Path, environment: Environment) -> dict:
+    kept = json.loads(file.read_text())["checks"] if file.exists() else {}
+    return {"asked": environment.torch, "checks": kept}
 
 
 def _checked(name: str, python: Path, out: Path) -> dict:
@@ -282,7 +288,8 @@ def main() -> None:
             found.append(examine(environment, folder, given.checks))
             if given.drop:
                 shutil.rmtree(folder / environment.name, ignore_errors=True)
-    table = f"At {commit()}, on {cpu_model()}.\n\n{as_table(found)}\n"
+    commits = sorted({check["commit"] for each in found for check in each["checks"].values()})
+    table = f"Of {', '.join(commits)}, on {cpu_model()}.\n\n{as_table(found)}\n"
     print(f"\n{table}")
     if given.table:
         given.table.write_text(table)
