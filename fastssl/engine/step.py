@@ -38,9 +38,10 @@ NUM_AHEAD = 2  # steps by which the host may run ahead of the device: each holds
 
 
 def default_how(device: torch.device) -> How:
-    """Compiled on a GPU for which Triton generates kernels; else eager, as on a CPU, where compiling takes longer than
-    many a run."""
-    return "compiled" if runs_triton(device) else "eager"
+    """Compiled on a GPU for which Triton generates kernels, and where none is at hand, as on one that does; else eager,
+    as on a CPU, where compiling takes longer than many a run."""
+    planned = device.type == "cuda" and not torch.cuda.is_available()
+    return "compiled" if planned or runs_triton(device) else "eager"
 
 
 def set_float32_precision(config: Config) -> None:
