@@ -3,9 +3,9 @@
     python -m tools.versions FOLDER [--only 2.11.0 ...] [--checks [train unit ...]] [--drop] [--table FILE]
 
 Each environment lies in FOLDER/torch-VERSION with its results beside it, so that the same command goes on where it was
-stopped; what passed at this commit is not done again, and `--checks` alone shows what is known. `--drop` removes an environment after its checks: with its CUDA
-libraries a torch takes 5.5 GB. A version that cannot be had is a row that says why. Ends with code 1 where a check
-failed or an environment could not be made.
+stopped; what passed at this commit is not done again, and `--checks` alone shows what is known. `--drop` removes an
+environment after its checks: with its CUDA libraries a torch takes 5.5 GB. A version that cannot be had is a row that
+says why. Ends with code 1 where a check failed or an environment could not be made.
 """
 
 from __future__ import annotations
