@@ -21,7 +21,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from fastssl.config import differences
+from fastssl.config.plain import differences
 from fastssl.engine.job import Job
 from fastssl.errors import ConfigError, FastsslError, Hung, Stopped
 from fastssl.evaluation.summary import accuracy_cell, mean_and_spread

@@ -10,7 +10,7 @@ import shutil
 from typing import Any
 
 from fastssl import dist
-from fastssl.config import differences, to_plain
+from fastssl.config.plain import differences, to_plain
 from fastssl.engine.job import Job
 from fastssl.errors import ConfigError
 from fastssl.machine import threads_per_rank, versions

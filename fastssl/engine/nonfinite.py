@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastssl import dist
-from fastssl.config import to_plain
+from fastssl.config.plain import to_plain
 from fastssl.methods.base import Nets, Stage
 from fastssl.run_dir.checkpoint import Checkpoints
 from loaders.files import write_file

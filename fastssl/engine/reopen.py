@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from fastssl.config import differences, to_plain
+from fastssl.config.plain import differences, to_plain
 from fastssl.engine.job import Job
 from fastssl.engine.stages import facts_of
 from fastssl.errors import ConfigError

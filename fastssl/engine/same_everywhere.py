@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 from fastssl import dist
-from fastssl.config import differences, to_plain
+from fastssl.config.plain import differences, to_plain
 from fastssl.engine.job import Job
 from fastssl.errors import FastsslError
 from fastssl.machine import versions

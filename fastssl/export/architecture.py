@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastssl.config import to_plain
+from fastssl.config.plain import to_plain
 from fastssl.nn.encoders import ByolResNet, Encoder, S4lResNet, SimclrResNet, WideResNet
 from fastssl.nn.trunks.stem import same_max_pool
 from fastssl.weights.read import fitting

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastssl import dist
-from fastssl.config import to_plain
+from fastssl.config.plain import to_plain
 from fastssl.errors import ConfigError
 from fastssl.optim.schedule import warmup_cosine, warmup_stairs
 from fastssl.weights.read import Weights, parts_of, read_weights

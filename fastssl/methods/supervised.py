@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from fastssl import dist
-from fastssl.config import to_plain
+from fastssl.config.plain import to_plain
 from fastssl.methods import paws
 from fastssl.methods.base import (
     Artefact,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from statistics import stdev
 from typing import Any
 
-from fastssl.config import differences
+from fastssl.config.plain import differences
 from fastssl.errors import FastsslError
 from fastssl.profiling.summary import FORMAT
 

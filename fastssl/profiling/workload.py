@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastssl.config import has_path
+from fastssl.config.changes import has_path
 from fastssl.costs.cost import ours
 from fastssl.costs.memory import memory_of
 from fastssl.costs.trace import Trace, trace_step

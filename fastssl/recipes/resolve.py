@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import fastssl.recipes
-from fastssl.config import has_path, suggest, with_value
+from fastssl.config.changes import has_path, suggest, with_value
 from fastssl.errors import ConfigError
 from fastssl.methods.base import Ref, Span, Stage, Stages, parse_span
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-from fastssl.config import differences
+from fastssl.config.plain import differences
 from fastssl.engine.reopen import open_method, open_run
 from fastssl.errors import ConfigError, FastsslError
 from fastssl.html.charts import Line, Marked, line_chart

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from safetensors import safe_open
 
 from fastssl.commands.main import main
-from fastssl.config import to_plain
+from fastssl.config.plain import to_plain
 from fastssl.engine.reopen import open_run
 from fastssl.export.architecture import architecture, name_of
 from fastssl.nn.encoders import ByolResNet, ResNet, S4lResNet, SimclrResNet, WideResNet

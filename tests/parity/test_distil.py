@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastssl.config import to_plain
+from fastssl.config.plain import to_plain
 from fastssl.errors import ConfigError
 from fastssl.methods.base import Facts, Horizon, Nets
 from fastssl.methods.distil import DistilConfig, distillation, labelled_cross_entropy

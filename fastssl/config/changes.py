@@ -1,4 +1,4 @@
-"""Configuration as frozen dataclasses: strict `key=value` changes and a plain form for JSON.
+"""Strict `key=value` changes of frozen dataclasses.
 
 Every error is a `ConfigError` with one line that says what to do.
 """
@@ -11,7 +11,6 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass, replace
 from enum import Enum
-from pathlib import Path
 from typing import Any, TypeVar
 
 from fastssl.errors import ConfigError
@@ -103,30 +102,3 @@ def _chosen(text: str, choices: Mapping[str, Any], path: str) -> Any:
     if text not in choices:
         raise ConfigError(f"{path}={text}: choose one of {', '.join(choices)}")
     return choices[text]
-
-
-def to_plain(value: Any) -> Any:
-    """Dataclasses, tuples, enums and paths as JSON-ready dicts, lists and strings; dataclasses carry their type."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {"type": type(value).__name__, **{f.name: to_plain(getattr(value, f.name)) for f in fields(value)}}
-    if isinstance(value, Mapping):
-        return {str(k): to_plain(v) for k, v in value.items()}
-    if isinstance(value, tuple | list):
-        return [to_plain(v) for v in value]
-    if isinstance(value, Enum):
-        return to_plain(value.value)
-    if isinstance(value, Path):
-        return str(value)
-    return value
-
-
-def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Dotted paths at which two plain forms differ, each as `path: old -> new`."""
-    if isinstance(old, list) and isinstance(new, list):
-        old, new = dict(enumerate(old)), dict(enumerate(new))
-    if isinstance(old, dict) and isinstance(new, dict):
-        found = []
-        for key in sorted(old.keys() | new.keys()):
-            found += differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
-        return found
-    return [] if old == new else [f"{path}: {old} -> {new}"]

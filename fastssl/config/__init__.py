@@ -1,0 +1,1 @@
+"""Configuration as frozen dataclasses: changed by `key=value`, written as plain values, read back."""
