@@ -7,6 +7,7 @@ import functools
 import os
 import platform
 import subprocess
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +24,21 @@ def threads_per_rank() -> int:
 def versions() -> dict[str, str]:
     """What this process computes with."""
     return {
+        "fastssl": version(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
         "machine": platform.machine(),
         "commit": commit(),
     }
+
+
+def version() -> str:
+    """Of the fastssl that is installed; empty where none is, as in a bare checkout."""
+    try:
+        return metadata.version("fastssl-train")
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def commit(*how: str) -> str:

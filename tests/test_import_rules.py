@@ -23,8 +23,8 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"loaders"}),
     frozenset({"errors", "dist", "machine", "html"}),
     frozenset({"config", "weights", "launch", "nn", "optim", "losses"}),
-    frozenset({"run_dir", "record", "methods"}),
-    frozenset({"recipes", "evaluation"}),
+    frozenset({"record", "methods"}),
+    frozenset({"run_dir", "recipes", "evaluation"}),
     frozenset({"engine", "export"}),
     frozenset({"costs", "report"}),
     frozenset({"profiling"}),
@@ -68,7 +68,11 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"rich", "torch", "tensorboard", "wandb"},
     ),
     "fastssl.record.clock": (set(), set()),
-    "fastssl.run_dir": ({"fastssl.errors", "fastssl.dist", "fastssl.weights", "loaders.files"}, {"torch"}),
+    "fastssl.run_dir": (
+        {"fastssl.errors", "fastssl.config", "fastssl.dist", "fastssl.machine", "fastssl.weights"}
+        | {"fastssl.methods.base", "loaders.files"},
+        {"torch"},
+    ),
     "fastssl.nn": ({"fastssl.dist", "fastssl.machine"}, {"torch"}),
     "fastssl.nn.norm.triton_kernels": (set(), {"torch", "triton"}),
     "fastssl.optim": ({"fastssl.machine"}, {"torch"}),
@@ -87,12 +91,12 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "fastssl.evaluation": (CONTRACT, {"torch", "numpy", "sklearn"}),
     "fastssl.engine": (
         CONTRACT
-        | {"fastssl.nn", "fastssl.optim.fused", "fastssl.record", "fastssl.evaluation", "fastssl.recipes"}
-        | {"fastssl.run_dir", "fastssl.weights"},
+        | {"fastssl.nn", "fastssl.optim.fused", "fastssl.record", "fastssl.evaluation", "fastssl.run_dir"}
+        | {"fastssl.weights"},
         {"torch", "numpy"},
     ),
     "fastssl.export": (
-        GROUND | {"fastssl.evaluation.summary", "fastssl.nn", "fastssl.run_dir", "fastssl.weights", "loaders.files"},
+        CONTRACT | {"fastssl.evaluation.summary", "fastssl.nn", "fastssl.run_dir", "fastssl.weights"},
         {"torch", "safetensors"},
     ),
     "fastssl.costs": (CONTRACT | {"fastssl.engine", "fastssl.recipes"}, {"torch"}),

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from fastssl.config.changes import suggest
+from fastssl.config.modules import OURS
 from fastssl.config.old_names import todays, type_today
 from fastssl.errors import ConfigError
-
-OURS = ("fastssl", "loaders")
 
 
 def to_plain(value: Any) -> Any:
@@ -181,7 +180,7 @@ def _class_of(plain: Mapping[str, Any], path: str) -> type:
     if not isinstance(written, str):
         raise _wrong(path, dict(plain), "a structure with its type")
     module, colon, qualname = type_today(written).partition(":")
-    found: Any = _module(module) if colon else None
+    found: Any = _module(module, path) if colon else None
     for part in qualname.split("."):
         found = getattr(found, part, None)
     if not isinstance(found, type) or not is_dataclass(found):
@@ -189,14 +188,17 @@ def _class_of(plain: Mapping[str, Any], path: str) -> type:
     return found
 
 
-def _module(name: str) -> types.ModuleType | None:
-    """The module, where it is one of ours or loaded already: to read a file is no reason to run what it names."""
-    if name.partition(".")[0] not in OURS:
-        return sys.modules.get(name)
-    try:
-        return import_module(name)
-    except ModuleNotFoundError:
-        return None
+def _module(name: str, path: str) -> types.ModuleType | None:
+    """The module, None where we have none of that name. One of others must be loaded already: to read a file is no
+    reason to run what it names."""
+    if name.partition(".")[0] in OURS and "_" not in (part[:1] for part in name.split(".")):  # `__main__` would run
+        try:
+            return import_module(name)
+        except ModuleNotFoundError:
+            return None
+    if name not in sys.modules:
+        raise ConfigError(f"{_at(path)}it is of the module {name}, which is not loaded")
+    return sys.modules[name]
 
 
 def _may_be(actual: type, kind: Any) -> bool:

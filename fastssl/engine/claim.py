@@ -10,14 +10,16 @@ import shutil
 from typing import Any
 
 from fastssl import dist
-from fastssl.config.plain import differences, to_plain
+from fastssl.config.modules import modules_of
+from fastssl.config.plain import Notes, differences, to_plain
 from fastssl.engine.job import Job
 from fastssl.errors import ConfigError
 from fastssl.machine import threads_per_rank, versions
 from fastssl.record.trackers import WANDB_RUN_ID
 from fastssl.run_dir.files import CHECKPOINTS, PRODUCED, RESOLVED, RESULT, read_json
+from fastssl.run_dir.written import refuse_newer, stages_of, tell
 from loaders.files import write_file
-from loaders.store.data import DataSets
+from loaders.store.data import LABELLED, DataSets
 
 
 def finished(job: Job, data: DataSets) -> dict[str, Any] | None:
@@ -50,7 +52,15 @@ def claim(job: Job, data: DataSets) -> None:
             if job.resume == "never":
                 _clear(job)
             run = {**_as_typed(job), "world": job.world, "threads": threads_per_rank()}
-            _write(job, {**_resolved(job, data), "run": run, "versions": versions()})
+            _write(
+                job,
+                {
+                    **_resolved(job, data),
+                    "class_names": data.get(LABELLED).class_names,
+                    "run": run,
+                    "versions": versions(),
+                },
+            )
     dist.barrier()
 
 
@@ -69,7 +79,8 @@ def _as_typed(job: Job) -> dict[str, Any]:
     """The same in the words of the command."""
     init_from = None if job.init_from is None else str(job.init_from)
     weights = {"init_from": init_from, "unsafe_pickle": job.unsafe_pickle}
-    return {"command": job.command, "changes": job.changes, "data": job.data, **weights}
+    modules = modules_of(to_plain(job.stages))
+    return {"command": job.command, "changes": job.changes, "data": job.data, **weights, "modules": modules}
 
 
 def _write(job: Job, resolved: dict[str, Any]) -> None:
@@ -85,7 +96,8 @@ def _changes(job: Job, data: DataSets) -> list[str]:
     if not path.exists():
         raise ConfigError(f"{job.out} holds a run, but not its {RESOLVED}: choose another --out, or --resume never")
     there, resolved = read_json(path), _resolved(job, data)
-    changed = differences({key: there.get(key) for key in resolved}, json.loads(json.dumps(resolved)))
+    began = {key: there.get(key) for key in resolved} | {"stages": _stages_begun(job, there)}
+    changed = differences(began, json.loads(json.dumps(resolved)))
     refused = [change for change in changed if not any(_names(key, change) for key in job.allow_change)]
     if refused:
         more = f" and {len(refused) - 3} more" if len(refused) > 3 else ""
@@ -95,6 +107,17 @@ def _changes(job: Job, data: DataSets) -> list[str]:
             f"was made with, or let it change with --allow-change {key}"
         )
     return changed
+
+
+def _stages_begun(job: Job, there: dict[str, Any]) -> Any:
+    """The stages that the directory holds, as they would be written today; what an earlier fastssl did not say of them
+    is told. Raises ConfigError where they cannot be."""
+    refuse_newer(there, job.out)
+    notes = Notes()
+    stages = json.loads(json.dumps(to_plain(stages_of(there, job.out, notes))))
+    if dist.is_main():
+        tell(notes, job.out)
+    return stages
 
 
 def _names(key: str, change: str) -> bool:

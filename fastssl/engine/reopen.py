@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Mapping
@@ -12,15 +11,14 @@ from typing import Any, Literal
 
 import torch
 
-from fastssl.config.plain import differences, to_plain
 from fastssl.engine.job import Job
 from fastssl.engine.stages import facts_of
 from fastssl.errors import ConfigError
 from fastssl.evaluation.subject import Subject
-from fastssl.methods.base import Method, Stages
-from fastssl.recipes.resolve import resolve
+from fastssl.methods.base import Facts, Method, about_of
 from fastssl.run_dir.checkpoint import CheckpointError, Checkpoints
 from fastssl.run_dir.files import CHECKPOINTS, RESOLVED, read_json
+from fastssl.run_dir.written import Written, read_run
 from loaders.loader import resolved
 from loaders.plan.views import parse_subset
 from loaders.store.data import LABELLED, DataSets, open_data
@@ -32,27 +30,25 @@ def open_run(
     """The networks of `run`'s last stage at its newest checkpoint, beside `data` (default: what the run was trained
     and scored on), and the step they are from. A damaged checkpoint is passed over for the one before, with a line on
     stderr. The data may have other classes than the run's: its networks are built for their own. Raises FastsslError
-    where the run cannot be read or its recipe has changed, LoaderError where the data lacks images of `labels`. `sets`
-    and `labels` are Subject's."""
-    method, sources, folder = open_method(run, data)
+    where the run cannot be read, LoaderError where the data lacks images of `labels`. `sets` and `labels` are
+    Subject's."""
+    written = read_run(run)
+    sources = _data_of(written, data)
     if labels is not None:
         _check_labels(labels, sources)
-    state = Checkpoints(folder / CHECKPOINTS).load_newest(lambda text: print(f"warning: {text}", file=sys.stderr))
+    stage = written.stages[-1]
+    checkpoints = Checkpoints(written.folder(stage) / CHECKPOINTS)
+    state = checkpoints.load_newest(lambda text: print(f"warning: {text}", file=sys.stderr))
     if state is None:
         raise CheckpointError(f"{run} has no checkpoint yet")
-    if (began_with := state.get("about", {}).get("facts")) is not None:  # runs of before it was stored lack it
-        if began_with["channels"] != method.facts.channels:
-            raise ConfigError(
-                f"{run} has learnt from images of {began_with['channels']} channels; these have {method.facts.channels}"
-            )
-        method = method.config.build(replace(method.facts, num_classes=began_with["num_classes"]), {})
+    method = stage.method.build(_facts(written, state.get("about"), sources, is_own=not data), {})
     nets = method.nets()
     for name, module in nets.saved().items():
         module.load_state_dict(state["nets"][name])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for module in nets.modules().values():
         module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    held_out = None if data else read_json(run / RESOLVED).get("held_out")
+    held_out = None if data else written.held_out
     threads = len(os.sched_getaffinity(0))
     subject = Subject(
         method, nets, sources, device=device, threads=threads, held_out=held_out, labels=labels, sets=sets
@@ -60,15 +56,32 @@ def open_run(
     return subject, state["step"]
 
 
-def open_method(run: Path, data: tuple[str, ...]) -> tuple[Method, DataSets, Path]:
-    """The method of `run`'s last stage beside `data` (default: what the run was trained on), and the stage's folder.
-    Needs no checkpoint. Raises as `open_run` does."""
-    resolved, stages = _settings(run)
-    stage = stages[-1]
-    began_with, held_out = tuple(resolved["run"]["data"]), resolved.get("held_out")
-    sources = open_data(data) if data else open_data(began_with, validation=held_out is None)
-    method = stage.method.build(facts_of(sources, resolved["seed"]), {})
-    return method, sources, run if len(stages) == 1 else run / stage.name
+def open_method(run: Path, data: tuple[str, ...]) -> tuple[Method, DataSets]:
+    """The method of `run`'s last stage beside `data` (default: what the run was trained on). Needs no checkpoint.
+    Raises as `open_run` does."""
+    written = read_run(run)
+    sources = _data_of(written, data)
+    return written.stages[-1].method.build(facts_of(sources, written.seed), {}), sources
+
+
+def _data_of(written: Written, data: tuple[str, ...]) -> DataSets:
+    return open_data(data) if data else open_data(written.data, validation=written.held_out is None)
+
+
+def _facts(written: Written, about: Mapping[str, Any] | None, sources: DataSets, is_own: bool) -> Facts:
+    """The data's facts, but the classes that the run's networks know; `is_own` says that the data is the run's."""
+    facts = facts_of(sources, written.seed)
+    if about is None or "facts" not in about:  # runs of before it was stored
+        return facts
+    began_with = about_of(about).facts
+    if began_with.channels != facts.channels:
+        raise ConfigError(
+            f"{written.path} has learnt from images of {began_with.channels} channels; these have {facts.channels}"
+        )
+    names = began_with.class_names or written.class_names  # runs of before they were stored lack them
+    if not names and is_own and facts.num_classes == began_with.num_classes:
+        names = facts.class_names
+    return replace(facts, num_classes=began_with.num_classes, class_names=names)
 
 
 def job_to_replay(dump: Path, data: tuple[str, ...], device: Literal["cpu", "cuda"] | None, world: int | None) -> Job:
@@ -77,21 +90,19 @@ def job_to_replay(dump: Path, data: tuple[str, ...], device: Literal["cpu", "cud
     described = read_json(dump)
     if not isinstance(described, dict) or not {"stage", "step", "ranks", "device"} <= described.keys():
         raise ConfigError(f"{dump} describes no step: such files are called nonfinite-step-*.json, in a run directory")
-    run = dump.parent if (dump.parent / RESOLVED).exists() else dump.parent.parent
-    resolved, stages = _settings(run)
-    began = resolved["run"]
+    run = read_run(dump.parent if (dump.parent / RESOLVED).exists() else dump.parent.parent)
     return Job(
-        recipe=resolved["recipe"],
-        stages=stages,
-        changes=tuple(began["changes"]),
-        data=data or tuple(began["data"]),
-        out=run,
-        seed=resolved["seed"],
+        recipe=run.recipe,
+        stages=run.stages,
+        changes=run.changes,
+        data=data or run.data,
+        out=run.path,
+        seed=run.seed,
         device=device or described["device"],
         world=world or described["ranks"],
-        init_from=None if began["init_from"] is None else Path(began["init_from"]),
-        held_out=resolved.get("held_out"),
-        unsafe_pickle=began.get("unsafe_pickle", False),  # runs begun before there was the flag lack it
+        init_from=run.init_from,
+        held_out=run.held_out,
+        unsafe_pickle=run.unsafe_pickle,
         replay=dump,
     )
 
@@ -102,16 +113,3 @@ def _check_labels(labels: str, sources: DataSets) -> None:
     except ValueError as error:
         raise ConfigError(f"--labels: {error}") from None
     resolved(subset, sources.get(LABELLED), sources)
-
-
-def _settings(run: Path) -> tuple[dict[str, Any], Stages]:
-    """What `run` was resolved to, and the stages that its recipe resolves to now."""
-    path = run / RESOLVED
-    if not path.is_file():
-        raise ConfigError(f"{run} is no run directory: it has no {RESOLVED}")
-    resolved = read_json(path)
-    stages = resolve(resolved["recipe"], tuple(resolved["run"]["changes"]))
-    changed = differences(resolved["stages"], json.loads(json.dumps(to_plain(stages))))
-    if changed:
-        raise ConfigError(f"recipe {resolved['recipe']} has changed since {run} was made ({changed[0]})")
-    return resolved, stages

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from fastssl import dist
+from fastssl.config.plain import to_plain
 from fastssl.engine import replay
 from fastssl.engine.claim import claim, finished
 from fastssl.engine.job import Job
@@ -125,7 +126,7 @@ def facts_of(data: DataSets, seed: int) -> Facts:
     """What a method may know of `data` before it is built."""
     labelled, train = data.get(LABELLED), data.sources.get(TRAIN)
     fingerprint, all_labelled = ("", True) if train is None else (train.fingerprint(), bool((train.labels >= 0).all()))
-    return Facts(labelled.num_classes, labelled.channels, seed, fingerprint, all_labelled)
+    return Facts(labelled.num_classes, labelled.channels, seed, fingerprint, all_labelled, labelled.class_names)
 
 
 def joined(job: Job, stage: Stage, data: DataSets, inputs: Mapping[str, Artefact]) -> tuple[Method, Bound]:
@@ -309,7 +310,7 @@ class _StageRun:
     def _origin(self) -> dict[str, Any]:
         """`_made_of`, and all else that rows must have in common: settings, and which labels show."""
         visible = {name: subset.sha256 for name, subset in self.bound.visible.items()}
-        return {**self._made_of(), "visible": visible, "about": self.method.about()}
+        return {**self._made_of(), "visible": visible, "about": to_plain(self.method.about())}
 
     def _stored(self, stream: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Write what was produced of the images of `stream`, in its order; the stage's result. The row of a damaged

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastssl import dist
+from fastssl.config.plain import to_plain
 from fastssl.engine import stragglers
 from fastssl.engine.nonfinite import FirstNotFinite, LeftOut, describe
 from fastssl.engine.settings import How
@@ -81,7 +82,7 @@ class Trainer:
         """Tensors and plain types: all that a later process needs to continue bitwise."""
         return {
             "step": self.step,
-            "about": self.method.about(),
+            "about": to_plain(self.method.about()),
             "nets": {name: module.state_dict() for name, module in self.nets.saved().items()},
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from fastssl.errors import ConfigError
 from fastssl.evaluation.subject import Subject
 from fastssl.evaluation.summary import wilson
@@ -26,10 +29,23 @@ def scores(subject: Subject, protocol: str, tap: str) -> dict[str, Any]:
             "trains one on the frozen features"
         )
     subject.check()
+    numbers_K = classes_of_run(subject)
     features = subject.features(VALIDATION, tap)
-    correct = int((features.values.argmax(dim=1) == features.labels).sum())
+    correct = int((features.values.argmax(dim=1) == numbers_K[features.labels]).sum())
     total = len(features.labels)
     return {
         f"{protocol}_top1": correct / total,
         protocol: {"images": total, "top1_ci95": wilson(correct, total)},
     }
+
+
+def classes_of_run(subject: Subject) -> Tensor:
+    """int64 [K]: of each class of the data, which of the run's classifier it is, by name; as they stand where the run
+    did not say its names. Raises ConfigError where the classifier does not know one of them."""
+    known, names = subject.method.facts.class_names, subject.class_names
+    if strange := sorted(set(names) - set(known)) if known else []:
+        raise ConfigError(
+            f"the run's classifier knows no class {strange[0]!r}, which this data has: --protocol linear trains one on "
+            "the frozen features"
+        )
+    return torch.tensor([known.index(name) for name in names] if known else range(len(names)))

@@ -16,8 +16,8 @@ def embed(subject: Subject, role: str, tap: str, out: Path) -> Path:
     """Write the embeddings of `role` at `tap` into the folder `out`; all ranks call it, the main one writes.
 
     `<role>.features.npy` float32 [N, D], `<role>.labels.npy` int64 [N] (-1: none), `<role>.ids.npy` int64 [N], and
-    `<role>.json`, which holds the arrays' hashes and is written last: where it stands, they are whole. Returns the
-    path of the JSON.
+    `<role>.json`, which holds the names of the labels' classes and the arrays' hashes and is written last: where it
+    stands, they are whole. Returns the path of the JSON.
     """
     features = subject.features(role, tap)
     about = out / f"{role}.json"
@@ -30,7 +30,8 @@ def embed(subject: Subject, role: str, tap: str, out: Path) -> Path:
             with whole_file(path) as file:
                 np.save(file, array.numpy(), allow_pickle=False)
             files[name] = {"file": path.name, "sha256": sha256_of(path)}
-        text = json.dumps({"tap": tap, "role": role, **subject.provenance((role,))[role], "files": files}, indent=2)
-        write_file(about, text)
+        described = {"tap": tap, "role": role, **subject.provenance((role,))[role]}
+        names = subject.class_names_of(role)
+        write_file(about, json.dumps({**described, "class_names": names, "files": files}, indent=2))
     dist.barrier()
     return about

@@ -34,14 +34,15 @@ def evaluate(subject: Subject) -> dict[str, Any]:
     ImageNet-C also `imagenet_c_mce`, told as soon as they are measured; details under `robustness`. Raises ConfigError
     where none is given, or the classes are not ImageNet's."""
     paths = subject.given(SETS)
-    if strange := [name for name in subject.class_names if not _WNID.fullmatch(name)]:
+    class_names = (subject.method.facts.class_names if _has_classifier(subject) else ()) or subject.class_names
+    if strange := [name for name in class_names if not _WNID.fullmatch(name)]:
         raise ConfigError(f"robustness is measured on ImageNet's classes, called n01440764, ...; not on {strange[0]!r}")
-    parts = {key: SHIFTS[key].parts(path, subject.class_names) for key, path in paths.items()}
+    parts = {key: SHIFTS[key].parts(path, class_names) for key, path in paths.items()}
     tap, logits_of, about = _classifier(subject)
 
     def measured(shift: Shift, shifted: ShiftedSet) -> dict[str, Any]:
         features = subject.features_of(shifted.source, tap, Whole() if shift.cropped else None)
-        scores = score(logits_of(features.values), features.labels, groups(shifted, subject.class_names))
+        scores = score(logits_of(features.values), features.labels, groups(shifted, class_names))
         return scores | _size(shifted, shift.num_images)
 
     not_given = [key for key in SETS if key not in paths]
@@ -117,9 +118,17 @@ def _size(shifted: ShiftedSet, published: int) -> dict[str, Any]:
     return size | ({"partial": f"{images} of {published} images"} if images != published else {})
 
 
+def _has_classifier(subject: Subject) -> bool:
+    """Whether the run classifies, and by the data's classes, in whichever order."""
+    facts = subject.method.facts
+    if "logits" not in subject.method.taps or facts.num_classes != subject.num_classes:
+        return False
+    return not facts.class_names or set(facts.class_names) == set(subject.class_names)
+
+
 def _classifier(subject: Subject) -> tuple[str, Callable[[Tensor], Tensor], dict[str, Any]]:
     """The tap whose features it takes, what makes logits of them, and what it is."""
-    if "logits" in subject.method.taps and subject.method.facts.num_classes == subject.num_classes:
+    if _has_classifier(subject):
         return "logits", lambda values: values, {"kind": "the run's own", "tap": "logits"}
     tap = subject.method.taps[0]
     labelled = subject.labelled(tap)

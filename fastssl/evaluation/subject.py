@@ -140,7 +140,11 @@ class Subject:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        return self._bind(LABELLED).sources[LABELLED].class_names
+        return self.class_names_of(LABELLED)
+
+    def class_names_of(self, role: str) -> tuple[str, ...]:
+        """Of the role's images, in the order of their labels' numbers."""
+        return self._bind(role).sources[role].class_names
 
     @property
     def num_classes(self) -> int:

@@ -20,18 +20,23 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from fastssl.errors import FastsslError
+from fastssl.config.plain import to_plain
+from fastssl.errors import ConfigError, FastsslError
 from fastssl.evaluation.summary import accuracy_cell, mean_and_spread
 from fastssl.export.architecture import architecture
-from fastssl.nn.encoders import encoder_of
+from fastssl.methods.base import About, about_of
+from fastssl.nn.encoders import Encoder
 from fastssl.run_dir.checkpoint import STATE, Checkpoints, verified_sha256
-from fastssl.run_dir.files import CHECKPOINTS, RESOLVED, RESULT, read_json
+from fastssl.run_dir.files import CHECKPOINTS, RESULT, read_json
+from fastssl.run_dir.written import read_run
 from fastssl.weights.layouts import EXPORT
 from fastssl.weights.read import BACKBONE, CONFIG, HEADS, Weights, read_weights
 from loaders.files import whole_folder
+from loaders.plan.views import Centre, View
 
 CARD = "README.md"
 FILES = {BACKBONE, HEADS, CONFIG, CARD}
+_SAYS_NOTHING = "{} does not say what its trunk is, so there is nothing to export"
 
 
 class ExportError(FastsslError):
@@ -44,33 +49,35 @@ def export(run: Path, out: Path, step: int | None = None, network: str = "online
 
     Raises FastsslError where the run has no such checkpoint or network, or `out` cannot be written.
     """
-    if not (run / RESOLVED).is_file():
-        raise ExportError(f"{run} is no run directory: it has no {RESOLVED}")
-    resolved = read_json(run / RESOLVED)
-    stage = resolved["stages"][-1]["name"]
-    folder = run if len(resolved["stages"]) == 1 else run / stage
+    written = read_run(run)
+    stage = written.stages[-1]
+    folder = written.folder(stage)
     checkpoint = _checkpoint(folder, step)
     weights = read_weights(checkpoint / STATE)
     trunk, heads = _trunk_and_heads(weights, network)
-    encoder, channels = encoder_of(weights.about["config"]["encoder"]), weights.about["facts"]["channels"]
+    about = _about(weights)
+    encoder: Encoder | None = getattr(about.config, "encoder", None)
+    if encoder is None:
+        raise ExportError(_SAYS_NOTHING.format(weights.source))
     described = {
         "layout": EXPORT,
         "network": network,
         "networks": sorted({"online", "target"} & weights.nets.keys()),
-        "architecture": architecture(encoder, channels, trunk, weights.source),
-        "input": _input(weights.about),
+        "architecture": architecture(encoder, about.facts.channels, trunk, weights.source),
+        "class_names": about.facts.class_names or written.class_names,  # as a classifier among the heads numbers them
+        "input": _input(about.config.eval_view, about.facts.channels),
         "accuracy": _accuracy(folder, _step_of(checkpoint)),
         "provenance": {
-            "recipe": resolved["recipe"],
-            "changes": resolved["run"]["changes"],
-            "stage": stage,
-            "seed": resolved["seed"],
+            "recipe": written.recipe,
+            "changes": written.changes,
+            "stage": stage.name,
+            "seed": written.seed,
             "step": _step_of(checkpoint),
             "checkpoint_sha256": verified_sha256(checkpoint),
-            "data": resolved["data"],
-            "versions": resolved["versions"],
+            "data": written.resolved["data"],
+            "versions": written.resolved["versions"],
         },
-        "about": dict(weights.about),
+        "about": to_plain(about),
     }
     files = {BACKBONE: _serialised(trunk)} | ({HEADS: _serialised(heads)} if heads else {})
     described["files"] = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
@@ -104,9 +111,18 @@ def _trunk_and_heads(weights: Weights, network: str) -> tuple[dict[str, Tensor],
     if network not in weights.nets:
         raise ExportError(f"{weights.source} has no {network} network; it has {', '.join(sorted(weights.nets))}")
     trunk = weights.part("trunk", network)
-    if not trunk or "encoder" not in weights.about.get("config", {}):
-        raise ExportError(f"{weights.source} does not say what its trunk is, so there is nothing to export")
+    if not trunk:
+        raise ExportError(_SAYS_NOTHING.format(weights.source))
     return trunk, {key: t for key, t in weights.nets[network].items() if not key.startswith("trunk.")}
+
+
+def _about(weights: Weights) -> About:
+    if not weights.about:
+        raise ExportError(_SAYS_NOTHING.format(weights.source))
+    try:
+        return about_of(weights.about)
+    except ConfigError as error:
+        raise ExportError(f"{weights.source}: {error}") from None
 
 
 def _accuracy(folder: Path, step: int) -> dict[str, Any]:
@@ -127,19 +143,16 @@ def _accuracy(folder: Path, step: int) -> dict[str, Any]:
     return {"scores": scores, "ci95": intervals, "measured_on": measured_on} if scores else {}
 
 
-def _input(about: Mapping[str, Any]) -> dict[str, Any]:
+def _input(view: View, channels: int) -> dict[str, Any]:
     """How an image becomes the network's input, from the view that evaluation used."""
-    view, channels = about["config"]["eval_view"], about["facts"]["channels"]
-    mean, std = (
-        list(each) * (channels if len(each) == 1 else 1) for each in (view["pixels"]["mean"], view["pixels"]["std"])
-    )
-    crop = view["crop"]
+    mean, std = (list(each) * (channels if len(each) == 1 else 1) for each in (view.pixels.mean, view.pixels.std))
+    centre = view.crop if isinstance(view.crop, Centre) else None
     return {
         "channels": channels,
-        "size": view["size"],
-        "resize": crop.get("resize"),  # the shorter side, before the central crop
-        "crop": "centre" if crop["type"] == "Centre" else "none, the whole image is scaled",
-        "interpolation": view["filter"],
+        "size": view.size,
+        "resize": centre.resize if centre else None,  # the shorter side, before the central crop
+        "crop": "centre" if centre else "none, the whole image is scaled",
+        "interpolation": view.filter.value,
         "mean": mean,
         "std": std,
         "value": "(pixel / 255 - mean) / std",

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastssl import dist
-from fastssl.config.plain import to_plain
+from fastssl.config.plain import from_plain, type_name
 from fastssl.errors import ConfigError
 from fastssl.optim.schedule import warmup_cosine, warmup_stairs
-from fastssl.weights.read import Weights, parts_of, read_weights
+from fastssl.weights.read import Weights, WeightsError, parts_of, read_weights
 from loaders.batch import Batch
 from loaders.plan.plan import Plan
 from loaders.plan.views import View, parse_subset
@@ -100,8 +100,8 @@ class Horizon:
 class Facts:
     """What a method may know of the data and the run before it is built.
 
-    num_classes and channels are those of the labelled images; train_fingerprint identifies the plain training set, and
-    is empty where there is none; all_labelled says whether every image of that set carries a label.
+    num_classes, class_names and channels are those of the labelled images; train_fingerprint identifies the plain
+    training set, and is empty where there is none; all_labelled says whether every image of that set carries a label.
     """
 
     num_classes: int
@@ -109,6 +109,7 @@ class Facts:
     seed: int
     train_fingerprint: str = ""
     all_labelled: bool = True
+    class_names: tuple[str, ...] = ()  # in the order of their numbers; empty where nobody said
 
 
 @dataclass(frozen=True)
@@ -196,6 +197,34 @@ class Config(ABC):
         """The method of this configuration."""
 
 
+@dataclass(frozen=True)
+class About:
+    """How stored networks are built and fed: `to_plain` of this stands beside them."""
+
+    method: str
+    config: Config
+    facts: Facts
+
+
+def about_of(plain: Mapping[str, Any]) -> About:
+    """What stands beside networks, read back. Raises ConfigError where that is not whole, or names what is gone."""
+    about: About = from_plain(About, {"type": type_name(About), **plain})  # which early commits did not write
+    return about
+
+
+def setting_of(weights: Weights, kind: Any, *path: str) -> Any:
+    """What the weights' makers said of their config's setting at `path`, of type `kind`; None where they did not. Read
+    apart from all else, which may be of a method that is not here. Raises WeightsError where today's code has no such
+    thing."""
+    value: Any = weights.about.get("config")
+    for name in path:
+        value = value.get(name) if isinstance(value, Mapping) else None
+    try:
+        return None if value is None else from_plain(kind, value, path=path[-1])
+    except ConfigError as error:
+        raise WeightsError(f"{weights.source}: {error}; nothing loaded") from None
+
+
 class Method(ABC, Generic[AnyConfig, Net]):
     """One learning method. Draws nothing itself: initial weights come from torch's generator, seeded by the engine;
     anything random in a step is keyed by the batch."""
@@ -216,9 +245,9 @@ class Method(ABC, Generic[AnyConfig, Net]):
     def nets(self) -> Nets[Net]:
         """Freshly initialised modules on the CPU, whatever the inputs."""
 
-    def about(self) -> dict[str, Any]:
-        """What stands beside the networks wherever they are stored: plain values, how to build and how to feed them."""
-        return {"method": type(self).__name__, "config": to_plain(self.config), "facts": to_plain(self.facts)}
+    def about(self) -> About:
+        """What stands beside the networks wherever they are stored."""
+        return About(type(self).__name__, self.config, self.facts)
 
     def load_inputs(self, nets: Nets[Net]) -> None:
         """Put what `inputs` hold (weights to start from, a teacher's) into fresh `nets`, before any checkpoint of this

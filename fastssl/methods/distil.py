@@ -33,9 +33,10 @@ from fastssl.methods.base import (
     Span,
     autocast,
     in_full,
+    setting_of,
 )
 from fastssl.methods.supervised import Classifier, FirstLayer, SupervisedConfig, check_same_input
-from fastssl.nn.encoders import Encoder, SimclrResNet, encoder_of
+from fastssl.nn.encoders import Encoder, SimclrResNet
 from fastssl.optim.lars import Lars
 from fastssl.optim.param_groups import lars_groups
 from fastssl.weights.read import Weights, WeightsError
@@ -122,11 +123,11 @@ class Distil(Method[DistilConfig, Classifier]):
                 f"{weights.source} tells {len(fc['weight'])} classes apart, the labelled data has "
                 f"{self.facts.num_classes}: a teacher must answer what the student is asked"
             )
-        encoder = weights.about.get("config", {}).get("encoder")
+        encoder = setting_of(weights, Encoder, "encoder")
         if encoder is None:
             raise WeightsError(f"{weights.source} does not say which encoder it holds: give a run, or its export")
         head = FirstLayer(len(first["fc1.weight"]), "fc1.bias" in first) if "fc1.weight" in first else None
-        teacher = self._classifier(encoder_of(encoder), head)
+        teacher = self._classifier(encoder, head)
         weights.load_whole(teacher, "online")
         return teacher
 

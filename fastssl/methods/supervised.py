@@ -14,8 +14,8 @@ the first layer of its projection head; the classifier above starts at zero. The
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, fields
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from fastssl import dist
-from fastssl.config.plain import to_plain
 from fastssl.methods import paws
 from fastssl.methods.base import (
     Artefact,
@@ -36,6 +35,7 @@ from fastssl.methods.base import (
     Span,
     autocast,
     in_full,
+    setting_of,
 )
 from fastssl.nn.encoders import Encoder, ResNet
 from fastssl.nn.norm.global_batch_norm import BatchNormMode, GlobalBatchNorm
@@ -46,6 +46,7 @@ from fastssl.weights.read import Weights, WeightsError, load_whole
 from loaders.batch import Batch
 from loaders.plan.plan import Plan
 from loaders.plan.views import (
+    Pixels,
     Shuffled,
     Stream,
     View,
@@ -208,28 +209,30 @@ class Supervised(Method[SupervisedConfig, Classifier]):
 
 def check_same_input(weights: Weights, view: View) -> None:
     """Raise WeightsError where the networks were trained on pixels that were normalised otherwise than `view`'s."""
-    theirs, ours = _told(weights, "config", "eval_view", "pixels"), to_plain(view.pixels)
+    theirs, ours = setting_of(weights, Pixels, "eval_view", "pixels"), view.pixels
     if theirs is not None and theirs != ours:
         wanted = " ".join(
-            f"--set {setting}.pixels.{name}={','.join(map(str, theirs[name]))}"
+            f"--set {setting}.pixels.{name}={','.join(map(str, getattr(theirs, name)))}"
             for setting in ("view", "eval_view")
             for name in ("mean", "std")
         )
         raise WeightsError(
-            f"{weights.source} was trained on pixels of mean {theirs['mean']} and std {theirs['std']}, this recipe has "
-            f"mean {ours['mean']} and std {ours['std']}: {wanted} would do as they did; nothing loaded"
+            f"{weights.source} was trained on pixels of mean {list(theirs.mean)} and std {list(theirs.std)}, this "
+            f"recipe has mean {list(ours.mean)} and std {list(ours.std)}: {wanted} would do as they did; nothing loaded"
         )
 
 
 def check_encoder(weights: Weights, encoder: Encoder) -> None:
     """Also where all shapes agree: encoders of two names differ in what they pad."""
-    theirs, ours = _told(weights, "config", "encoder"), to_plain(encoder)
-    if theirs is None or theirs == ours:
+    theirs = setting_of(weights, Encoder, "encoder")
+    if theirs is None or theirs == encoder:
         return
     says = f"{weights.source} has another encoder"
-    if theirs["type"] != ours["type"]:
-        raise WeightsError(f"{says}, {theirs['type']}, where this recipe has {ours['type']}; nothing loaded")
-    settings = " ".join(f"--set encoder.{name}={value}" for name, value in theirs.items() if value != ours.get(name))
+    names = [type(each).__name__ for each in (theirs, encoder)]
+    if type(theirs) is not type(encoder):
+        raise WeightsError(f"{says}, {names[0]}, where this recipe has {names[1]}; nothing loaded")
+    other = {f.name: getattr(theirs, f.name) for f in fields(theirs)}
+    settings = " ".join(f"--set encoder.{k}={v}" for k, v in other.items() if v != getattr(encoder, k))
     raise WeightsError(f"{says}: {settings} would take it; nothing loaded")
 
 
@@ -253,11 +256,3 @@ def _check_first_layer(weights: Weights, first: Mapping[str, Tensor], head: Firs
             f"{weights.source} has another first projection layer: --set head.features={features} "
             f"--set head.bias={bias} would take it; nothing loaded"
         )
-
-
-def _told(weights: Weights, *path: str) -> Any:
-    """What the weights' makers said of them at `path`; None where they did not."""
-    value: Any = weights.about
-    for name in path:
-        value = value.get(name) if isinstance(value, Mapping) else None
-    return value

@@ -5,9 +5,7 @@ weights. All that have `base_width` become small ones below 64: `ResNet(10, stem
 images on one CPU core.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from fastssl.nn.initialisers import haiku_default, variance_scaling
 from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm
@@ -105,13 +103,3 @@ class WideResNet:
 
 
 Encoder = ResNet | SimclrResNet | ByolResNet | S4lResNet | WideResNet
-
-
-def encoder_of(plain: Mapping[str, Any]) -> Encoder:
-    """The encoder that `fastssl.config.to_plain` wrote down. Raises ValueError where it is none of these."""
-    kinds = {kind.__name__: kind for kind in (ResNet, SimclrResNet, ByolResNet, S4lResNet, WideResNet)}
-    settings = dict(plain)
-    kind = kinds.get(settings.pop("type", ""))
-    if kind is None:
-        raise ValueError(f"no encoder {plain.get('type')!r}; there are {', '.join(kinds)}")
-    return kind(**settings)

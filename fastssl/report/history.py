@@ -12,8 +12,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from fastssl.errors import ConfigError
+from fastssl.config.plain import short_name, to_plain
+from fastssl.errors import ConfigError, FastsslError
 from fastssl.run_dir.files import RESOLVED, RESULT, read_json
+from fastssl.run_dir.written import read_run
 
 STALL_WAIT_SHARE = 0.25  # of a window spent waiting for data
 STALL_PACE = 0.5  # of the median pace
@@ -112,7 +114,7 @@ class StageHistory:
     def total_steps(self) -> int | None:
         """How many there will be; None while that is not known."""
         length = self.settings["length"]
-        if length["type"] == "Steps":
+        if short_name(length["type"]) == "Steps":
             return length["count"]
         last = self.steps[-1] if self.steps else None
         return None if last is None else length["count"] * round(last["step"] / last["epoch"])
@@ -150,12 +152,22 @@ def read_history(run: Path) -> History:
         raise ConfigError(f"{run} is no run directory: it has no {RESOLVED}")
     resolved = read_json(run / RESOLVED)
     try:
+        resolved["stages"] = _as_today(run, resolved["stages"])
         alone = len(resolved["stages"]) == 1
         stages = [_stage(settings, run if alone else run / settings["name"]) for settings in resolved["stages"]]
         resolved["recipe"], resolved["seed"], resolved["run"]["command"], resolved["versions"]["torch"]
         return History(run, resolved, stages)
     except (KeyError, TypeError) as error:
         raise ConfigError(f"{run / RESOLVED} is not what fastssl train writes: {error!r}") from None
+
+
+def _as_today(run: Path, stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The stages as a run of today would write them, so that runs can be compared; as they stand where they need what
+    is not there any more."""
+    try:
+        return to_plain(read_run(run).stages)
+    except FastsslError:
+        return stages
 
 
 def _stage(settings: dict[str, Any], folder: Path) -> StageHistory:

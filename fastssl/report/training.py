@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 
 from fastssl.config.plain import differences
@@ -48,6 +49,7 @@ def training_page(history: History, other: History | None, data: tuple[str, ...]
     """The page. `data` stands in for what the run was trained on, for its pictures."""
     stages = [_beside(stage, history, other) for stage in history.stages]
     tsne, confusion = _embeddings(history, data)
+    opened = cache(lambda: open_method(history.path, data))
     return page(
         f"{history.resolved['recipe']}, seed {history.resolved['seed']}",
         _header(history, other),
@@ -57,9 +59,9 @@ def training_page(history: History, other: History | None, data: tuple[str, ...]
         _curves("throughput", stages, _throughput),
         section("crops", CONTENTS["crops"], paragraph(
             "A few images of each stream: the image as it is evaluated, then the views that training makes of it.",
-            quiet=True), _if_any(lambda: pictures.contact_sheet(*open_method(history.path, data)[:2]), "No crops")),
+            quiet=True), _if_any(lambda: pictures.contact_sheet(*opened()), "No crops")),
         section("classes", CONTENTS["classes"],
-                _if_any(lambda: pictures.class_histograms(*open_method(history.path, data)[:2]), "No histograms")),
+                _if_any(lambda: pictures.class_histograms(*opened()), "No histograms")),
         section("embeddings", CONTENTS["embeddings"], tsne),
         section("confusion", CONTENTS["confusion"], confusion),
         section("settings", CONTENTS["settings"], _settings(history, other)),

@@ -221,12 +221,59 @@ def test_unknown_tap_and_missing_checkpoint(finished, tmp_path):
     assert "has no checkpoint yet" in refused("evaluate", run, "--protocol", "knn")
 
 
-def test_recipe_that_changed_since_the_run_was_made(finished, tmp_path):
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda r: r["versions"].update(fastssl="99.1.0"), "was made by fastssl 99.1.0, and this is fastssl 0"),
+        (lambda r: r["stages"][0]["method"].update(taus=1), "stages.0.method: PawsConfig has no 'taus'; did you mean"),
+        (
+            lambda r: r["stages"][0]["method"].update(tau="1"),
+            "stages.0.method.tau: '1' stands where a number is needed",
+        ),
+        (lambda r: r["stages"][0]["method"].update(type="a:B"), "it is of the module a, which is not loaded"),
+        (
+            lambda r: r["stages"][0]["method"].update(type="fastssl.methods.vicreg:C"),
+            "there is no 'fastssl.methods.vic",
+        ),
+        (lambda r: r["stages"][0].pop("length"), "stages.0: Stage lacks 'length', which has no default"),
+        (lambda r: r.update(stages=[]), "has no stages"),
+        (lambda r: r["run"].pop("data"), "is not what fastssl train writes: KeyError('data')"),
+        (
+            lambda r: r["run"].update(modules={"mine": "/nowhere/mine.py"}),
+            "needs the module mine, which was /nowhere/m",
+        ),
+    ],
+)
+def test_runs_that_today_cannot_read(change, says, finished, tmp_path):
+    """A newer fastssl's, a field, value or type that does not exist, a user's module that is gone."""
     run = shutil.copytree(finished, tmp_path / "run")
     resolved = json.loads((run / "resolved.json").read_text())
-    resolved["stages"][0]["method"]["tau"] = 0.5
+    change(resolved)
     (run / "resolved.json").write_text(json.dumps(resolved))
-    assert "recipe paws.digits has changed since" in refused("evaluate", run, "--protocol", "knn")
+    for looks in (("evaluate", run, "--protocol", "knn"), ("embed", run), ("export", run)):
+        assert says in refused(*looks)
+
+
+def test_a_newer_versions_run_is_not_continued(finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    (run / "result.json").unlink()
+    resolved = json.loads((run / "resolved.json").read_text())
+    resolved["versions"]["fastssl"] = "99.1"
+    (run / "resolved.json").write_text(json.dumps(resolved))
+    assert "was made by fastssl 99.1, and this is fastssl 0" in refused("train", "--out", run, *SHORT)
+
+
+def test_a_run_outlives_a_changed_recipe(finished, tmp_path):
+    """What it wrote counts, not what its recipe says today; a field that it does not have is named once, on stderr."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    resolved = json.loads((run / "resolved.json").read_text())
+    resolved["recipe"] = "paws.of_last_year"
+    resolved["stages"][0]["method"]["tau"] = 0.5
+    del resolved["stages"][0]["method"]["support_views"]
+    (run / "resolved.json").write_text(json.dumps(resolved))
+    result = CliRunner().invoke(main, ["evaluate", str(run), "--protocol", "knn", "--protocol", "soft-nn"])
+    assert result.exit_code == 0 and set(json.loads(result.stdout)) > {"knn_top1", "soft_nn_top1"}
+    assert result.stderr == f"note: {run} does not say PawsConfig.support_views (1 is assumed)\n"
 
 
 def test_ranks_speak_once(tmp_path):

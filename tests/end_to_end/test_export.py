@@ -19,11 +19,14 @@ from fastssl.commands.main import main
 from fastssl.config.plain import to_plain
 from fastssl.engine.reopen import open_run
 from fastssl.export.architecture import architecture, name_of
+from fastssl.methods.base import About, Facts, Stage, Steps
+from fastssl.methods.supervised import SupervisedConfig
 from fastssl.nn.encoders import ByolResNet, ResNet, S4lResNet, SimclrResNet, WideResNet
 from fastssl.run_dir.checkpoint import Checkpoints
 from fastssl.weights import tensor_files
 from fastssl.weights.read import read_weights
 from loaders.files import sha256_of
+from loaders.plan.views import Centre, Pixels, View
 from tests import plain_resnet
 from tests.end_to_end import command
 
@@ -173,19 +176,16 @@ def test_an_earlier_step_replaces_the_export_and_has_no_accuracy(run, tmp_path):
 
 def made_by_hand(folder, encoder, **nets):
     """A run directory of one checkpoint, as training would leave it."""
-    config = {"encoder": to_plain(encoder), "eval_view": _view()}
-    about = {"method": "Made", "config": config, "facts": {"num_classes": 10, "channels": 3, "seed": 0}}
+    view = View("eval", 224, Centre(256), pixels=Pixels((0.5,), (0.25,)))
+    config = SupervisedConfig("imagenet", view, encoder=encoder)
+    about = to_plain(About("Made", config, Facts(10, 3, 0)))
     Checkpoints(folder / "checkpoints").save(7, {"step": 7, "about": about, "nets": nets, "optimizer": {}})
-    resolved = {"recipe": "made.by_hand", "seed": 0, "stages": [{"name": "train"}], "data": {"train": "abc"}}
-    resolved["run"] = {"changes": []}
+    stages = to_plain((Stage("train", config, Steps(7)),))
+    resolved = {"recipe": "made.by_hand", "seed": 0, "stages": stages, "data": {"train": "abc"}}
+    resolved["run"] = {"changes": [], "data": [], "init_from": None}
     resolved["versions"] = {"commit": "unknown", "torch": "2"}
     (folder / "resolved.json").write_text(json.dumps(resolved))
     return folder
-
-
-def _view():
-    crop = {"type": "Centre", "resize": 256}
-    return {"size": 224, "crop": crop, "filter": "bilinear", "pixels": {"mean": [0.5], "std": [0.25]}}
 
 
 def test_which_of_two_networks_is_exported_is_said(tmp_path):

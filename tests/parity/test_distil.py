@@ -15,7 +15,7 @@ from fastssl.methods.supervised import Classifier, FirstLayer, SupervisedConfig
 from fastssl.nn.encoders import ResNet, SimclrResNet
 from fastssl.weights.read import Weights, WeightsError
 from loaders.batch import Batch, Part
-from loaders.plan.views import CIFAR10, UNIT, View, Whole
+from loaders.plan.views import CIFAR10, UNIT, All, PerClass, View, Whole
 
 IMAGES, CLASSES = 6, 4
 VIEW = View("student", 8, Whole(), pixels=UNIT)
@@ -144,8 +144,8 @@ def test_the_parts_of_the_loss_add_up():
 
 
 def test_labels_show_only_where_the_loss_wants_them():
-    assert to_plain(distil(labels="per-class=3").plan().streams[0].visible)["type"] == "All"  # read by nothing
-    assert to_plain(distil(labels="per-class=3", alpha=0.5).plan().streams[0].visible)["count"] == 3
+    assert distil(labels="per-class=3").plan().streams[0].visible == All()  # read by nothing
+    assert distil(labels="per-class=3", alpha=0.5).plan().streams[0].visible == PerClass(3)
 
 
 def test_a_student_that_agrees_is_told_so():

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fastssl.config.plain import to_plain
 from fastssl.errors import ConfigError
 from fastssl.methods.base import Facts, Horizon
 from fastssl.methods.suncet import suncet_loss
@@ -78,7 +79,7 @@ def pretrained():
 
 
 def weights_of(method, nets):
-    return Weights({"online": nets.online.state_dict()}, method.about(), "runs/paws")
+    return Weights({"online": nets.online.state_dict()}, to_plain(method.about()), "runs/paws")
 
 
 def started(pretrained):

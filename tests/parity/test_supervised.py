@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastssl import dist
+from fastssl.config.plain import to_plain
 from fastssl.methods.base import Epochs, Facts, Horizon, Steps
 from fastssl.methods.supervised import FirstLayer, StepDecay
 from fastssl.nn.encoders import ResNet, S4lResNet
@@ -46,13 +47,13 @@ def pretrained(head="PAWS", **changes):
         if isinstance(layer, GlobalBatchNorm):
             layer.running_mean.normal_()
             layer.running_var.uniform_(0.5, 2.0)
-    return online, Weights({"online": online.state_dict()}, method(**changes).about(), "runs/first")
+    return online, Weights({"online": online.state_dict()}, to_plain(method(**changes).about()), "runs/first")
 
 
 def classifier(**changes):
     """Weights as a run of this method leaves them."""
     ours = method(**changes)
-    return Weights({"online": ours.nets().online.state_dict()}, ours.about(), "runs/first")
+    return Weights({"online": ours.nets().online.state_dict()}, to_plain(ours.about()), "runs/first")
 
 
 def images(rows, seed=0):

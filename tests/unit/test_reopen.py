@@ -1,7 +1,12 @@
 """A run opened again, as `fastssl evaluate` and `fastssl embed` do."""
 
+import sys
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
+from fastssl.config.modules import load_file
 from fastssl.engine import reopen
 from fastssl.engine.stages import run
 from fastssl.errors import ConfigError
@@ -11,11 +16,6 @@ from loaders.errors import StoreError
 from loaders.store.data import DataSets, open_data
 from loaders.store.source import ArraySource
 from tests import fakes
-
-
-@pytest.fixture(autouse=True)
-def fake_recipe(monkeypatch):
-    monkeypatch.setattr(reopen, "resolve", lambda name, changes: fakes.stages("paws"))
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_named_on_stderr(tmp_path, capsys):
@@ -73,7 +73,6 @@ def digits_of(count, channels=1):
 def test_features_are_worth_something_on_other_classes(tmp_path, monkeypatch):
     """A second data set's linear probe, beside networks with a classifier of the first's ten classes. Catches networks
     that are built for the new data's classes, and a classifier that is scored on classes it never knew."""
-    monkeypatch.setattr(reopen, "resolve", resolve)
     (stage,) = resolve("supervised.digits", ("epochs=1", "precision=fp32"))
     run(fakes.job((stage,), tmp_path, recipe="supervised.digits", changes=("epochs=1", "precision=fp32")))
     monkeypatch.setattr(reopen, "open_data", lambda data, **_: digits_of(4))
@@ -85,3 +84,93 @@ def test_features_are_worth_something_on_other_classes(tmp_path, monkeypatch):
     monkeypatch.setattr(reopen, "open_data", lambda data, **_: digits_of(10, channels=3))
     with pytest.raises(ConfigError, match="learnt from images of 1 channels; these have 3"):
         reopen.open_run(tmp_path, ("coloured",))
+
+
+def test_a_classifier_counts_by_the_names_of_its_classes(tmp_path, monkeypatch):
+    """Another copy of the data may number the same classes otherwise. Catches a score by numbers, and a classifier that
+    is asked for classes it does not know."""
+    (stage,) = resolve("supervised.digits", ("epochs=12", "precision=fp32"))
+    run(fakes.job((stage,), tmp_path, recipe="supervised.digits"))
+    classifier = load_protocol("classifier")
+    scored = classifier.evaluate(reopen.open_run(tmp_path, ())[0])["classifier_top1"]
+    assert scored > 0.2
+
+    def numbered(names):
+        """The digits, with their classes in the order of `names`."""
+        digits = open_data(("digits",))
+        number = np.array([names.index(name) for name in digits.get("train").class_names])
+
+        def otherwise(source):
+            return ArraySource(source.name, source.images, number[source.labels], names)
+
+        return DataSets({key: otherwise(digits.sources[key]) for key in ("train", "validation")})
+
+    backwards = tuple(reversed(open_data(("digits",)).get("train").class_names))
+    monkeypatch.setattr(reopen, "open_data", lambda data, **_: numbered(backwards))
+    assert classifier.evaluate(reopen.open_run(tmp_path, ("backwards",), labels="all")[0])["classifier_top1"] == scored
+    monkeypatch.setattr(reopen, "open_data", lambda data, **_: digits_called("abcdefghij"))
+    with pytest.raises(ConfigError, match="the run's classifier knows no class 'a', which this data has: --protocol"):
+        classifier.evaluate(reopen.open_run(tmp_path, ("letters",), labels="all")[0])
+
+
+def digits_called(names):
+    digits = open_data(("digits",))
+    sources = {key: digits.sources[key] for key in ("train", "validation")}
+    return DataSets({key: replace(source, class_names=tuple(names)) for key, source in sources.items()})
+
+
+RECIPE = """
+from dataclasses import dataclass, replace
+from my_parts import SCALE
+from fastssl.methods.base import Stages
+from tests import fakes
+
+@dataclass(frozen=True)
+class Mine(fakes.TinyConfig):
+    scale: float = SCALE
+
+def mine() -> Stages:
+    (stage,) = fakes.stages("paws")
+    tiny = stage.method
+    return (replace(stage, method=Mine(tiny.dataset, tiny.eval_view, tiny.labels, tiny.precision, tiny.family)),)
+"""
+
+
+@pytest.fixture
+def forgotten():
+    """Forget the modules and paths that a test has loaded, as another process would."""
+    path = list(sys.path)
+
+    def forget():
+        sys.path[:] = path
+        for name in ("my_recipes", "my_parts"):
+            sys.modules.pop(name, None)
+
+    yield forget
+    forget()
+
+
+def test_a_method_of_the_users_own_is_loaded_from_where_it_was(tmp_path, forgotten):
+    """With what it imports from beside it. Where it is gone, the line says which module the run needs."""
+    (tmp_path / "my_parts.py").write_text("SCALE = 2.0\n")
+    file = tmp_path / "my_recipes.py"
+    file.write_text(RECIPE)
+    load_file("my_recipes", file)
+    run(fakes.job(sys.modules["my_recipes"].mine(), tmp_path / "run"))
+    forgotten()
+    subject, step = reopen.open_run(tmp_path / "run", ())
+    assert step == 6 and subject.method.config.scale == 2.0
+    forgotten()
+    file.write_text("import json\n\nraise RuntimeError('not today')\n")
+    says = rf"run needs the module my_recipes: {file}, line 3: RuntimeError: not today"
+    with pytest.raises(ConfigError, match=says):
+        reopen.open_run(tmp_path / "run", ())
+    file.write_text("def (:\n")
+    with pytest.raises(ConfigError, match=rf"run needs the module my_recipes: {file}, line 1: invalid syntax"):
+        reopen.open_run(tmp_path / "run", ())
+    file.unlink()
+    with pytest.raises(ConfigError, match=rf"run needs the module my_recipes, which was {file}: it is not there"):
+        reopen.open_run(tmp_path / "run", ())
+    load_file("my_recipes", tmp_path / "my_parts.py")
+    with pytest.raises(ConfigError, match=rf"needs the module my_recipes of {file}, but .*my_parts.py is loaded under"):
+        reopen.open_run(tmp_path / "run", ())

@@ -85,9 +85,8 @@ def quick(monkeypatch):
 
 
 @pytest.fixture
-def trained(tmp_path, monkeypatch):
+def trained(tmp_path):
     """A run of the fake PAWS, six steps."""
-    monkeypatch.setattr(reopen, "resolve", lambda name, changes: fakes.stages("paws"))
     run(fakes.job(fakes.stages("paws"), tmp_path / "run"))
     return tmp_path / "run"
 
@@ -183,11 +182,15 @@ def test_a_damaged_line_is_passed_over_and_said(trained):
     assert "Damaged lines of metrics.jsonl, which are passed over: 2" in report(trained).text
 
 
-def test_data_that_is_gone_and_a_recipe_that_has_changed_are_sentences(trained, monkeypatch):
+def test_data_that_is_gone_and_a_method_that_is_gone_are_sentences(trained):
     page = report(trained, data=("/nowhere",))
     assert page.text.count("/nowhere: no such file or folder") == 4 and "Finished after 6 steps" in page.text
-    monkeypatch.setattr(reopen, "resolve", lambda name, changes: fakes.stages("paws", steps=7))
-    assert report(trained).text.count("has changed since") == 4
+    resolved = json.loads((trained / "resolved.json").read_text())
+    resolved["run"]["modules"] = {"my_recipes": "/nowhere/my_recipes.py"}
+    (trained / "resolved.json").write_text(json.dumps(resolved))
+    page = report(trained)
+    assert page.text.count("needs the module my_recipes, which was /nowhere/my_recipes.py: it is not there") == 4
+    assert "Finished after 6 steps" in page.text
 
 
 def test_no_validation_images(trained, monkeypatch):
@@ -199,10 +202,9 @@ def test_no_validation_images(trained, monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["simclrv2", "s4l"])
-def test_every_stage_has_its_curves(tmp_path, monkeypatch, family):
+def test_every_stage_has_its_curves(tmp_path, family):
     """Stages that train nothing, teachers, quarter turns, exemplar copies."""
     stages = tuple(replace(stage, evaluate=()) for stage in fakes.stages(family, steps=2))
-    monkeypatch.setattr(reopen, "resolve", lambda name, changes: stages)
     run(fakes.job(stages, tmp_path))
     page = report(tmp_path)
     for stage in stages:

@@ -1,0 +1,83 @@
+"""Modules of others whose types a run uses: where their files are, and how they are loaded again from there."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+from fastssl.errors import ConfigError
+
+OURS = ("fastssl", "loaders")
+
+
+def modules_of(plain: Any) -> dict[str, str]:
+    """Module name -> its file, of all types in a plain form (`fastssl.config.plain`) that are not ours."""
+    if isinstance(plain, list):
+        return {name: file for each in plain for name, file in modules_of(each).items()}
+    if not isinstance(plain, dict):
+        return {}
+    found = {name: file for each in plain.values() for name, file in modules_of(each).items()}
+    kind = plain.get("type")
+    name = kind.partition(":")[0] if isinstance(kind, str) else ""
+    file = getattr(sys.modules.get(name), "__file__", None)
+    if name.partition(".")[0] not in OURS and file is not None:
+        found[name] = str(Path(file).absolute())
+    return found
+
+
+def load_modules(files: dict[str, str], needed_by: object) -> None:
+    """Load each module that is not loaded yet from its file: one of a package as part of it, with the folder that holds
+    the package on the path. Raises ConfigError, which names the module, where the file is gone or cannot be imported,
+    and where another file has been loaded under the name."""
+    for name, file in files.items():
+        there = getattr(sys.modules.get(name), "__file__", None)
+        if there is None:
+            _load(name, Path(file), needed_by)
+        elif Path(there).absolute() != Path(file):
+            raise ConfigError(f"{needed_by} needs the module {name} of {file}, but {there} is loaded under that name")
+
+
+def _load(name: str, file: Path, needed_by: object) -> None:
+    if not file.is_file():
+        raise ConfigError(f"{needed_by} needs the module {name}, which was {file}: it is not there")
+    try:
+        if "." in name:
+            levels = name.count(".") + (file.name == "__init__.py")
+            _on_path(file.parents[levels])
+            import_module(name)
+        else:
+            load_file(name, file)
+    except Exception as error:
+        raise ConfigError(f"{needed_by} needs the module {name}: {import_failure(error, file)}") from error
+
+
+def load_file(name: str, file: Path) -> None:
+    """Import `file` as the module `name`, the modules beside it within reach of its imports. Raises what it raises."""
+    spec = spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = module_from_spec(spec)
+    _on_path(file.parent)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+
+
+def _on_path(folder: Path) -> None:
+    """Last, so that nothing of ours or of a library is hidden by what lies there."""
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+
+
+def import_failure(error: Exception, file: Path) -> str:
+    """Where the import of `file` failed, and how, in one line."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}, line {error.lineno}: {error.msg}"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == file]
+    line = f", line {frames[-1].lineno}" if frames else ""
+    return f"{file}{line}: {type(error).__name__}: {error}"
