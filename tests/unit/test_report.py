@@ -25,7 +25,7 @@ from fastssl.html.page import element, number, numbers_behind, table
 from fastssl.recipes.resolve import resolve
 from fastssl.report import pictures, training
 from fastssl.report.history import read_history
-from loaders.store import data as store
+from loaders.store import openers as store
 from tests import fakes
 from tests.interrupted import run_in_pieces
 
