@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,9 @@ from fastssl.launch.start import start
 def on_ranks(job: Job, work: Callable[[Job], Any] = run) -> Any:
     """Do `work` for `job`, by default train, on all its ranks and return the first rank's result. Raises as
     `fastssl.launch.start` does, and ConfigError where a GPU cannot hold its share of the step."""
+    if job.device == "cuda" and torch.cuda.is_available():
+        card_bytes = torch.cuda.get_device_properties(0).total_memory
+        job = replace(job, with_room=memory.stages_with_room(job, card_bytes))
     return start(Ranks(job.world, job.device), partial(work, job), job.command, partial(_check_memory, job))
 
 

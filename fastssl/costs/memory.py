@@ -7,11 +7,12 @@ for each 224-pixel image under bf16; at the peak (benchmarks/results/step_memory
     eager             44.2 MB   inputs and outputs
     eager-recompute   23.5 MB   blocks checkpointed; each one's last convolution, and the shortcut's, computed again
     compiled          24.9 MB   batch norms and ReLUs computed again
+                      42.6 MB   nothing computed again, as where there is room: 44 of 390 MB less to read and write
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,8 @@ from loaders.plan.plan import Plan
 from loaders.plan.views import Sequential
 
 KEPT_PER_OUTPUT = {"eager-recompute": 23.5 / 22.2, "compiled": 24.9 / 22.2, "graphed": 24.9 / 22.2}
+WHOLE_PER_OUTPUT = 42.6 / 22.2  # compiled, nothing computed again
+ROOM = 0.9  # of a card, which a step that need not take it leaves to fragments of memory
 PREFERENCE = ("compiled", "graphed", "eager", "eager-recompute")  # the setting to name first where several fit
 
 BYTES_PER_PARAMETER = 12  # float32 weight, gradient (which is DDP's bucket) and momentum
@@ -44,11 +47,16 @@ class Memory:
     batch_bytes: float
     workspace_bytes: float
     activations: Mapping[str, float]
+    whole_bytes: float = float("inf")  # activations of a compiled step that computes nothing again
 
     def needed(self, how: str) -> float:
         """Bytes that `--step how` needs."""
         copies = BATCHES_IN_FLIGHT + (how == "graphed")  # a graph reads its batch from a place of its own
         return self.shared_bytes + copies * self.batch_bytes + self.workspace_bytes + self.activations[how]
+
+    def has_room(self, how: str, card_bytes: float) -> bool:
+        """Whether the card holds `--step how`, of the compiled ones, with nothing computed again."""
+        return self.needed(how) - self.activations[how] + self.whole_bytes <= ROOM * card_bytes
 
     @property
     def shared_bytes(self) -> float:
@@ -70,44 +78,75 @@ def memory_of(trace: Trace) -> Memory:
         batch_bytes=trace.batch_bytes,
         workspace_bytes=trace.peak_bytes - trace.saved_bytes,
         activations={"eager": trace.saved_bytes, **recomputed},
+        whole_bytes=rest + WHOLE_PER_OUTPUT * outputs_bytes,
     )
 
 
 def refuse_job(job: Job, card_bytes: float | None) -> None:
-    """`refuse_what_cannot_fit` for every stage of a GPU job that trains, naming its recipes for fewer GPUs too.
-    `card_bytes` None: no card is at hand, so the largest of CARDS_GB is what it would need."""
+    """Raise ConfigError where a rank of a GPU job would not fit a card of `card_bytes`, naming the setting, or else the
+    number of ranks, that would, and the job's recipes for fewer GPUs. `card_bytes` None: no card is at hand, so the
+    largest of CARDS_GB is what it would need. To be called before the ranks are joined; takes seconds. Says nothing
+    about a stage that cannot be traced."""
     card_bytes = card_bytes or CARDS_GB[-1] * 1e9
-    for stage in job.stages:
-        known = KNOWN_SETS[stage.method.dataset]
-        facts = Facts(known.num_classes, known.channels, job.seed)
-        streams = stage.method.build(facts, {}).plan().streams if stage.do == "train" else ()
-        if not streams or any(s.batch_global % job.world for s in streams if not isinstance(s.order, Sequential)):
-            continue  # batches that the ranks cannot share are refused for that
+    for stage, facts in _of_stages(job):
         try:
-            refuse_what_cannot_fit(stage, facts, job.world, job.how or default_how(torch.device("cuda")), card_bytes)
+            refuse_what_cannot_fit(stage, facts, job.world, _how(job), card_bytes)
         except ConfigError as error:
             fewer = [name for name in recipes() if name.startswith(f"{job.recipe}_") and name.endswith(("gpu", "gpus"))]
             hint = f"; made for fewer GPUs: {', '.join(fewer)}" if fewer else ""
             raise ConfigError(f"{error}{hint}") from None
 
 
+def stages_with_room(job: Job, card_bytes: float) -> tuple[str, ...]:
+    """The stages of a GPU job whose compiled step fits a card of `card_bytes` without computing anything again."""
+    how = _how(job)
+    if how not in ("compiled", "graphed"):
+        return ()
+    found = ((stage.name, _traced(stage, facts, job.world)) for stage, facts in _of_stages(job))
+    return tuple(name for name, traced in found if traced is not None and traced[0].has_room(how, card_bytes))
+
+
+def _how(job: Job) -> str:
+    return job.how or default_how(torch.device("cuda"))
+
+
+def _of_stages(job: Job) -> Iterator[tuple[Stage, Facts]]:
+    """The job's stages that train and whose batches the ranks can share."""
+    for stage in job.stages:
+        known = KNOWN_SETS[stage.method.dataset]
+        facts = Facts(known.num_classes, known.channels, job.seed)
+        streams = stage.method.build(facts, {}).plan().streams if stage.do == "train" else ()
+        if not streams or any(s.batch_global % job.world for s in streams if not isinstance(s.order, Sequential)):
+            continue  # batches that the ranks cannot share are refused for that
+        yield stage, facts
+
+
+_KNOWN: dict[str, tuple[Memory, Plan] | None] = {}
+
+
+def _traced(stage: Stage, facts: Facts, world: int) -> tuple[Memory, Plan] | None:
+    """Traced once a process, which takes seconds; None where it cannot be."""
+    key = repr((stage, facts, world))
+    if key not in _KNOWN:
+        try:
+            trace = trace_step(stage, facts, world)
+            _KNOWN[key] = memory_of(trace), trace.plan
+        except Untraceable:
+            _KNOWN[key] = None
+    return _KNOWN[key]
+
+
 def refuse_what_cannot_fit(stage: Stage, facts: Facts, world: int, how: str, card_bytes: float) -> None:
     """Raise ConfigError where a rank of `stage` would not fit a card of `card_bytes` with `--step how`, naming the
-    setting, or else the number of ranks, that would. To be called before the ranks are joined; takes seconds.
-
-    Says nothing about a stage that cannot be traced.
-    """
-    try:
-        trace = trace_step(stage, facts, world)
-    except Untraceable:
+    setting, or else the number of ranks, that would. Says nothing about a stage that cannot be traced."""
+    traced = _traced(stage, facts, world)
+    if traced is None or traced[0].needed(how) <= card_bytes:
         return
-    memory = memory_of(trace)
-    if memory.needed(how) <= card_bytes:
-        return
+    memory, plan = traced
     fitting = memory.settings_within(card_bytes)
     if fitting:
         instead = f"--step {fitting[0]} needs about {_gb(memory.needed(fitting[0]))}"
-    elif (ranks := _ranks_that_fit(memory, trace.plan, world, card_bytes)) is not None:
+    elif (ranks := _ranks_that_fit(memory, plan, world, card_bytes)) is not None:
         instead = f"no setting of --step makes it fit; on {ranks} ranks --step {PREFERENCE[0]} would"
     else:
         instead = "no setting of --step fits, however many ranks share the batch: choose a smaller network"

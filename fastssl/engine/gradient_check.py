@@ -158,7 +158,8 @@ def _gradients(
     found = {}
     for name, parameter in named.items():
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        found[name] = gradient.detach().to(torch.promote_types(gradient.dtype, torch.float32), copy=True)
+        wide = torch.promote_types(gradient.dtype, torch.float32)
+        found[name] = gradient.detach().to("cpu", wide, copy=True)  # the device has no room to keep three of each
         parameter.grad = None
     return found, rows
 

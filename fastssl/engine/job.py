@@ -24,6 +24,7 @@ class Job(Settings):
     seed: int
     device: Literal["cpu", "cuda"]
     world: int
+    with_room: tuple[str, ...] = ()  # stages that fit the card with nothing computed again for backward
     held_out: str | None = None  # labelled images (a subset) that stand in for the validation images, left unopened
     replay: Path | None = None  # do no more than this step again, which was not finite
     command: str = ""

@@ -228,7 +228,8 @@ class _StageRun:
         every = None if stays is None else max(1, stays.steps(self.bound.plan.steps_per_epoch))
         checkpoints = Checkpoints(self.folder / CHECKPOINTS, self.stage.keep_checkpoints, every)
         skip_once = self.job.nonfinite == "skip-once"
-        return Trainer(self.stage, self.method, loader, checkpoints, self.device, how, skip_once)
+        keeps_all = self.stage.name in self.job.with_room
+        return Trainer(self.stage, self.method, loader, checkpoints, self.device, how, skip_once, keeps_all)
 
     def replay(self) -> dict[str, Any]:
         """Do the step that `job.replay` describes again, from the last checkpoint before it, or from the start."""

@@ -103,9 +103,14 @@ class TrainingStep:
         return self.how in ("compiled", "graphed")
 
     @property
+    def averages(self) -> bool:
+        """Whether there are other ranks, with whose gradients this one's are averaged."""
+        return dist.world_size() > 1
+
+    @property
     def must_prepare(self) -> bool:
         """Whether `prepare` has anything to do."""
-        return self.how != "eager" or dist.world_size() > 1
+        return self.how != "eager" or self.averages
 
     def __call__(self, step: int, horizon: Horizon, batch: Batch) -> dict[str, Tensor]:
         """Do step number `step`; returns the parts of the loss, detached. Waits for the device no further than for the
@@ -141,10 +146,10 @@ class TrainingStep:
                 self._warn_of_the_dead()
                 return
             warn(f"--step {self.how} is not used, the step is eager and takes more time or memory: {problem}")
-            self.how, self._stream = "eager", None
+            self.how, self._stream, self.dead = "eager", None, []
             recompute_blocks(self.nets.online, again=False)
         self._trained = replace(self.nets, online=self._averaged(self.nets.online))
-        if dist.world_size() > 1 and (unused := self._throw_away(batch)):
+        if self.averages and (unused := self._throw_away(batch)):
             raise FastsslError(
                 f"{named(unused)} of the online network get no gradient: set requires_grad=False on what the loss does "
                 "not use"
@@ -217,7 +222,7 @@ class TrainingStep:
 
     def _averaged(self, online: nn.Module) -> nn.Module:
         """`online` averaging its gradients over the ranks."""
-        if dist.world_size() == 1:
+        if not self.averages:
             return online
         with warnings.catch_warnings():
             # What is to replace broadcast_buffers is not in every torch that we support.
@@ -245,7 +250,7 @@ class TrainingStep:
         """Afterwards all that a checkpoint holds of the networks is what it was. Norms whose scale is zero, as some are
         when training begins, let gradients through meanwhile."""
         before = {
-            name: {key: value.clone() for key, value in module.state_dict().items()}
+            name: {key: value.to("cpu", copy=True) for key, value in module.state_dict().items()}
             for name, module in self.nets.saved().items()
         }
         with torch.no_grad():
