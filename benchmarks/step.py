@@ -169,7 +169,7 @@ def ours(problem: Problem, batch: Batch, how: How, keeps_all: bool | None = None
     return Contender(
         nets.online,
         lambda batch: batch,
-        lambda batch: method.loss(training_step._trained, batch)["total"],
+        lambda batch: training_step.loss(batch)["total"],
         lambda step, batch: training_step(step, HORIZON, batch)["total"],
     )
 

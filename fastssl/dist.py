@@ -10,9 +10,10 @@ gloo, carries what hosts say to each other while their devices work.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as td
@@ -24,7 +25,10 @@ T = TypeVar("T")
 # Torch's flight recorder keeps the last collectives of NCCL, and writes them where one of them does not end.
 FLIGHT_RECORDER = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
 
+Messages = Literal["statistics", "rows"]  # of batch norm, of the loss
+
 _statistics_group: td.ProcessGroup | None = None
+_silent: Messages | None = None
 _host_group: td.ProcessGroup | None = None
 _store: td.Store | None = None
 
@@ -66,6 +70,23 @@ def shutdown() -> None:
     _statistics_group = _host_group = _store = None
     if td.is_initialized():
         td.destroy_process_group()
+
+
+@contextmanager
+def first_of(world: int) -> Iterator[None]:
+    """This process, which must be alone, as the first of `world` ranks whose messages go nowhere: to count them."""
+    global _statistics_group
+    if world == 1:
+        yield
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers "fake"
+
+    td.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
+    _statistics_group = td.new_group()
+    try:
+        yield
+    finally:
+        shutdown()
 
 
 def rank() -> int:
@@ -123,11 +144,33 @@ def statistics_group() -> td.ProcessGroup:
     return _statistics_group
 
 
+@contextmanager
+def silenced(messages: Messages) -> Iterator[None]:
+    """Within it these messages are not sent, on any rank: each goes on with its own numbers, of the shapes that it
+    would have got. To find out how long they take; for steps that are not compiled."""
+    global _silent
+    _silent = messages
+    try:
+        yield
+    finally:
+        _silent = None
+
+
+def _own_sum(x: Tensor, group_name: str) -> Tensor | None:
+    """What stands for the sum where its messages are silenced."""
+    of_statistics = _statistics_group is not None and group_name == _statistics_group.group_name
+    if _silent == "statistics" and of_statistics:
+        return x.clone()
+    return x * world_size() if _silent == "rows" and not of_statistics else None
+
+
 def sum_over_group(x: Tensor, group_name: str) -> Tensor:
     """Sum of x over the ranks of the named group, as a new tensor without gradient.
 
     The functional collective, not `td.all_reduce`: torch.compile keeps it inside one graph.
     """
+    if _silent is not None and (own := _own_sum(x, group_name)) is not None:
+        return own
     ops = torch.ops._c10d_functional
     return ops.wait_tensor(ops.all_reduce(x, "sum", group_name))
 
@@ -192,6 +235,8 @@ def _as_one(collective: Callable[[Tensor], Tensor], rows: Sequence[Tensor], dtyp
 def _all_gather(x: Tensor) -> Tensor:
     if not td.is_initialized():
         return x
+    if _silent == "rows":
+        return x.repeat(world_size(), *[1] * (x.dim() - 1))
     ops = torch.ops._c10d_functional
     return ops.wait_tensor(ops.all_gather_into_tensor(x, world_size(), _world_name()))
 
@@ -199,6 +244,8 @@ def _all_gather(x: Tensor) -> Tensor:
 def _reduce_scatter(x: Tensor) -> Tensor:
     if not td.is_initialized():
         return x
+    if _silent == "rows":
+        return x[: len(x) // world_size()].clone()
     ops = torch.ops._c10d_functional
     return ops.wait_tensor(ops.reduce_scatter_tensor(x, "sum", world_size(), _world_name()))
 

@@ -31,8 +31,9 @@ from unittest.mock import patch
 from fastssl.costs import whatif
 from fastssl.methods.paws import GLOBAL_VIEW, SMALL_VIEW
 from fastssl.profiling import baseline
-from fastssl.profiling.measure import loader_window
+from fastssl.profiling.loading import loader_window
 from fastssl.profiling.probes import CoreProbe
+from fastssl.profiling.windows import Window
 from fastssl.profiling.workload import Cycled
 from loaders.finish import numba_cpu
 from loaders.loader import Bound, Loader, bind
@@ -74,7 +75,7 @@ class Bench:
     rounds: int
     probe: CoreProbe
 
-    def window(self, threads: int = 2, renderer: str = "ffcv") -> dict[str, Any]:
+    def window(self, threads: int = 2, renderer: str = "ffcv") -> Window:
         with Loader(self.bound, renderer=renderer, threads=threads) as loader:
             with closing(loader.batches(0, SKIP + BATCHES)) as batches:
                 for batch in batches:
@@ -82,18 +83,18 @@ class Bench:
             return loader_window(loader, SKIP)
 
 
-def cpu_s_an_image(window: dict[str, Any]) -> float:
-    return sum(spent[1] for stream in window["stages"].values() for spent in stream.values()) / window["images"]
+def cpu_s(window: Window, phase: str) -> float:
+    """For an image."""
+    return sum(of[phase].cpu_s for of in window.spent.values()) / window.images
 
 
-def cost_of(window: dict[str, Any], bytes_read: float = 0.0) -> whatif.LoaderCost:
-    serial_s = sum(stream["plan"][1] for stream in window["stages"].values()) / window["images"]
-    finish_s = sum(stream["finish"][1] for stream in window["stages"].values()) / window["images"]
+def cpu_s_an_image(window: Window) -> float:
+    return sum(cpu_s(window, phase) for phase in STAGES)
+
+
+def cost_of(window: Window, bytes_read: float = 0.0) -> whatif.LoaderCost:
+    serial_s, finish_s = cpu_s(window, "plan"), cpu_s(window, "finish")
     return whatif.LoaderCost(cpu_s_an_image(window), serial_s, bytes_read, finish_s=finish_s, batch=BATCH)
-
-
-def rate(window: dict[str, Any]) -> float:
-    return window["images"] / window["wall_s"]
 
 
 def show(what: str, said: list[float], true: list[float]) -> None:
@@ -114,7 +115,7 @@ def cores(bench: Bench) -> None:
         after = bench.probe.run(2, 0.3)
         got = (before.calls_per_s + after.calls_per_s) / 2 * one.cpu_s_per_call  # cores' worth of work
         said.append(cost_of(alone).images_per_s(got)[0])
-        true.append(rate(two))
+        true.append(two.images_per_s)
     show("two cores from one", said, true)
 
 
@@ -146,9 +147,9 @@ def sleeps(bench: Bench) -> None:
             short = bench.window(renderer="pil")
             with slower(stage, pause_s, bench.source):
                 long = bench.window(renderer="pil")
-            truths.append(1 - short["wall_s"] / long["wall_s"])
+            truths.append(1 - short.wall_s / long.wall_s)
             for name in STAGES:
-                blamed[name].append((long["by_stage_s"][name] - short["by_stage_s"][name]) / long["wall_s"])
+                blamed[name].append((long.by_phase_s[name] - short.by_phase_s[name]) / long.wall_s)
         spread = (max(truths) - min(truths)) / 2
         others = ", ".join(f"{name} {100 * median(blamed[name]):+.1f}" for name in STAGES if name != stage)
         print(
@@ -198,13 +199,13 @@ def disk(bench: Bench) -> None:
         said, true = [], []
         for _ in range(bench.rounds):
             free = bench.window()
-            source.bytes_s = share * rate(free) * mean_bytes
+            source.bytes_s = share * free.images_per_s * mean_bytes
             begin = time.perf_counter()
             disk_bytes_s = sum(len(source.jpeg(i)) for i in range(64)) / (time.perf_counter() - begin)
             cost = replace(cost_of(free), bytes_read=mean_bytes, sizes=sizes)
-            got = cost.cpu_s * rate(free)  # the cores it had
+            got = cost.cpu_s * free.images_per_s  # the cores it had
             said.append(cost.images_per_s(got, disk_bytes_s, threads=2)[0])
-            true.append(rate(bench.window()))
+            true.append(bench.window().images_per_s)
             source.bytes_s = float("inf")
         show(f"a disk of {share:.0%} of what the loader takes", said, true)
 
@@ -236,8 +237,7 @@ def baselines(bench: Bench) -> None:
             with slow_finish() if slow else nullcontext():
                 window = bench.window()
             for stage in STAGES:
-                cpu_s = sum(stream[stage][1] for stream in window["stages"].values()) / window["images"]
-                values.setdefault(stage, []).append(cpu_s)
+                values.setdefault(stage, []).append(cpu_s(window, stage))
         noise = {"speed": speed, "cpu": values, "wall": {}, "counts": {}}
         return {"noise": noise, "machine": {"quiet": False}}
 

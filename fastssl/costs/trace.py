@@ -10,7 +10,6 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,7 +21,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -96,7 +94,7 @@ def trace_step(stage: Stage, facts: Facts, world: int) -> Trace:
     """
     assert stage.do == "train" and not td.is_initialized()
     try:
-        with _one_of(world), FakeTensorMode(allow_fallback_kernels=False):
+        with dist.first_of(world), FakeTensorMode(allow_fallback_kernels=False):
             return _traced(stage, facts, world)
     except (
         fake_tensor.DataDependentOutputException,
@@ -143,20 +141,6 @@ def _traced(stage: Stage, facts: Facts, world: int) -> Trace:
         saved_bytes=saved_bytes,
         peak_bytes=counter.peak_bytes,
     )
-
-
-@contextmanager
-def _one_of(world: int) -> Iterator[None]:
-    """This process as the first of `world` ranks, whose collectives go nowhere."""
-    if world == 1:
-        yield
-        return
-    td.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
-    dist._statistics_group = td.new_group()
-    try:
-        yield
-    finally:
-        dist.shutdown()
 
 
 class _NotMade(Mapping[str, Artefact]):

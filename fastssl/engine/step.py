@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -120,6 +120,15 @@ class TrainingStep:
         self.method.after_step(self.nets, step, horizon)
         self._stay_close()
         return parts
+
+    def without_averaging(self) -> AbstractContextManager[None]:
+        """Within it ranks keep their own gradients, as an eager step alone can."""
+        online = self._trained.online
+        return online.no_sync() if isinstance(online, DistributedDataParallel) else nullcontext()
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """The parts of the loss, as a step computes them."""
+        return self.method.loss(self._trained, batch)
 
     def _stay_close(self) -> None:
         if self.device.type == "cuda":

@@ -87,10 +87,10 @@ class CoreProbe:
         return count, time.thread_time() - begin
 
 
-def resident_bytes() -> tuple[int, int]:
-    """(now, at most so far) of this process's memory."""
+def most_resident_bytes() -> int:
+    """The most memory that this process has held."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
-    return tuple(int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))  # type: ignore[return-value]
+    return int(fields["VmHWM"].split()[0]) * 1024
 
 
 def let_go(paths: list[Path]) -> float | None:

@@ -28,6 +28,7 @@ from fastssl.profiling import baseline as baselines
 from fastssl.profiling import measure
 from fastssl.profiling.page import as_text, write_page
 from fastssl.profiling.summary import Before, summarise
+from fastssl.profiling.windows import Found
 from fastssl.profiling.workload import LOADER_IMAGES, SIZED, fitting, sized, stand_ins
 from fastssl.recipes.datasets import KNOWN_SETS
 from fastssl.recipes.resolve import resolve
@@ -49,7 +50,7 @@ class Keep:
     before: Before
     out: Path
 
-    def __call__(self, everyone: list[dict[str, Any]], complete: bool) -> None:
+    def __call__(self, everyone: list[Found], complete: bool) -> None:
         profile = summarise(self.before, everyone, complete)
         write_file(self.out / PROFILE, json.dumps(profile, indent=2, allow_nan=False) + "\n")
         if complete:

@@ -10,7 +10,22 @@ from typing import Any
 
 from fastssl.costs import whatif
 from fastssl.costs.cost import StepCost, ring_bytes
-from fastssl.profiling.measure import CLASSES
+from fastssl.profiling.windows import (
+    BESIDE_THE_STEP,
+    CLASSES,
+    COLD,
+    COPIED,
+    LOADED,
+    ONE_THREAD,
+    READY,
+    WARM,
+    Found,
+    Kind,
+    Probes,
+    Window,
+    all_step_s,
+    without,
+)
 from fastssl.recipes.datasets import KNOWN_SETS
 from loaders.timing import STAGES
 
@@ -19,9 +34,6 @@ DECODED_BYTES = 607e3  # of an ImageNet photograph on average
 BUSY = 0.1  # of the time in which threads could run, that they waited for a core: wall times say little beyond it
 CACHES_GIB = (1, 16, 128)
 DDP_BUCKET_BYTES = 25 << 20  # torch's default
-
-Windows = Sequence[Mapping[str, Any]]
-Found = Mapping[str, Any]  # a rank's `measure.Found` as a dict
 
 
 @dataclass(frozen=True)
@@ -49,11 +61,11 @@ class Before:
 
 
 def summarise(before: Before, everyone: Sequence[Found], complete: bool) -> dict[str, Any]:
-    """The profile, as JSON has it; what was not measured is None. `everyone`: a `measure.Found` a rank."""
+    """The profile, as JSON has it; what was not measured is None. `everyone`: what each rank found."""
     main = everyone[0]
-    loader = _loader(before, everyone) if "warm" in main["loader"] else None
-    step = _step(before, everyone) if "synthetic" in main["steps"] else None
-    cost = _loader_cost(before, main["loader"]["warm"]) if loader else None
+    loader = _loader(before, everyone) if WARM in main.loader else None
+    step = _step(before, everyone) if READY in main.steps else None
+    cost = _loader_cost(before, main.loader[WARM]) if loader else None
     binding = _binding(before, loader, step, cost)
     full_s = (step or {}).get("full_s")
     stall = _stall(everyone) if full_s else None
@@ -73,11 +85,11 @@ def summarise(before: Before, everyone: Sequence[Found], complete: bool) -> dict
         "communication": _communication(before, everyone) if step and before.world > 1 else None,
         "memory": _memory(everyone),
         "overhead_share": _overhead(main),
-        "machine": _machine(main),
-        "here": _here(before, main["loader"], loader, step, cost),
+        "machine": _machine(main.probes),
+        "here": _here(before, main.loader, loader, step, cost),
         "projection": _projection(before, cost, step),
         "noise": _noise(before, main),
-        "notes": [*before.notes, *main["notes"]],
+        "notes": [*before.notes, *main.notes],
     }
 
 
@@ -86,25 +98,26 @@ def summarise(before: Before, everyone: Sequence[Found], complete: bool) -> dict
 
 def _loader(before: Before, everyone: Sequence[Found]) -> dict[str, Any]:
     """Rates of all ranks together; stages by stream of the first."""
-    windows = everyone[0]["loader"]
-    rates = {
-        kind: _spread([sum(w["images"] / w["wall_s"] for w in together) for together in
-                       zip(*(found["loader"][kind] for found in everyone), strict=False)])
-        for kind in ("warm", "one thread", "cold") if kind in windows
-    }  # fmt: skip
-    warm = windows["warm"]
-    stages = {stage: _stage_row([w for w in warm], stage, before.streams, before.epoch_of) for stage in STAGES}
-    kept = everyone[0]["probes"].get("still_cached")
+    warm, kept = everyone[0].loader[WARM], everyone[0].probes.still_cached
+    stages = {stage: _stage_row(warm, stage, before.streams, before.epoch_of) for stage in STAGES}
     return {
-        "images_per_s": rates["warm"],
-        "one_thread_images_per_s": rates.get("one thread"),
-        "cold_images_per_s": rates.get("cold"),
+        "images_per_s": _rates(everyone, WARM),
+        "one_thread_images_per_s": _rates(everyone, ONE_THREAD),
+        "cold_images_per_s": _rates(everyone, COLD),
         "cold": _cold_words(kept) if kept else "nothing is read from a disk" if before.in_memory else "not measured",
-        "threads": warm[0]["threads"] * before.world,
+        "threads": warm[0].threads * before.world,
         "cpu_s_per_image": sum(row["cpu_s_per_image"] for row in stages.values()),
         "stages": stages,
-        "by_stream": {name: {stage: _per_image(warm, stage, name, 1) for stage in STAGES} for name in before.streams},
+        "by_stream": {name: {stage: _cpu_s(warm, stage, name) for stage in STAGES} for name in before.streams},
     }
+
+
+def _rates(everyone: Sequence[Found], kind: Kind) -> dict[str, float] | None:
+    """Of all ranks together, window by window; None where the kind was not measured."""
+    if kind not in everyone[0].loader:
+        return None
+    rounds = zip(*(found.loader[kind] for found in everyone), strict=False)
+    return _spread([sum(window.images_per_s for window in together) for together in rounds])
 
 
 def _cold_words(kept: Sequence[float | None]) -> str:
@@ -114,17 +127,28 @@ def _cold_words(kept: Sequence[float | None]) -> str:
     return "dropped before each window" if most < 0.1 else f"the system kept {most:.0%} in memory: not a cold cache"
 
 
-def _per_image(windows: Windows, stage: str, stream: str, column: int) -> float:
-    """Seconds an image of `stream`; column 0 wall, 1 CPU."""
-    images = sum(w["images_by_stream"][stream] for w in windows)
-    return sum(w["stages"][stream][stage][column] for w in windows) / images if images else 0.0
+def _wall_s(windows: Sequence[Window], stage: str, stream: str) -> float:
+    """Of a thread, for an image of `stream`."""
+    return _over_images([w.spent[stream][stage].wall_s for w in windows], windows, stream)
 
 
-def _stage_row(windows: Windows, stage: str, streams: Mapping[str, int], epoch_of: str) -> dict[str, float | None]:
+def _cpu_s(windows: Sequence[Window], stage: str, stream: str) -> float:
+    """For an image of `stream`."""
+    return _over_images([w.spent[stream][stage].cpu_s for w in windows], windows, stream)
+
+
+def _over_images(spent_s: Sequence[float], windows: Sequence[Window], stream: str) -> float:
+    images = sum(w.by_stream[stream] for w in windows)
+    return sum(spent_s) / images if images else 0.0
+
+
+def _stage_row(
+    windows: Sequence[Window], stage: str, streams: Mapping[str, int], epoch_of: str
+) -> dict[str, float | None]:
     """A stage of all streams for one image of the epoch's, in the recipe's proportions."""
     wall_s, cpu_s = (
-        sum(_per_image(windows, stage, name, column) * n for name, n in streams.items()) / streams[epoch_of]
-        for column in (0, 1)
+        sum(seconds(windows, stage, name) * n for name, n in streams.items()) / streams[epoch_of]
+        for seconds in (_wall_s, _cpu_s)
     )
     return {
         "cpu_s_per_image": cpu_s,
@@ -133,10 +157,10 @@ def _stage_row(windows: Windows, stage: str, streams: Mapping[str, int], epoch_o
     }
 
 
-def _loader_cost(before: Before, windows: Windows) -> whatif.LoaderCost:
+def _loader_cost(before: Before, windows: Sequence[Window]) -> whatif.LoaderCost:
     def total(stages: Sequence[str], streams: Sequence[str]) -> float:
         return sum(
-            _per_image(windows, stage, name, 1) * before.streams[name] for stage in stages for name in streams
+            _cpu_s(windows, stage, name) * before.streams[name] for stage in stages for name in streams
         ) / before.streams[before.epoch_of]  # fmt: skip
 
     names = list(before.streams)
@@ -161,45 +185,42 @@ def _loader_cost(before: Before, windows: Windows) -> whatif.LoaderCost:
 
 def _step(before: Before, everyone: Sequence[Found]) -> dict[str, Any]:
     """Times of the slowest rank, counts of the first."""
-    main, counts = everyone[0], everyone[0]["counts"]
-
-    def typical(kind: str) -> float | None:
-        if kind not in main["steps"]:
-            return None
-        return max(median(s for w in found["steps"][kind] for s in w["step_s"]) for found in everyone)
-
-    synthetic_s, full_s = typical("synthetic"), typical("full")
-    assert synthetic_s is not None
-    of = "full" if full_s else "synthetic"
-    times = [s for w in main["steps"][of] for s in w["step_s"]]
-    ranks = [median(s for w in found["steps"][of] for s in w["step_s"]) for found in everyone]
-    probes, cost = main["probes"], before.cost
+    main, counts, probes, cost = everyone[0], everyone[0].counts, everyone[0].probes, before.cost
+    synthetic_s, full_s = max(_typical_s(everyone, READY)), max(_typical_s(everyone, LOADED), default=None)
+    of = LOADED if full_s else READY
+    times, ranks = all_step_s(main.steps[of]), _typical_s(everyone, of)
+    assert probes.flop_s and probes.copy_bytes_s
     flop_s = sum(cost.flops.values()) / before.world / synthetic_s if cost else None
     traffic = cost.traffic_bytes / synthetic_s if cost else None
     return {
-        "how": counts["how"],
+        "how": counts.how,
         "synthetic_s": synthetic_s,
-        "cached_s": typical("cached"),
+        "cached_s": max(_typical_s(everyone, COPIED), default=None),
         "full_s": full_s,
-        "first_step_s": counts["first_step_s"],
+        "first_step_s": counts.first_step_s,
         "percentiles_s": _percentiles(times),
         "num_steps_timed": len(times),
         "straggler_spread": (max(ranks) - min(ranks)) / median(ranks),
-        "cpu_s": median(w["cpu_s"] / max(1, len(w["step_s"])) for w in main["steps"]["synthetic"]),
+        "cpu_s": median(w.cpu_s / max(1, len(w.step_s)) for w in main.steps[READY]),
         "images_per_s": before.batch_global / synthetic_s,
         "batch_global": before.batch_global,
         "image_equivalents": cost.image_equivalents if cost else None,
         "image_equivalents_per_s": cost.image_equivalents / synthetic_s if cost else None,
         "flop_s": flop_s,
-        "peak_flop_s": probes["flop_s"],
-        "share_of_peak": flop_s / probes["flop_s"] if flop_s else None,
+        "peak_flop_s": probes.flop_s,
+        "share_of_peak": flop_s / probes.flop_s if flop_s else None,
         "traffic_bytes_s": traffic,
-        "copy_bytes_s": probes["copy_bytes_s"],
-        "share_of_memory_roofline": traffic / probes["copy_bytes_s"] if traffic else None,
-        "dispatches": counts.get("dispatches"),
-        "launches": counts.get("launches"),
-        "host_syncs": counts.get("host_syncs"),
+        "copy_bytes_s": probes.copy_bytes_s,
+        "share_of_memory_roofline": traffic / probes.copy_bytes_s if traffic else None,
+        "dispatches": counts.dispatches,
+        "launches": counts.launches,
+        "host_syncs": counts.host_syncs,
     }
+
+
+def _typical_s(everyone: Sequence[Found], kind: Kind) -> list[float]:
+    """The median step of each rank; empty where the kind was not measured."""
+    return [median(all_step_s(found.steps[kind])) for found in everyone if kind in found.steps]
 
 
 def _percentiles(times: Sequence[float]) -> dict[str, float]:
@@ -214,23 +235,21 @@ def _stall(everyone: Sequence[Found]) -> dict[str, Any]:
     what a batch in host memory costs, the rest is the loader's and is split as its threads spent their time. Windows
     of one round are compared with each other; the reported share is the median over rounds."""
     shares, copies = [], []
-    for k in range(min(len(found["steps"].get("full", ())) for found in everyone)):
-        seconds = {
-            kind: max(
-                sum(found["steps"][kind][k]["step_s"]) / len(found["steps"][kind][k]["step_s"]) for found in everyone
-            )
-            for kind in ("synthetic", "cached", "full")
-            if len(everyone[0]["steps"].get(kind, ())) > k
-        }
-        shares.append(1 - seconds["synthetic"] / seconds["full"])
-        copies.append((seconds.get("cached", seconds["synthetic"]) - seconds["synthetic"]) / seconds["full"])
+    for k in range(min(len(found.steps[LOADED]) for found in everyone)):
+        ready_s, copied_s, loaded_s = (
+            max(found.steps[kind][k].mean_s for found in everyone) if kind in everyone[0].steps else None
+            for kind in (READY, COPIED, LOADED)
+        )
+        assert ready_s and loaded_s
+        shares.append(1 - ready_s / loaded_s)
+        copies.append(((copied_s or ready_s) - ready_s) / loaded_s)
     share = max(0.0, median(shares))
     copy = min(share, max(0.0, median(copies)))
-    spent = stage_seconds(everyone[0]["loader"]["beside the step"])
+    spent = stage_seconds(everyone[0].loader[BESIDE_THE_STEP])
     total = sum(spent.values()) or 1.0
     by_stage = {stage: (share - copy) * s / total for stage, s in spent.items()}
-    waits = [w["wait_s"] for w in everyone[0]["steps"]["full"]]
-    waited = sum(map(sum, waits)) / (sum(sum(w["step_s"]) for w in everyone[0]["steps"]["full"]) or 1.0)
+    steps = everyone[0].steps[LOADED]
+    waited = sum(sum(w.wait_s) for w in steps) / (sum(sum(w.step_s) for w in steps) or 1.0)
     return {
         "share": share,
         "spread": (max(shares) - min(shares)) / 2,
@@ -242,14 +261,14 @@ def _stall(everyone: Sequence[Found]) -> dict[str, Any]:
     }
 
 
-def stage_seconds(windows: Windows) -> dict[str, float]:
+def stage_seconds(windows: Sequence[Window]) -> dict[str, float]:
     """What the loader spent by stage, in seconds that add up to the windows' own."""
-    return {stage: sum(w["by_stage_s"][stage] for w in windows) for stage in STAGES}
+    return {stage: sum(w.by_phase_s[stage] for w in windows) for stage in STAGES}
 
 
 def _communication(before: Before, everyone: Sequence[Found]) -> dict[str, Any]:
     """By class: messages and bytes of a rank and step (counted), and how much shorter the step is without them."""
-    cost, steps = before.cost, everyone[0]["steps"]
+    cost, steps = before.cost, everyone[0].steps
     found: dict[str, Any] = {name: {"messages": None, "bytes": None, "exposed_s": None} for name in CLASSES}
     if cost is not None:
         for name, messages in (("statistics", cost.statistics), ("rows", cost.rows)):
@@ -258,9 +277,9 @@ def _communication(before: Before, everyone: Sequence[Found]) -> dict[str, Any]:
         buckets = math.ceil(cost.gradient_bytes / DDP_BUCKET_BYTES)
         found["gradients"] |= {"messages": buckets, "bytes": cost.gradient_ring_bytes}
     for name in CLASSES:
-        if f"without {name}" in steps:
-            pairs = zip(steps["synthetic"], steps[f"without {name}"], strict=False)
-            found[name]["exposed_s"] = _spread([_mean(a["step_s"]) - _mean(b["step_s"]) for a, b in pairs])
+        if without(name) in steps:
+            pairs = zip(steps[READY], steps[without(name)], strict=False)
+            found[name]["exposed_s"] = _spread([whole.mean_s - less.mean_s for whole, less in pairs])
     return found
 
 
@@ -329,7 +348,7 @@ def _rate_without_full(
 
 def _here(
     before: Before,
-    windows: Mapping[str, Windows],
+    windows: Mapping[Kind, Sequence[Window]],
     loader: Mapping[str, Any] | None,
     step: Mapping[str, Any] | None,
     cost: whatif.LoaderCost | None,
@@ -340,7 +359,7 @@ def _here(
     known = KNOWN_SETS[before.identity["dataset"]]
     recurring_bytes = known.num_images * DECODED_BYTES
     caches = {f"{gib} GiB of decoded support": min(1.0, gib * 2**30 / recurring_bytes) for gib in CACHES_GIB}
-    others = {kind[3:]: _loader_cost(before, found) for kind, found in windows.items() if kind.startswith("as ")}
+    others = {kind.renderer: _loader_cost(before, found) for kind, found in windows.items() if kind.renderer}
     tables = whatif.around(
         cost, trained, loader["threads"], _efficiency(loader), caches if before.recurring else {}, others
     )
@@ -390,22 +409,21 @@ def _projection(before: Before, cost: whatif.LoaderCost | None, step: Mapping[st
 
 def _memory(everyone: Sequence[Found]) -> dict[str, Any]:
     return {
-        "peak_bytes": max((found["counts"].get("peak_bytes") or 0 for found in everyone), default=0) or None,
-        "resident_bytes": sum(found["counts"].get("most_resident_bytes") or 0 for found in everyone) or None,
+        "peak_bytes": max((found.counts.peak_bytes or 0 for found in everyone), default=0) or None,
+        "resident_bytes": sum(found.counts.most_resident_bytes or 0 for found in everyone) or None,
     }
 
 
 def _overhead(main: Found) -> float | None:
     """Stamps of the loader's threads times what one costs, over the threads' time."""
-    windows = [w for kind in main["loader"].values() for w in kind]
-    stamps = sum(s[2] for w in windows for stream in w["stages"].values() for s in stream.values())
-    spent_s = sum(s[1] for w in windows for stream in w["stages"].values() for s in stream.values())
-    return stamps * main["probes"]["stamp_s"] / spent_s if spent_s else None
+    spent = [s for kind in main.loader.values() for w in kind for of in w.spent.values() for s in of.values()]
+    spent_s = sum(s.cpu_s for s in spent)
+    return sum(s.stamps for s in spent) * main.probes.stamp_s / spent_s if spent_s else None
 
 
-def _machine(main: Found) -> dict[str, Any]:
+def _machine(probes: Probes) -> dict[str, Any]:
     """How much of it was ours: the share of time in which a thread for each CPU that we may use had to wait for it."""
-    waits = [r["waited_share"] for r in main["probes"].get("rounds", [])]
+    waits = [speed.waited_share for speed in probes.rounds]
     share = median(waits) if waits else None
     return {"waited_for_core_share": share, "quiet": share is not None and share < BUSY, "rounds": len(waits)}
 
@@ -417,22 +435,18 @@ def _noise(before: Before, main: Found) -> dict[str, Any]:
     the machine was quiet both times.
     """
     kept: dict[str, Any] = {"speed": [], "cpu": {}, "counts": {}, "wall": {}}
-    for window in main["loader"].get("warm", ()):
-        kept["speed"].append(window["probe"]["cpu_s_per_call"])
+    for window in main.loader.get(WARM, ()):
+        assert window.probe is not None
+        kept["speed"].append(window.probe.cpu_s_per_call)
         for stage in STAGES:
-            cpu_s = sum(stream[stage][1] for stream in window["stages"].values())
-            kept["cpu"].setdefault(stage, []).append(cpu_s / window["images"])
-        kept["wall"].setdefault("loader", []).append(window["wall_s"] / window["images"])
-    for kind in ("synthetic", "full"):
-        kept["wall"] |= {f"step, {kind}": [_mean(w["step_s"]) for w in main["steps"].get(kind, ())]}
-    kept["counts"] = {
-        k: main["counts"][k] for k in ("dispatches", "launches", "host_syncs", "peak_bytes") if main["counts"].get(k)
-    }
+            cpu_s = sum(of[stage].cpu_s for of in window.spent.values())
+            kept["cpu"].setdefault(stage, []).append(cpu_s / window.images)
+        kept["wall"].setdefault("loader", []).append(window.wall_s / window.images)
+    for name, kind in (("synthetic", READY), ("full", LOADED)):
+        kept["wall"][f"step, {name}"] = [w.mean_s for w in main.steps.get(kind, ())]
+    counted = {name: getattr(main.counts, name) for name in ("dispatches", "launches", "host_syncs", "peak_bytes")}
+    kept["counts"] = {name: count for name, count in counted.items() if count}
     return kept
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:

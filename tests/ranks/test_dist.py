@@ -30,8 +30,27 @@ def _everything():
         "object": dist.broadcast_object({"from": dist.rank()}, source=1),
         "main": (dist.is_main(), dist.rank(), dist.local_rank(), dist.world_size()),
         "own_group": dist.statistics_group().group_name != td.group.WORLD.group_name,
+        "silenced": _silenced(),
         "barrier_s": _barrier_wait_s(),
     }  # fmt: skip
+
+
+def _silenced():
+    """Within `silenced`: (sum of batch norm's group, gathered rows, their gradient, mean), collectives begun, and the
+    sum once more afterwards."""
+    own, group = torch.full((2,), 1.0 + dist.rank()), dist.statistics_group().group_name
+    found = {}
+    for messages in ("statistics", "rows"):
+        rows = own.view(2, 1).clone().requires_grad_()
+        begun = dist.num_collectives()
+        with dist.silenced(messages):
+            summed = dist.sum_over_group(own, group)
+            gathered = dist.gather_rows(rows)
+            gathered.sum().backward()
+            mean = dist.mean_over_ranks(own)
+        num = dist.num_collectives() - begun
+        found[messages] = summed.tolist(), gathered.flatten().tolist(), rows.grad.flatten().tolist(), mean.tolist(), num
+    return found | {"afterwards": dist.sum_over_group(own, group).tolist()}
 
 
 def _share(total):
@@ -40,6 +59,17 @@ def _share(total):
 
 
 _ROWS = torch.arange(14.0, dtype=torch.float64).view(7, 2)
+
+
+def test_silenced_messages_are_not_sent_and_shapes_stay(ranks):
+    """Catches a class of messages that is still sent, another that is not, and silence that lasts."""
+    everyones = [1.0, 1.0, 2.0, 2.0, 3.0, 3.0]
+    for rank, each in enumerate(ranks):
+        own = [1.0 + rank] * 2
+        found = each["silenced"]
+        assert found["statistics"] == (own, everyones, [3.0, 3.0], [2.0, 2.0], 3)
+        assert found["rows"] == ([6.0, 6.0], own * WORLD, [1.0, 1.0], own, 1)
+        assert found["afterwards"] == [6.0, 6.0]
 
 
 def test_gradients_are_those_of_one_process(ranks):
