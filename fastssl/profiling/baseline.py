@@ -64,7 +64,7 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]
     if before["machine"]["quiet"] and after["machine"]["quiet"]:
         names = [name for name in old["wall"] if old["wall"][name] and new["wall"].get(name)]
         found += [_change(f"wall time of {name}", [old["wall"][name]], [new["wall"][name]]) for name in names]
-    for name in old["counts"].keys() & new["counts"].keys():
+    for name in [name for name in old["counts"] if name in new["counts"]]:
         found.append(Change(name.replace("_", " "), _over(new["counts"][name], old["counts"][name]), 0.01))
     return found
 
