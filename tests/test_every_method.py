@@ -23,6 +23,7 @@ from fastssl.engine.stages import facts_of
 from fastssl.engine.train import Trainer
 from fastssl.losses.semppl import Relic
 from fastssl.methods.base import Artefact, Facts, Horizon, Ref, Steps
+from fastssl.methods.paws import Ropaws
 from fastssl.methods.s4l import Vat
 from fastssl.methods.simclrv2 import Memory
 from fastssl.methods.supervised import FirstLayer, StepDecay
@@ -127,6 +128,10 @@ def paths():
             small_view=SMALL_CROPS, prediction=True, out_features=16, support_views=2, classes_global=4,
             encoder=WideResNet(10, 1), lars_rule="paper",
         ),
+        "paws of three views, labels for targets": paws(
+            global_view=replace(paws()[0].method.global_view, copies=3), label_targets=True, entropy=0.1, me_max=0.5
+        ),
+        "paws of RoPAWS's targets": paws(ropaws=Ropaws()),
         "supervised": supervised(),
         "supervised fine-tuning": fine_tuning(),
         "suncet": suncet(),
@@ -152,7 +157,8 @@ REAL = [name for name in paths() if not name.startswith("fake")]
 # PAWS's cross-entropy of 0.05 with a mean entropy of ln 2, -0.64, and the smoothed labels' own entropy, 0.20. Digits
 # look alike when turned; exemplar's term, ln 2 while all copies are equally far, takes longer.
 FITTED = {
-    "paws": -0.6, "paws with every part": -0.6,
+    "paws": -0.6, "paws with every part": -0.6, "paws of RoPAWS's targets": -0.5,
+    "paws of three views, labels for targets": -0.2,
     "supervised": 0.22, "supervised fine-tuning": 0.05,
     "suncet": 0.1,
     "simclrv2": 5.5, "simclrv2 with memory": 8.3,  # 2 ln 31 = 6.9 and 2 ln 91 = 9.0 where all rows are one

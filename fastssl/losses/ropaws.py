@@ -33,17 +33,18 @@ def in_domain_targets(
     tau: float = 0.1,  # PAWS's
     prior_tau: float = 3.0,  # the authors' released code, as the next
     label_ratio: float = 5.0,
+    num_global: int = 2,
 ) -> tuple[Tensor, Tensor]:
     """(p_GK, p_in_B): class probabilities of this rank's images, and how likely each is of any class.
 
-    h_GD           [2·B, D] projections of the two global views, view-major, this rank's; any rows
+    h_GD           [V·B, D] projections of the V = `num_global` global views, view-major, this rank's; any rows
     h_support_SD   [S, D] unit vectors, those of all ranks, with their labels
     p_GK           rows sum to 1: what is missing, 1 - p_in, is spread evenly over the classes; not sharpened
-    p_in_B         the mean over both views
+    p_in_B         the mean over the views
 
     float32 or float64, without gradient. Every rank must call it, with as many images: it gathers rows.
     """
-    views = unit_rows(h_GD).chunk(2)
+    views = unit_rows(h_GD).chunk(num_global)
     everyones = gather_rows_together(*views)
     found = [
         _of_one_view(own_BD, all_MD, h_support_SD, labels, tau, prior_tau, label_ratio)

@@ -11,9 +11,21 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastssl.losses import similarity
+from fastssl.losses.paws import (
+    MIN_TARGET,
+    consistency,
+    diagnostics,
+    gather_supports,
+    label_columns,
+    p_in_auroc,
+    paws_loss,
+    sharpen,
+    sharpened_targets,
+)
 from fastssl.losses.similarity import BalancedLabels, DenseLabels
 from fastssl.methods.base import Facts
-from fastssl.methods.paws import MIN_TARGET, Paws, consistency, diagnostics, gather_supports, paws_loss, sharpen
+from fastssl.methods.paws import Paws
+from fastssl.methods.simclrv2 import nt_xent
 from fastssl.nn.encoders import ResNet
 from fastssl.recipes.resolve import resolve
 from loaders.batch import Batch, Part
@@ -28,14 +40,14 @@ def label_matrix(columns_S, num_columns, smoothing):
     return F.one_hot(columns_S, num_columns).double() * (1 - smoothing) + smoothing / num_columns
 
 
-def inputs(num_crops, seed=0, labels_SK=None):
+def inputs(num_crops, seed=0, labels_SK=None, num_global=2):
     """Anchors, supports, labels and projections of one rank, float64; z and z_support ask for gradients."""
     generator = torch.Generator().manual_seed(seed)
     if labels_SK is None:
         labels_SK = label_matrix(torch.arange(SUPPORTS) % CLASSES, CLASSES, smoothing=0.1)
     z_ND, z_support_SD, h_GD, h_support_SD = (
         torch.randn(rows, WIDTH, generator=generator, dtype=torch.float64)
-        for rows in ((2 + num_crops) * IMAGES, len(labels_SK), 2 * IMAGES, len(labels_SK))
+        for rows in ((num_global + num_crops) * IMAGES, len(labels_SK), num_global * IMAGES, len(labels_SK))
     )
     return z_ND.requires_grad_(), z_support_SD.requires_grad_(), labels_SK, h_GD, h_support_SD
 
@@ -58,9 +70,9 @@ def slow_sharpen(p, temperature):
     return [q / sum(powers) for q in powers]
 
 
-def slow_paws_loss(z_ND, z_support_SD, labels_SK, h_GD, h_support_SD, tau=0.1, sharpen_T=0.25):
+def slow_paws_loss(z_ND, z_support_SD, labels_SK, h_GD, h_support_SD, tau=0.1, sharpen_T=0.25, num_global=2):
     """Steps 3 to 8 of the method's description, a row and a column at a time."""
-    images = len(h_GD) // 2
+    images = len(h_GD) // num_global
     num_views, num_columns = len(z_ND) // images, labels_SK.shape[1]
     h_GD, h_support_SD = h_GD.detach(), h_support_SD.detach()
     predictions, cross_entropy = [], 0.0
@@ -68,12 +80,12 @@ def slow_paws_loss(z_ND, z_support_SD, labels_SK, h_GD, h_support_SD, tau=0.1, s
         for image in range(images):
             p = slow_soft_nn(z_ND[view * images + image], z_support_SD, labels_SK, tau)
             predictions.append(slow_sharpen(p, sharpen_T))
-            first, second = (
+            others = [
                 slow_sharpen(slow_soft_nn(h_GD[g * images + image], h_support_SD, labels_SK, tau), sharpen_T)
-                for g in (0, 1)
-            )
-            both = [(first[k] + second[k]) / 2 for k in range(num_columns)]
-            target = [second, first][view] if view < 2 else both
+                for g in range(num_global)
+                if g != view
+            ]
+            target = [sum(q[k] for q in others) / len(others) for k in range(num_columns)]
             for k in range(num_columns):
                 if target[k] >= 1e-4:
                     cross_entropy = cross_entropy - target[k] * torch.log(p[k]) / len(z_ND)
@@ -100,6 +112,98 @@ def test_equals_the_transcription_in_value_and_gradient(num_crops):
         got = torch.autograd.grad(part, [z_ND, z_support_SD], retain_graph=True)
         expected = torch.autograd.grad(slow_part, [z_ND, z_support_SD], retain_graph=True)
         assert max(map(relative_error, got, expected)) < 1e-9
+
+
+@pytest.mark.parametrize(("num_global", "num_crops"), [(3, 0), (3, 2), (4, 1)])
+def test_more_global_views_are_drawn_to_the_mean_of_the_others(num_global, num_crops):
+    """Catches views that are paired with other images' targets, as they were where there are more than two."""
+    arguments = inputs(num_crops, num_global=num_global)
+    z_ND, z_support_SD = arguments[:2]
+    fast, slow = (f(*arguments, num_global=num_global) for f in (paws_loss, slow_paws_loss))
+    for part, slow_part in zip(fast, slow, strict=True):
+        assert abs(part.item() / slow_part.item() - 1) < 1e-12
+        got = torch.autograd.grad(part, [z_ND, z_support_SD], retain_graph=True)
+        expected = torch.autograd.grad(slow_part, [z_ND, z_support_SD], retain_graph=True)
+        assert max(map(relative_error, got, expected)) < 1e-9
+
+
+@pytest.mark.parametrize("num_global", [1, 4])
+def test_rows_that_are_no_whole_views_are_refused(num_global):
+    with pytest.raises(ValueError, match=f"6 rows of h are not {num_global} whole views"):
+        paws_loss(*inputs(2), num_global=num_global)
+
+
+def targets_of(h_GD, supports, **changes):
+    return replace(sharpened_targets(h_GD, supports, tau=0.1, sharpen_T=0.25), **changes)
+
+
+def test_labels_stand_in_for_views():
+    """Appendix D.1: an image's label is the target of all its views; one whose class is not among the supports, or
+    that has no label, keeps those of its views."""
+    z_ND, z_support_SD, labels_SK, h_GD, h_support_SD = inputs(1)
+    supports = gather_supports(z_support_SD, h_support_SD, labels_SK)
+    columns = [2, -1, 0]
+    targets = targets_of(h_GD, supports, column_B=torch.tensor(columns))
+    views = targets_of(h_GD, supports).of_anchors(torch.arange(3 * IMAGES))
+    found = targets.of_anchors(torch.arange(3 * IMAGES))
+    for row, target in enumerate(found):
+        column = columns[row % IMAGES]
+        expected = views[row] if column < 0 else torch.eye(CLASSES, dtype=torch.float64)[column]
+        assert torch.equal(target, expected)
+    cross_entropy = consistency(z_ND, targets, supports, tau=0.1, sharpen_T=0.25).cross_entropy
+    slow = sum(
+        -(target[k] * torch.log(p[k]))
+        for row, target in enumerate(found)
+        for p in [slow_soft_nn(z_ND[row], z_support_SD, labels_SK, 0.1)]
+        for k in range(CLASSES)
+    ) / len(z_ND)
+    assert relative_error(cross_entropy, slow) < 1e-12
+    got, expected = (
+        torch.autograd.grad(part, [z_ND, z_support_SD], retain_graph=True) for part in (cross_entropy, slow)
+    )
+    assert max(map(relative_error, got, expected)) < 1e-9
+
+
+def test_labels_find_their_columns():
+    """Of the classes 7, 3, 5, sampled in that order; a hidden label and a class that was not sampled have none."""
+    labels, columns = torch.tensor([7, 7, 3, 3, 5, 5]), torch.tensor([0, 0, 1, 1, 2, 2])
+    assert label_columns(torch.tensor([3, -1, 5, 9, 7]), labels, columns, 3).tolist() == [1, -1, 2, -1, 0]
+
+
+def test_entropy_is_that_of_predictions():
+    """Appendix D.2, of predictions that are not sharpened."""
+    z_ND, z_support_SD, labels_SK, h_GD, h_support_SD = inputs(2)
+    supports = gather_supports(z_support_SD, h_support_SD, labels_SK)
+    entropy = consistency(z_ND, targets_of(h_GD, supports), supports, tau=0.1, sharpen_T=0.25, entropy=True).entropy
+    slow = sum(-(q * torch.log(q)) for z in z_ND for q in slow_soft_nn(z, z_support_SD, labels_SK, 0.1)) / len(z_ND)
+    assert relative_error(entropy, slow) < 1e-12
+    got, expected = (torch.autograd.grad(part, [z_ND, z_support_SD], retain_graph=True) for part in (entropy, slow))
+    assert max(map(relative_error, got, expected)) < 1e-9
+
+
+def test_images_weigh_as_they_are_told():
+    """RoPAWS's p_in: catches weights of anchors where those of images are given."""
+    z_ND, z_support_SD, labels_SK, h_GD, h_support_SD = inputs(1)
+    supports = gather_supports(z_support_SD, h_support_SD, labels_SK)
+    found = []
+    for image in range(IMAGES):
+        weight_B = torch.eye(IMAGES, dtype=torch.float64)[image]
+        targets = targets_of(h_GD, supports, weight_B=weight_B)
+        found.append(consistency(z_ND, targets, supports, tau=0.1, sharpen_T=0.25).cross_entropy.item())
+    assert sum(found) == pytest.approx(
+        paws_loss(z_ND, z_support_SD, labels_SK, h_GD, h_support_SD)[0].item(), rel=1e-12
+    )
+    alone = paws_loss(z_ND[::IMAGES], z_support_SD, labels_SK, h_GD[::IMAGES], h_support_SD)[0].item()
+    assert found[0] * IMAGES == pytest.approx(alone, rel=1e-12)
+
+
+def test_p_in_s_auroc_is_scikit_learn_s():
+    from sklearn.metrics import roc_auc_score
+
+    p_in_B = torch.tensor([0.9, 0.2, 0.5, 0.5, 0.7, 0.1])
+    known_B = torch.tensor([True, False, True, False, False, True])
+    assert p_in_auroc(p_in_B, known_B).item() == pytest.approx(roc_auc_score(known_B, p_in_B))
+    assert p_in_auroc(p_in_B, torch.ones(6, dtype=torch.bool)).item() == 0.5
 
 
 def test_temperatures_are_used():
@@ -337,7 +441,9 @@ def test_half_precision_recipes_exchange_half_the_bytes():
     totals = {}
     for dtype in (None, torch.bfloat16):
         supports = gather_supports(z[0][:16], h[0][:16], labels, dtype)
-        totals[dtype] = sum(consistency(torch.cat([z[0][16:], z[1]]), h[0][16:], supports, tau=0.1, sharpen_T=0.25))
+        targets = targets_of(h[0][16:], supports)
+        terms = consistency(torch.cat([z[0][16:], z[1]]), targets, supports, tau=0.1, sharpen_T=0.25)
+        totals[dtype] = terms.cross_entropy + terms.me_max
     assert total == totals[torch.bfloat16].item()
     assert 1e-7 < abs(total - totals[None].item()) < 1e-2
 
@@ -377,17 +483,20 @@ def tiny_batch():
 
 
 def test_diagnostics_equal_their_definitions():
-    """Each against loops: catches a support that classifies itself, and one direction of the views left out."""
+    """Each against loops: catches a support that classifies itself, one direction of the views left out, and fewer
+    candidates than NT-Xent's 2N - 1."""
     _, _, labels_SK, h_GD, h_support_SD = inputs(0, seed=3)
     got = diagnostics(h_GD, F.normalize(h_support_SD), DenseLabels(labels_SK), tau=0.2, sharpen_T=0.25)
 
     unit = [row / row.norm() for row in h_GD]
-    views = unit[:IMAGES], unit[IMAGES:]
     instance = 0.0
-    for query, key in (views, views[::-1]):
-        for i in range(IMAGES):
-            weights = [math.exp((query[i] @ key[j]).item() / 0.2) for j in range(IMAGES)]
-            instance -= math.log(weights[i] / sum(weights)) / (2 * IMAGES)
+    for own in range(2 * IMAGES):
+        other_view = (own + IMAGES) % (2 * IMAGES)
+        weights = {o: math.exp((unit[own] @ unit[o]).item() / 0.2) for o in range(2 * IMAGES) if o != own}
+        instance -= math.log(weights[other_view] / sum(weights.values())) / (2 * IMAGES)
+    assert got["instance_discrimination"].item() == pytest.approx(
+        nt_xent(*h_GD.chunk(2), tau=0.2).item() / 2, rel=1e-12
+    )
     assert got["instance_discrimination"].item() == pytest.approx(instance, rel=1e-12)
 
     support = 0.0

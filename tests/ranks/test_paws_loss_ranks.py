@@ -5,8 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastssl import dist
+from fastssl.losses.paws import consistency, diagnostics, gather_supports, paws_loss, sharpened_targets
 from fastssl.losses.similarity import BalancedLabels
-from fastssl.methods.paws import consistency, diagnostics, gather_supports, paws_loss
 from tests.ranks.pool import run_ranks
 
 WORLD, IMAGES, PER_CLASS, CLASSES, VIEWS, WIDTH = 2, 3, 2, 5, 4, 6
@@ -88,7 +88,8 @@ def exchanging(dtype, labels, x_ND, x_support_SD, h_GD, h_support_SD):
     """Loss parts and gradients where supports travel in `dtype`."""
     leaves = x_ND.detach().requires_grad_(), x_support_SD.detach().requires_grad_()
     supports = gather_supports(leaves[1], h_support_SD, labels, dtype)
-    parts = consistency(leaves[0], h_GD, supports, tau=0.1, sharpen_T=0.25)
+    targets = sharpened_targets(h_GD, supports, tau=0.1, sharpen_T=0.25)
+    parts = consistency(leaves[0], targets, supports, tau=0.1, sharpen_T=0.25)[:2]
     gradients = torch.autograd.grad(sum(parts), leaves)
     return [part.detach() for part in parts], gradients
 
@@ -126,7 +127,8 @@ def messages(dtype):
     x_ND, x_support_SD, h_GD, h_support_SD = (x.float().requires_grad_() for x in rank_inputs(dist.rank()))
     with Messages() as mode:
         supports = gather_supports(x_support_SD, h_support_SD, labels_of(WORLD, False), dtype)
-        sum(consistency(x_ND, h_GD, supports, tau=0.1, sharpen_T=0.25)).backward()
+        targets = sharpened_targets(h_GD, supports, tau=0.1, sharpen_T=0.25)
+        sum(consistency(x_ND, targets, supports, tau=0.1, sharpen_T=0.25)[:2]).backward()
     return mode.sent
 
 
