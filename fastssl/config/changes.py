@@ -71,9 +71,9 @@ def _parse(text: str, kind: Any, path: str, parsers: Parsers) -> Any:
     if origin in (typing.Union, types.UnionType):
         if type(None) in arguments and text.lower() == "none":
             return None
-        parts = [a for a in arguments if is_dataclass(a)]
-        if type(None) in arguments and len(parts) == 1 and text.lower() == "default":
-            return parts[0]()
+        structures = [a for a in arguments if isinstance(a, type) and is_dataclass(a)]
+        if type(None) in arguments and len(structures) == 1 and text.lower() == "default":
+            return structures[0]()
         plain = [a for a in arguments if a is not type(None) and not is_dataclass(a)]
         if len(plain) == 1:
             return _parse(text, plain[0], path, parsers)

@@ -126,7 +126,10 @@ def facts_of(data: DataSets, seed: int) -> Facts:
     """What a method may know of `data` before it is built."""
     labelled, train = data.get(LABELLED), data.sources.get(TRAIN)
     fingerprint, all_labelled = ("", True) if train is None else (train.fingerprint(), bool((train.labels >= 0).all()))
-    return Facts(labelled.num_classes, labelled.channels, seed, fingerprint, all_labelled, labelled.class_names)
+    one_set = data.get(LABELLED) is data.get("unlabelled")
+    return Facts(
+        labelled.num_classes, labelled.channels, seed, fingerprint, all_labelled, labelled.class_names, one_set
+    )
 
 
 def joined(job: Job, stage: Stage, data: DataSets, inputs: Mapping[str, Artefact]) -> tuple[Method, Bound]:

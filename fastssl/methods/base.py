@@ -101,7 +101,8 @@ class Facts:
     """What a method may know of the data and the run before it is built.
 
     num_classes, class_names and channels are those of the labelled images; train_fingerprint identifies the plain
-    training set, and is empty where there is none; all_labelled says whether every image of that set carries a label.
+    training set, and is empty where there is none; all_labelled says whether every image of that set carries a label;
+    one_set whether labelled and unlabelled images are the same set.
     """
 
     num_classes: int
@@ -110,6 +111,7 @@ class Facts:
     train_fingerprint: str = ""
     all_labelled: bool = True
     class_names: tuple[str, ...] = ()  # in the order of their numbers; empty where nobody said
+    one_set: bool = True
 
 
 @dataclass(frozen=True)

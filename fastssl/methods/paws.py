@@ -154,7 +154,7 @@ class Paws(Method[PawsConfig, PawsNet]):
 
     def __init__(self, config: PawsConfig, facts: Facts, inputs: Mapping[str, Artefact]):
         super().__init__(config, facts, inputs)
-        if config.label_targets and not facts.train_fingerprint:
+        if config.label_targets and not facts.one_set:
             raise ConfigError(
                 "label_targets needs images in both roles, labelled and unlabelled: give them as one set, --data PATH"
             )
