@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastssl.errors import ConfigError
 from fastssl.losses import similarity
 from fastssl.losses.paws import (
     MIN_TARGET,
@@ -24,7 +25,7 @@ from fastssl.losses.paws import (
 )
 from fastssl.losses.similarity import BalancedLabels, DenseLabels
 from fastssl.methods.base import Facts
-from fastssl.methods.paws import Paws
+from fastssl.methods.paws import Paws, Ropaws
 from fastssl.methods.simclrv2 import nt_xent
 from fastssl.nn.encoders import ResNet
 from fastssl.recipes.resolve import resolve
@@ -511,3 +512,14 @@ def test_diagnostics_equal_their_definitions():
     confidence = sum(max(q.item() for q in p) for p in sharpened) / len(h_GD)
     assert got["target_confidence"].item() == pytest.approx(confidence, rel=1e-12)
     assert not any(value.requires_grad for value in got.values())
+
+
+def test_settings_that_cannot_be_meant_are_refused():
+    (stage,) = resolve("paws.digits")
+    one_view = replace(stage.method.global_view, copies=1)
+    with pytest.raises(ConfigError, match="copies is 1"):
+        replace(stage.method, global_view=one_view)
+    with pytest.raises(ConfigError, match="above zero"):
+        Ropaws(prior_tau=0.0)
+    with pytest.raises(ConfigError, match="in both roles"):
+        Paws(replace(stage.method, label_targets=True), Facts(10, 1, seed=0, one_set=False), {})
