@@ -12,6 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from fastssl.config.plain import from_plain
 from tools import old_runs
 from tools.old_runs import RUNS
 from tools.other_commit import ROOT, NoSuchCommit
@@ -99,6 +100,8 @@ def test_its_export_holds_the_same_tensors(name, folder, today):
         one, other = (safetensors.torch.load_file(export / file) for export in (ours, theirs))
         assert one.keys() == other.keys() and len(one) > 0
         assert [key for key in one if not torch.equal(one[key], other[key])] == []
+    encoders = [from_plain(object, each["architecture"].pop("encoder")) for each in (said, now)]
+    assert encoders[0] == encoders[1]  # written in full today
     parts = ("layout", "network", "networks", "architecture", "input", "accuracy", "provenance")
     assert lost({part: said[part] for part in parts}, now) == []
 
