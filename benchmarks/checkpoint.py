@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from benchmarks.machine import commit, cpu_model
-from fastssl.engine.stages import facts_of
+from fastssl.engine.join import facts_of
 from fastssl.engine.train import Trainer
 from fastssl.machine import keep_freed_memory
 from fastssl.methods.base import Steps

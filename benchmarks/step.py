@@ -46,8 +46,8 @@ from torch import Tensor, nn
 
 from benchmarks import plain as peers
 from benchmarks.machine import commit, cpu_model
+from fastssl.engine.join import facts_of
 from fastssl.engine.settings import How
-from fastssl.engine.stages import facts_of
 from fastssl.engine.step import TrainingStep
 from fastssl.machine import keep_freed_memory
 from fastssl.methods.base import Facts, Horizon, Method, Nets, Stage, Steps

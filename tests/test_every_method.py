@@ -19,7 +19,7 @@ from fastssl.costs import memory
 from fastssl.costs.trace import Untraceable
 from fastssl.engine import stages
 from fastssl.engine.job import Job
-from fastssl.engine.stages import facts_of
+from fastssl.engine.join import facts_of
 from fastssl.engine.train import Trainer
 from fastssl.losses.semppl import Relic
 from fastssl.methods.base import Artefact, Facts, Horizon, Ref, Steps

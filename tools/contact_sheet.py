@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image, ImageDraw
 
-from fastssl.engine.stages import facts_of
+from fastssl.engine.join import facts_of
 from fastssl.recipes.resolve import resolve
 from fastssl.report.pictures import crops
 from loaders.loader import Bound, bind

@@ -20,7 +20,7 @@ import torch
 from benchmarks.gpu.calls import Found, Run
 from benchmarks.gpu.right import NUDGES, compared, limits_of
 from fastssl import dist
-from fastssl.engine.stages import facts_of
+from fastssl.engine.join import facts_of
 from fastssl.engine.step import TrainingStep
 from fastssl.methods.base import Horizon
 from fastssl.nn.encoders import ResNet

@@ -8,7 +8,7 @@ from fastssl.costs import memory
 from fastssl.costs.cost import StepCost, ours
 from fastssl.costs.trace import Untraceable, trace_step
 from fastssl.engine.job import Job
-from fastssl.engine.stages import joined
+from fastssl.engine.join import joined
 from fastssl.errors import ConfigError
 from fastssl.launch.lines import lines
 from fastssl.launch.ranks import Ranks

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from fastssl.engine.job import Job
-from fastssl.engine.stages import facts_of
+from fastssl.engine.join import facts_of
 from fastssl.errors import ConfigError
 from fastssl.evaluation.subject import Subject
 from fastssl.methods.base import Facts, Method, about_of

@@ -20,7 +20,7 @@ import torch
 
 from fastssl import dist
 from fastssl.engine.job import Job
-from fastssl.engine.stages import facts_of
+from fastssl.engine.join import facts_of
 from fastssl.machine import keep_freed_memory, threads_per_rank
 from fastssl.methods.base import DTYPES, Facts, Stage
 from fastssl.profiling.loading import PROBE_S, Given, LoaderAlone

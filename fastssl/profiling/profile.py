@@ -20,7 +20,7 @@ from fastssl.costs import whatif
 from fastssl.costs.cost import ours
 from fastssl.costs.trace import Untraceable, trace_step
 from fastssl.engine.job import Job
-from fastssl.engine.stages import facts_of
+from fastssl.engine.join import facts_of
 from fastssl.engine.step import default_how
 from fastssl.errors import ConfigError, FastsslError
 from fastssl.methods.base import Facts, Stage

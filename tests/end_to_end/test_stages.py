@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastssl.engine import stages
+from fastssl.engine import produce_stage, stages
 from fastssl.errors import ConfigError, Stopped
 from fastssl.methods.base import Artefact, Epochs, Stage, Steps
 from loaders.errors import PlanError, StoreError
@@ -109,7 +109,7 @@ def assert_same(out, undisturbed):
 
 def test_a_killed_stage_continues_after_the_rows_it_kept(undisturbed, tmp_path, monkeypatch):
     """Catches rows that are made twice, lost, or out of order."""
-    monkeypatch.setattr(stages, "_NUM_KEPT", 1)
+    monkeypatch.setattr(produce_stage, "_NUM_KEPT", 1)
     assert label(tmp_path, kill_at(3)) == ([0, 1, 2], None)
     assert label(tmp_path, kill_at(5)) == ([2, 3, 4], None)
     done, result = label(tmp_path)
@@ -125,7 +125,7 @@ def test_without_a_short_checkpoint_every_rows_are_kept_too(undisturbed, tmp_pat
 
 
 def test_a_stage_that_is_asked_to_stop_keeps_what_it_has(undisturbed, tmp_path, monkeypatch):
-    monkeypatch.setattr(stages, "_NUM_KEPT", 1)
+    monkeypatch.setattr(produce_stage, "_NUM_KEPT", 1)
 
     def terminate(step):
         if step == 1:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastssl import dist
 from fastssl.engine import step as step_module
-from fastssl.engine.stages import facts_of
+from fastssl.engine.join import facts_of
 from fastssl.engine.step import TrainingStep, keep_what_is_dear
 from fastssl.errors import ConfigError, FastsslError
 from fastssl.methods.base import Horizon

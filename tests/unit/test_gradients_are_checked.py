@@ -11,7 +11,7 @@ from torch import nn
 
 from fastssl.engine import gradient_check
 from fastssl.engine.gradient_check import Compared, Watched, num_few
-from fastssl.engine.stages import facts_of
+from fastssl.engine.join import facts_of
 from fastssl.engine.step import TrainingStep
 from fastssl.methods.base import Horizon
 from fastssl.nn import recompute

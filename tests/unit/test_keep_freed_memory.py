@@ -5,7 +5,7 @@ import sys
 
 _FAULTS_OF_TEN_LARGE_TENSORS = """
 import resource, sys, torch
-from fastssl.engine.stages import keep_freed_memory
+from fastssl.machine import keep_freed_memory
 torch.set_num_threads(1)
 if sys.argv[1] == "keep":
     keep_freed_memory()

@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 
 from fastssl.engine import reopen
-from fastssl.engine.stages import facts_of, run
+from fastssl.engine.join import facts_of
+from fastssl.engine.stages import run
 from fastssl.errors import ConfigError
 from fastssl.evaluation.subject import Subject
 from fastssl.html.charts import Bar, Line, bar_chart, line_chart, scatter, thinned, ticks

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as td
 
 from fastssl.engine import step as step_module
-from fastssl.engine.stages import facts_of
+from fastssl.engine.join import facts_of
 from fastssl.engine.step import WARM_UP_STEPS, TrainingStep
 from fastssl.methods.base import Horizon
 from loaders.loader import Loader, bind

@@ -1,0 +1,131 @@
+"""A stage joined with what it needs: the facts of its data, its method, what earlier stages made, and its plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from fastssl import dist
+from fastssl.engine.job import Job
+from fastssl.engine.signals import StopRequest
+from fastssl.errors import ConfigError
+from fastssl.methods.base import Artefact, Facts, Method, Stage
+from fastssl.run_dir.checkpoint import STATE, Checkpoints, verified_sha256
+from fastssl.run_dir.files import CHECKPOINTS, PRODUCED, RESOLVED, read_json
+from fastssl.weights.read import BACKBONE
+from loaders.files import sha256_of
+from loaders.loader import Bound, Loader, bind
+from loaders.store.data import LABELLED, TRAIN, VALIDATION, DataSets
+
+
+@dataclass(frozen=True)
+class Here:
+    """With what this rank does its job."""
+
+    job: Job
+    data: DataSets
+    device: torch.device
+    threads: int
+    stop: StopRequest = field(default_factory=StopRequest)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A stage on this rank, and the folder in which it leaves what it makes."""
+
+    here: Here
+    stage: Stage
+    folder: Path
+    method: Method
+    bound: Bound
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        stays = self.stage.milestone_every
+        every = None if stays is None else max(1, stays.steps(self.bound.plan.steps_per_epoch))
+        return Checkpoints(self.folder / CHECKPOINTS, self.stage.keep_checkpoints, every)
+
+    @property
+    def protocols(self) -> tuple[str, ...]:
+        """Which evaluate it: none where there is nothing to evaluate on."""
+        can_be = VALIDATION in self.here.data.sources or self.here.job.held_out is not None
+        return self.stage.evaluate if can_be else ()
+
+    def loader(self) -> Loader:
+        return Loader(
+            self.bound,
+            rank=dist.rank(),
+            world=dist.world_size(),
+            device=self.here.device,
+            threads=self.here.threads,
+            renderer=self.here.job.loader,
+            replace_damaged=self.here.job.damaged == "replace",
+            cache_bytes=int(self.here.job.cache_gib * 2**30),
+        )
+
+
+def join(here: Here, stage: Stage, artefacts: Mapping[str, Artefact]) -> Joined:
+    """`stage` with what it needs of `artefacts`, which earlier stages made. Raises as `joined` does."""
+    torch.manual_seed(here.job.seed)
+    method, bound = joined(here.job, stage, here.data, inputs_of(here.job, stage, artefacts))
+    return Joined(here, stage, here.job.folder(stage), method, bound)
+
+
+def joined(job: Job, stage: Stage, data: DataSets, inputs: Mapping[str, Artefact]) -> tuple[Method, Bound]:
+    """`stage`'s method, and its plan joined with `data`; nothing in `inputs` is opened, none need be there. Raises
+    FastsslError or LoaderError where method, data and number of ranks do not fit."""
+    method = stage.method.build(facts_of(data, job.seed), inputs)
+    bound = bind(method.plan(), data)
+    bound.plan.check_world(job.world)
+    return method, bound
+
+
+def facts_of(data: DataSets, seed: int) -> Facts:
+    """What a method may know of `data` before it is built."""
+    labelled, train = data.get(LABELLED), data.sources.get(TRAIN)
+    fingerprint, all_labelled = ("", True) if train is None else (train.fingerprint(), bool((train.labels >= 0).all()))
+    one_set = data.get(LABELLED) is data.get("unlabelled")
+    return Facts(
+        labelled.num_classes, labelled.channels, seed, fingerprint, all_labelled, labelled.class_names, one_set
+    )
+
+
+def inputs_of(job: Job, stage: Stage, artefacts: Mapping[str, Artefact]) -> dict[str, Artefact]:
+    """What `stage` needs, by name; but for weights to start from that `--init-from` gives."""
+    found = {}
+    for name, ref in stage.needs.items():
+        if ref.stage is not None:
+            found[name] = artefacts[ref.stage]
+        elif ref.path is not None:
+            path = weights_file(Path(ref.path), print)
+            found[name] = Artefact(path, sha256_of(path), job.unsafe_pickle)
+    return found
+
+
+def weights_file(source: Path, warn: Callable[[str], None]) -> Path:
+    """The file in which a run, a checkpoint, an exported folder or a file itself holds its networks. `warn` is told of
+    damaged checkpoints that are passed over. Raises FastsslError where there is none."""
+    if not source.is_dir():
+        if not source.exists():
+            raise ConfigError(f"{source} is not there")
+        return source
+    if (source / STATE).exists():
+        verified_sha256(source)
+        return source / STATE
+    if (source / BACKBONE).exists():
+        return source / BACKBONE
+    folder = source / CHECKPOINTS
+    if not folder.is_dir() and (source / RESOLVED).exists():  # a run of several stages: its last one
+        folder = source / read_json(source / RESOLVED)["stages"][-1]["name"] / CHECKPOINTS
+    return Checkpoints(folder).newest_whole(warn) / STATE
+
+
+def made_by(stage: Stage, folder: Path) -> Artefact:
+    """What `stage` left for later ones. Raises CheckpointError where it is damaged."""
+    if stage.do == "produce":
+        return Artefact(folder / PRODUCED, sha256_of(folder / PRODUCED))
+    newest = Checkpoints(folder / CHECKPOINTS).newest()
+    return Artefact(newest / STATE, verified_sha256(newest))
