@@ -36,6 +36,7 @@ from loaders.renderers import Renderer
 from loaders.renderers.cache import CachedRenderer
 from loaders.renderers.memory import MemoryRenderer
 from loaders.renderers.pil import PilRenderer
+from loaders.renderers.turbo import TurboRenderer
 from loaders.store.data import VALIDATION, DataSets
 from loaders.store.masks import Masks
 from loaders.store.source import ArraySource, Source, is_encoded
@@ -157,7 +158,9 @@ class Loader:
             source = self.bound.sources[name]
             if is_encoded(source):
                 if renderer == "dali":
-                    raise StoreError("decoded images are kept for --loader ffcv and pil; DALI's pixels are its own")
+                    raise StoreError(
+                        "decoded images are kept for --loader turbo, ffcv and pil; DALI's pixels are its own"
+                    )
                 budget_bytes, masks = cache_bytes // len(recurring), self.bound.masks.get(name)
                 self._renderers[name] = CachedRenderer(source, self._pool, budget_bytes, self._times[name], masks)
 
@@ -385,7 +388,7 @@ def make_renderer(
     times: StageTimes | None = None,
     masks: Masks | None = None,
 ) -> Renderer:
-    """The renderer named `kind` over `source`; `auto` takes the fastest that fits and is installed. DALI decodes on
+    """The renderer named `kind` over `source`; `auto` takes `turbo`. DALI decodes on
     `device`, the others on the CPU. What it does is counted in `times`. `masks` are the source's, where a view has a
     mask.
 
@@ -397,25 +400,27 @@ def make_renderer(
             raise StoreError(f"--loader {kind}: {source.name} holds arrays; choose auto or memory")
         return MemoryRenderer(source, pool, times, masks)
     match kind:
+        case "turbo" | "auto":
+            return TurboRenderer(source, pool, times, masks)
         case "pil":
             return PilRenderer(source, pool, times, masks)
-        case "ffcv" | "auto":
+        case "ffcv":
             try:
                 from loaders.renderers.ffcv import FfcvRenderer
             except ImportError as e:
-                if kind == "auto":
-                    return PilRenderer(source, pool, times, masks)
                 raise _missing("ffcv", "ffcv", e) from e
             return FfcvRenderer(source, pool, times, masks)
         case "dali" if masks is not None:
-            raise StoreError("--loader dali: a view has a mask, which DALI's pipeline lacks; choose auto, ffcv or pil")
+            raise StoreError(
+                "--loader dali: a view has a mask, which DALI's pipeline lacks; choose auto, turbo, ffcv or pil"
+            )
         case "dali":
             try:
                 from loaders.renderers.dali import DaliRenderer
             except ImportError as e:
                 raise _missing("dali", "dali, or dali-cuda12 with CUDA 12", e) from e
             return DaliRenderer(source, pool, threads, device.index if runs_triton(device) else None, times)
-    raise StoreError(f"--loader {kind}: {source.name} holds encoded images; choose auto, ffcv, dali or pil")
+    raise StoreError(f"--loader {kind}: {source.name} holds encoded images; choose auto, turbo, ffcv, dali or pil")
 
 
 def _missing(kind: str, extra: str, error: ImportError) -> StoreError:

@@ -47,6 +47,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "loaders.convert": (DISK | {"loaders.store", "loaders.labels"}, {"numpy", "PIL"}),
     "loaders.published": ({"loaders.plan", "loaders.store", "loaders.labels", "loaders.errors"}, {"numpy", "PIL"}),
     "loaders.renderers": (PIXELS, {"numpy", "PIL", "numba", "llvmlite"}),
+    "loaders.renderers.turbo": (PIXELS | {"loaders.renderers"}, {"numpy", "simplejpeg"}),
     "loaders.renderers.ffcv": (PIXELS | {"loaders.renderers"}, {"numpy", "numba", "llvmlite"}),
     "loaders.renderers.dali": (PIXELS | {"loaders.renderers"}, {"numpy", "torch", "nvidia"}),
     "loaders.finish": ({"loaders.plan"}, {"numpy", "numba", "llvmlite"}),

@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--data", action="append", required=True, metavar="PATH")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes")
     parser.add_argument("--stream", help="default: the one that makes an epoch")
-    parser.add_argument("--renderers", default="pil,ffcv,dali")
+    parser.add_argument("--renderers", default="pil,turbo,ffcv,dali")
     parser.add_argument("--images", type=int, default=4)
     parser.add_argument("--step", type=int, default=0)
     parser.add_argument("--out", default="contact_sheet.png")

@@ -1,6 +1,6 @@
 """Trains for a while on several ranks and watches what must not grow: memory, threads, open files.
 
-    python -m tools.soak --data IMAGENET [--minutes 30] [--cpu-ranks 2] [--loader ffcv] [--json FILE]
+    python -m tools.soak --data IMAGENET [--minutes 30] [--cpu-ranks 2] [--loader turbo] [--json FILE]
 
 The job is `paws.rn50_100ep` with a small network and small views, checkpoints and logging included; IMAGENET is what
 `--data` takes. Every few seconds each process of the job is looked up in /proc. The verdict is over the samples after
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--cpu-ranks", default="2")
-    parser.add_argument("--loader", default="ffcv")
+    parser.add_argument("--loader", default="turbo")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     changes = [word for change in CHANGES for word in ("--set", change)]

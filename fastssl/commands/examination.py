@@ -161,7 +161,7 @@ def _dali(answer: dict[str, Any], gpus: list[str]) -> Row:
 
 
 def _ffcv(answer: dict[str, Any]) -> Row:
-    row = _optional("FFCV", answer, "decodes fastest on CPUs", "ffcv")
+    row = _optional("FFCV", answer, "--loader ffcv needs it; the default does not", "ffcv")
     if row.verdict == "ok":
         return row
     needs = "; its build needs Debian's libopencv-dev, libturbojpeg0-dev, pkg-config"

@@ -32,7 +32,7 @@ class Settings:
     """What users may say of how a run is done."""
 
     how: How | None = option(None, "--step", "How a step is done [compiled on a GPU, eager on a CPU].")
-    loader: str = option("auto", "--loader", "auto, ffcv, dali, pil or memory.")
+    loader: str = option("auto", "--loader", "auto, turbo, ffcv, dali, pil or memory.")
     cache_gib: float = option(0.0, "--cache-gib", "Memory for decoded support images, a rank.", least=0)
     damaged: Literal["stop", "replace"] = option("stop", "--damaged", "At images that cannot be decoded.")
     resume: Literal["auto", "never"] = option("auto", "--resume", "never: begin anew, and drop what is there.")

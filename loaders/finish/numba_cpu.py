@@ -28,6 +28,8 @@ from loaders.plan import ops
 from loaders.plan.ops import LUMA, Op
 from loaders.plan.views import Pixels
 
+_intrinsic: Any = intrinsic  # as typed, it would want the typing context of whoever calls
+
 VALUES_PER_BAND = 6144  # what is worked on at a time: 24 kB, of a first-level cache of 32 kB or more
 LANES = 1024  # partial sums of a mean
 WINDOW_BANDS = 2  # that come in before a blur's window moves
@@ -55,7 +57,7 @@ def _clip(value: Any) -> Any:
     return min(max(value, ZERO), ONE)
 
 
-@intrinsic
+@_intrinsic
 def _fma(typing_context: Any, a: Any, b: Any, c: Any) -> Any:
     """a * b + c, rounded once: one instruction, and the same bits whoever compiles it."""
 
@@ -596,7 +598,7 @@ def _addresses(op: Op) -> tuple[int, int]:
     return first, second[0] if second else 0
 
 
-@intrinsic
+@_intrinsic
 def _call(
     typing_context: Any,
     address: Any,
@@ -643,7 +645,7 @@ def _unpack(crop: Any, planes: Any, channels: Any, size: Any, top: Any, bottom: 
             r[i] = np.float32(values[i]) * LEVEL
 
 
-@intrinsic
+@_intrinsic
 def _stream_pixels(
     typing_context: Any, red: Any, green: Any, blue: Any, gain: Any, bias: Any, at: Any, out: Any
 ) -> Any:
@@ -683,7 +685,7 @@ def _stream_pixels(
     return types.void(red, green, blue, gain, bias, types.intp, out), generate
 
 
-@intrinsic
+@_intrinsic
 def _fence(typing_context: Any) -> Any:
     """What was streamed is there for other threads before anything that is stored from now on."""
 
@@ -709,7 +711,7 @@ def _store(planes: Any, channels: Any, size: Any, top: Any, bottom: Any, gain: A
         return
     whole = len(r) // 8 * 8 if values.ctypes.data % 32 == 0 else 0
     for i in range(0, whole, 8):
-        _stream_pixels(r, g, b, gain, bias, i, values)  # type: ignore[call-arg]
+        _stream_pixels(r, g, b, gain, bias, i, values)
     for i in range(whole, len(r)):
         values[3 * i] = r[i] * gain[0] + bias[0]
         values[3 * i + 1] = g[i] * gain[1] + bias[1]
@@ -749,7 +751,7 @@ def _drive(crops: Any, kernels: Any, offsets: Any, table: Any, gain: Any, bias: 
                 if stop == num_ops:
                     _store(planes, channels, size, top, bottom, gain, bias, finished)
             halfway, first = stop, stop + 1
-    _fence()  # type: ignore[call-arg]
+    _fence()
 
 
 @functools.cache
@@ -758,10 +760,10 @@ def _driver() -> Callable[..., None]:
     no counting of references, which took a tenth of the time."""
     floats, longs = types.CPointer(types.float32), types.CPointer(types.int64)
     pointers = (types.CPointer(types.uint8), longs, longs, floats, floats, floats, floats, floats)
-    compiled = cfunc(types.void(*pointers, *[types.intp] * 5), **_OPTIONS)(_drive)
+    compiled: Any = cfunc(types.void(*pointers, *[types.intp] * 5), **_OPTIONS)(_drive)
     prototype = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * len(pointers), *[ctypes.c_ssize_t] * 5)
-    function = prototype(compiled.address)
-    function.compiled = compiled  # type: ignore[attr-defined]  # kept alive
+    function: Any = prototype(compiled.address)
+    function.compiled = compiled  # kept alive
     return function
 
 

@@ -90,6 +90,19 @@ def resize_boxes(images, ids, boxes, cut_first, filter, out):
 
 
 @njit(nogil=True, cache=True)
+def resize_copies(image, mask, boxes, greys, cut_first, filter, first, step, out):
+    """A view's crops of one image, uint8 [H, W, C]: rows first, first + step, ... of boxes float64 [M, 4] and of out
+    uint8 [M, S, S, C]; where greys, int16 [M], is not -1 the image stands on that level, but for `mask`, bool [H, W].
+    """
+    only, images = np.zeros(1, np.int64), image.reshape((1, *image.shape))
+    for row in range(first, len(out), step):
+        part, shown = slice(row, row + 1), images
+        if greys[row] >= 0:
+            shown = over_grey(images, mask, np.uint8(greys[row]), boxes[row], cut_first)
+        resize_boxes(shown, only, boxes[part], cut_first, filter, out[part])
+
+
+@njit(nogil=True, cache=True)
 def over_grey(image, mask, grey, box, cut_first):
     """image uint8 [1, H, W, C] with the level `grey` wherever `mask`, bool [H, W], does not hold: a new image, for
     `resize_boxes` to cut `box` from with the same `cut_first`. If that is set nothing beyond the box will be looked at,

@@ -12,7 +12,6 @@ _BARE = frozenset({0x01, *range(0xD0, 0xD9)})  # markers without a length
 _APP1, _SCAN, _END = 0xE1, 0xDA, b"\xff\xd9"
 _ORIENTATION = 0x0112  # EXIF 2.3, table 4
 _EXIF = b"Exif\0\0"
-_EXIF_WITHIN = 1 << 16  # bytes of a file; where it begins later, other segments of the largest size stand before it
 
 
 class JpegFacts(NamedTuple):
@@ -76,9 +75,8 @@ def _frame(data: bytes, start: int, end: int) -> tuple[int, int, int, int]:
 
 
 def orientation_of(data: bytes) -> int:
-    """The EXIF orientation, 1..8, of a JPEG; 1 of anything else. Costs next to nothing where there is no EXIF."""
-    if data.find(_EXIF, 0, _EXIF_WITHIN) < 0:
-        return 1
+    """The EXIF orientation, 1..8, of a JPEG; 1 of anything else. Costs microseconds: looking for EXIF's name among the
+    bytes instead took as long as cutting a small crop."""
     try:
         return jpeg_facts(data).orientation
     except StoreError:

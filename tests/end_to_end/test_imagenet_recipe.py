@@ -9,7 +9,7 @@ import pytest
 from tests.end_to_end import command
 from tests.interrupted import assert_same_run
 
-MODULES = {"pil": "PIL", "ffcv": "ffcv", "dali": "nvidia.dali"}
+MODULES = {"pil": "PIL", "turbo": "simplejpeg", "ffcv": "ffcv", "dali": "nvidia.dali"}
 CHANGES = [
     part
     for change in (
@@ -37,7 +37,7 @@ def train(folder, data, loader, *more):
     return ("train", "paws.rn50_100ep", "--data", str(data), "--loader", loader, "--labels", "all", *CHANGES, *more)
 
 
-@pytest.mark.parametrize("loader", ["pil", "ffcv", "dali"])
+@pytest.mark.parametrize("loader", ["pil", "turbo", "ffcv", "dali"])
 def test_a_killed_run_continues_to_the_same_pixels(loader, converted, tmp_path):
     if importlib.util.find_spec(MODULES[loader].split(".")[0]) is None:
         pytest.skip(f"{MODULES[loader]} is not installed: the extra {loader}")

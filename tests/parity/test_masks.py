@@ -60,7 +60,7 @@ def foreground(x, y):
     return np.minimum.reduce([x - 20.5, 150.5 - x, y - 10.5, 120.5 - y])
 
 
-@pytest.mark.parametrize("kind", ["memory", "pil", "ffcv", "cache"])
+@pytest.mark.parametrize("kind", ["memory", "pil", "turbo", "ffcv", "cache"])
 def test_mask_and_image_are_cropped_and_flipped_together(kind, tmp_path):
     """Every finished pixel says by its colour where in the image it is from: it shows if and only if that place is
     foreground. Catches a mask that is cut, scaled, flipped or turned otherwise than the image, one laid on after the
@@ -146,7 +146,8 @@ def test_masked_photographs_are_the_same_from_every_renderer(test_data, tmp_path
         assert torch.equal(torch.cat([half[name].unflatten(0, (2, 12)) for half in halves], dim=1).flatten(0, 1), x)
 
     others = {"cached": crops("pil", order=Balanced(2, 12), cache_bytes=1 << 28)[1]}
-    expected = {"cached": crops("pil", order=Balanced(2, 12))[1], "ffcv": pil}
+    others["turbo"] = crops("turbo")[1]
+    expected = {"cached": crops("pil", order=Balanced(2, 12))[1], "ffcv": pil, "turbo": pil}
     if find_spec("ffcv"):
         others["ffcv"] = crops("ffcv")[1]
     for kind, found in others.items():
@@ -158,5 +159,5 @@ def test_dali_refuses_masks(tmp_path):
     source = FolderSource(tmp_path)
     plan = Plan((Stream("s", "train", VIEWS, Sequential(), 1),), "s", 0)
     bound = bind(plan, DataSets({"train": source}, masks={"train": Given([ramp()[1]])}))
-    with pytest.raises(StoreError, match="--loader dali: a view has a mask.*choose auto, ffcv or pil"):
+    with pytest.raises(StoreError, match="--loader dali: a view has a mask.*choose auto, turbo, ffcv or pil"):
         Loader(bound, renderer="dali")

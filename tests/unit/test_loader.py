@@ -17,11 +17,12 @@ from loaders.loader import Loader, bind
 from loaders.plan.ops import ColourJitter, Flip, GaussianBlur
 from loaders.plan.plan import Plan
 from loaders.plan.views import UNIT, Balanced, Rrc, Sequential, Shuffled, Stream, View
+from loaders.renderers.turbo import TurboRenderer
 from loaders.store.data import DataSets
 from loaders.store.folder import FolderSource
 from loaders.store.source import ArraySource
 
-RENDERERS = pytest.mark.parametrize("renderer", ["pil", "ffcv", "dali"])
+RENDERERS = pytest.mark.parametrize("renderer", ["pil", "turbo", "ffcv", "dali"])
 VIEWS = (
     View("global", 16, Rrc((0.3, 1.0)), (Flip(), ColourJitter(0.8, 0.4, 0.4, 0.4, 0.1), GaussianBlur()), copies=2),
     View("small", 8, Rrc((0.1, 0.3)), (Flip(),), turns=(0, 1)),
@@ -132,11 +133,12 @@ def test_two_ranks_make_the_batches_of_one(bound, renderer):
             assert torch.equal(torch.cat(halves, dim=1).flatten(0, 1), expected), key
 
 
-def test_ffcv_and_pil_make_the_same_batches(bound):
+@pytest.mark.parametrize("other", ["turbo", "ffcv"])
+def test_renderers_make_the_same_batches(other, bound):
     """A run may be resumed under the other renderer."""
-    require("ffcv")
+    require(other)
     results = []
-    for renderer in ("pil", "ffcv"):
+    for renderer in ("pil", other):
         with Loader(bound, renderer=renderer) as loader:
             results.append(collect(loader, 0, 3))
     assert all(same(a, b) for a, b in zip(*results, strict=True))
@@ -226,7 +228,7 @@ def test_loaders_opened_and_closed_leak_nothing(bound, renderer):
     assert rss_mib() - memory < 16
 
 
-@pytest.mark.parametrize("kind", ["memory", "pil", "ffcv", "dali"])
+@pytest.mark.parametrize("kind", ["memory", "pil", "turbo", "ffcv", "dali"])
 def test_2000_steps_keep_memory_and_threads_flat(kind, folder, array_bound):
     """A slot, a buffer or a queue entry lost each step would be megabytes after two thousand."""
     require(kind)
@@ -286,23 +288,21 @@ def test_a_renderer_that_is_not_installed_names_the_extra(bound, monkeypatch):
         monkeypatch.setitem(sys.modules, f"loaders.renderers.{kind}", None)
         with pytest.raises(StoreError, match=rf"--loader {kind} cannot start .*install the extra {kind}"):
             Loader(bound, renderer=kind)
-    with Loader(bound, renderer="auto") as loader:  # falls back to pil
+    with Loader(bound, renderer="auto") as loader:  # needs neither
         assert len(collect(loader, 0, 1)) == 1
 
 
 def test_a_renderer_that_does_not_fit_is_an_error(bound, array_bound):
-    with pytest.raises(StoreError, match="--loader memory: .* holds encoded images; choose auto, ffcv, dali or pil"):
+    with pytest.raises(StoreError, match="--loader memory: .* encoded images; choose auto, turbo, ffcv, dali or pil"):
         Loader(bound, renderer="memory")
     with pytest.raises(StoreError, match="--loader ffcv: noise holds arrays; choose auto or memory"):
         Loader(array_bound, renderer="ffcv")
 
 
-def test_auto_takes_the_fastest_that_is_installed(bound):
-    require("ffcv")
-    from loaders.renderers.ffcv import FfcvRenderer
-
+def test_auto_takes_turbo(bound):
+    """What comes with pip alone is the fastest, beside an extra that is installed too."""
     with Loader(bound) as loader:
-        assert all(isinstance(renderer, FfcvRenderer) for renderer in loader._renderers.values())
+        assert all(isinstance(renderer, TurboRenderer) for renderer in loader._renderers.values())
 
 
 def test_a_consumer_that_is_slow_waits_for_nothing(bound):
@@ -321,7 +321,7 @@ def test_a_consumer_that_is_slow_waits_for_nothing(bound):
 
 
 @pytest.mark.parametrize("unreadable_by_header", [True, False])
-@pytest.mark.parametrize("kind", ["pil", "ffcv", "dali"])
+@pytest.mark.parametrize("kind", ["pil", "turbo", "ffcv", "dali"])
 def test_a_damaged_image_is_replaced_by_the_next_of_its_label(kind, unreadable_by_header, tmp_path):
     """Catches a substitute of another class, one cropped with the damaged image's boxes, and a loop that never ends."""
     require(kind)
