@@ -347,6 +347,13 @@ def _convolve(source: Any, out: Any, first: Any, last: Any, stride: Any, half: A
 
 
 @njit(**_OPTIONS)
+def _copy(source: Any, out: Any) -> None:
+    """(Not `out[:] = source`, for which numba compiles the wording of an error, for seconds.)"""
+    for i in range(len(out)):
+        out[i] = source[i]
+
+
+@njit(**_OPTIONS)
 def _mix_rows(source: Any, weights: Any, out: Any) -> None:
     """out[x] = the sum over j of weights[j] * source[j, x]."""
     for x in range(len(out)):
@@ -422,7 +429,7 @@ def _blur(images: Any, memory: Any, reach: Any, top: Any, bottom: Any) -> Any:
         kept = max(0, top - 2 * reach)
         for c in range(channels):
             for y in range(kept, top):
-                windows[c, y - kept] = windows[c, y - base]
+                _copy(windows[c, y - base], windows[c, y - kept])
         base = kept
     memory[0] = base
     lag, reach = (reach, reach) if apart else (size, 0)
@@ -451,7 +458,9 @@ def _three_boxes(weights: Any, sigma: Any) -> None:
                 for k in range(-whole, whole + 1):
                     total += near * source[min(max(y + k, 0), last), x]
                 values[y, x] = total
-    weights[:] = values
+    for y in range(last + 1):
+        for x in range(last + 1):
+            weights[y, x] = values[y, x]
 
 
 @njit(**_OPTIONS)
@@ -533,7 +542,7 @@ def _equalize(planes: Any, scratch: Any, row: Any, channels: Any, size: Any, top
 def _keep(planes: Any, scratch: Any, row: Any, channels: Any, size: Any, top: Any, bottom: Any) -> Any:
     image, kept = carray(planes, channels * size * size), carray(scratch, channels * size * size)
     for c in range(channels):
-        _rows(kept, size, c, top, bottom)[:] = _rows(image, size, c, top, bottom)
+        _copy(_rows(image, size, c, top, bottom), _rows(kept, size, c, top, bottom))
     return 0
 
 

@@ -59,14 +59,14 @@ def resize_box(src, box, clip, size, filter, out):
     rows = src.reshape(src.shape[0], -1)[first_y[0] : used_bottom, first_x[0] * channels : used_right * channels]
     first_x -= first_x[0]
     first_y -= first_y[0]
-    result = out.reshape(size, size * channels)
+    result = out.reshape(size, size * channels)[:, : size * channels]  # as `rows` strided: compiled once for both
     shrink_x, shrink_y = right - left - size, bottom - top - size
     if shrink_y > max(0, 2 * shrink_x):  # as Pillow 13; older ones always begin with x
-        middle = np.empty((size, rows.shape[1]), np.uint8)
+        middle = np.empty((size, rows.shape[1]), np.uint8)[:, : rows.shape[1]]
         _along_y(rows, first_y, weights_y, middle)
         _along_x(middle, first_x, weights_x, channels, result)
     else:
-        middle = np.empty((len(rows), size * channels), np.uint8)
+        middle = np.empty((len(rows), size * channels), np.uint8)[:, : size * channels]
         _along_x(rows, first_x, weights_x, channels, middle)
         _along_y(middle, first_y, weights_y, result)
 
@@ -84,9 +84,19 @@ def resize_boxes(images, ids, boxes, cut_first, filter, out):
         x0, y0, x1, y1 = boxes[m]
         clip = (int(x0), int(y0), int(x1), int(y1)) if cut_first else (0, 0, width, height)
         if x1 - x0 == size and y1 - y0 == size and x0 == int(x0) and y0 == int(y0):
-            out[m] = images[ids[m], int(y0) : int(y1), int(x0) : int(x1)]
+            _copy(images[ids[m]], int(x0), int(y0), out[m])
         else:
             resize_box(images[ids[m]], (x0, y0, x1, y1), clip, size, filter, out[m])
+
+
+@njit(nogil=True, cache=True)
+def _copy(image, left, top, out):
+    """out[y, x] = image[top + y, left + x]. (Spelt out: numba's assignment of slices compiles, for seconds, what words
+    its error message.)"""
+    for y in range(out.shape[0]):
+        for x in range(out.shape[1]):
+            for c in range(out.shape[2]):
+                out[y, x, c] = image[top + y, left + x, c]
 
 
 @njit(nogil=True, cache=True)
@@ -179,10 +189,11 @@ def _along_x(rows, first, weights, channels, out):
     columns = np.empty((rows.shape[1], band), np.uint8)
     columns_out = np.empty((out.shape[1], band), np.uint8)
     # One row a pixel: its channels, and in each the rows of the band.
-    pixels, pixels_out = columns.reshape(-1, channels * band), columns_out.reshape(-1, channels * band)
+    pixels = columns.reshape(-1, channels * band)[:, : channels * band]
+    pixels_out = columns_out.reshape(-1, channels * band)[:, : channels * band]
     for y in range(0, len(rows), band):
         height = min(band, len(rows) - y)
-        _turn(rows[y : y + height], columns)
+        _turn(rows[y : y + height], columns[:, :band])
         _along_y(pixels, first, weights, pixels_out)
         _turn(columns_out[:, :height], out[y : y + height])
 
