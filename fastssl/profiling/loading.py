@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +72,7 @@ class LoaderAlone:
         if self.given.files:
             kinds.append(COLD)
         if others and any(is_encoded(source) for source in self.bound.sources.values()):
-            known = ["pil", "ffcv"] if find_spec("ffcv") else ["pil"]
+            known = ["turbo", "pil"]
             kinds += [rendered_by(name) for name in known if name != self.given.job.loader]
         return kinds
 
