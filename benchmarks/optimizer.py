@@ -12,7 +12,7 @@ authors          as PAWS's released code behaves (facebookresearch/suncet): tens
 timm_rule        timm's `Lars`: `torch.where` in place of questions, still tensor by tensor; rate outside the momentum
 nvidia_apex      NVIDIA apex's LARC around torch's SGD, where an apex is installed that still has it; rate outside
 fastssl_foreach  ours without Triton, on a GPU; on a CPU that is what fastssl runs
-fastssl          `fastssl.optim.lars.Lars`
+fastssl          `fastssl.optim.lars.LarsOptimizer`
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.machine import commit, cpu_model
 from fastssl.nn.heads import prediction_head, projection_head
 from fastssl.nn.trunks.resnet import resnet
-from fastssl.optim.lars import Foreach, Lars
+from fastssl.optim.lars import Foreach, LarsOptimizer
 from fastssl.optim.param_groups import lars_groups
 
 MOMENTUM, DECAY, TRUST, EPS = 0.9, 1e-6, 0.001, 1e-8  # PAWS on ImageNet
@@ -159,7 +159,7 @@ def fastssl_foreach(groups: Groups) -> Step:
 
 
 def fastssl(groups: Groups) -> Step:
-    optimizer = Lars(groups, lr=0.0, momentum=MOMENTUM, weight_decay=DECAY, trust_coefficient=TRUST, eps=EPS)
+    optimizer = LarsOptimizer(groups, lr=0.0, momentum=MOMENTUM, weight_decay=DECAY, trust_coefficient=TRUST, eps=EPS)
 
     def step(lr: float) -> None:
         for group in optimizer.param_groups:

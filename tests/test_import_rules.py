@@ -76,7 +76,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "fastssl.nn": ({"fastssl.dist", "fastssl.machine"}, {"torch"}),
     "fastssl.nn.norm.triton_kernels": (set(), {"torch", "triton"}),
-    "fastssl.optim": ({"fastssl.machine"}, {"torch"}),
+    "fastssl.optim": ({"fastssl.errors", "fastssl.machine"}, {"torch"}),
     "fastssl.optim.lars_triton": (set(), {"torch", "triton"}),
     "fastssl.losses": ({"fastssl.dist"}, {"torch"}),
     "fastssl.methods": (
@@ -87,7 +87,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         GROUND | {"fastssl.methods", "fastssl.nn", "fastssl.optim", "fastssl.losses", "loaders.plan"},
         set(),
     ),
-    "fastssl.recipes.resolve": (GROUND | {"fastssl.methods.base", "fastssl.recipes"}, set()),
+    "fastssl.recipes.resolve": (GROUND | {"fastssl.methods.base", "fastssl.optim.horizon", "fastssl.recipes"}, set()),
     "fastssl.recipes.datasets": (set(), set()),
     "fastssl.evaluation": (CONTRACT, {"torch", "numpy", "sklearn"}),
     "fastssl.engine": (

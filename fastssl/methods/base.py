@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -20,8 +20,11 @@ from torch.optim import Optimizer
 
 from fastssl import dist
 from fastssl.config.plain import from_plain, type_name
-from fastssl.errors import ConfigError
-from fastssl.optim.schedule import warmup_cosine, warmup_stairs
+from fastssl.errors import ConfigError, refuse_negative
+from fastssl.optim.horizon import Epochs, Horizon, Span, Steps
+from fastssl.optim.optimiser import Optimiser
+from fastssl.optim.rates import Rate, WarmupCosine
+from fastssl.optim.sgd import Sgd
 from fastssl.weights.read import Weights, WeightsError, parts_of, read_weights
 from loaders.batch import Batch
 from loaders.plan.plan import Plan
@@ -30,70 +33,6 @@ from loaders.plan.views import View, parse_subset
 Precision = Literal["fp32", "bf16", "fp16"]
 
 NO_LABEL = "no image of the labelled data carries a label: give --data labelled=PATH"
-
-
-@dataclass(frozen=True)
-class Epochs:
-    """A span counted in passes over the stream that makes an epoch."""
-
-    count: int
-
-    def steps(self, steps_per_epoch: int) -> int:
-        return self.count * steps_per_epoch
-
-    def __str__(self) -> str:
-        return f"{self.count:,} epochs"
-
-
-@dataclass(frozen=True)
-class Steps:
-    """A span counted in optimiser steps."""
-
-    count: int
-
-    def steps(self, steps_per_epoch: int) -> int:
-        return self.count
-
-    def __str__(self) -> str:
-        return f"{self.count:,} steps"
-
-
-Span = Epochs | Steps
-
-
-def parse_span(text: str) -> Span:
-    """`20` or `20epochs` -> Epochs(20); `300steps` -> Steps(300)."""
-    number, unit = text.strip(), Epochs  # type: tuple[str, type[Span]]
-    for suffix, kind in (("epochs", Epochs), ("epoch", Epochs), ("steps", Steps), ("step", Steps)):
-        if number.endswith(suffix):
-            number, unit = number.removesuffix(suffix).strip(), kind
-            break
-    if not number.isdecimal():
-        raise ConfigError(f"{text!r} is no span: write 20epochs or 300steps")
-    return unit(int(number))
-
-
-@dataclass(frozen=True)
-class Horizon:
-    """How far a stage goes; schedules are functions of (step, horizon)."""
-
-    steps_per_epoch: int
-    total_steps: int
-
-    def steps(self, span: Span) -> int:
-        """Steps of `span`, or of the whole stage where that is shorter (a warm-up longer than a short trial run)."""
-        return min(span.steps(self.steps_per_epoch), self.total_steps)
-
-    def warmup_cosine(self, step: int, *, peak: float, warmup: Span, start: float = 0.0, final: float = 0.0) -> float:
-        """`fastssl.optim.schedule.warmup_cosine` over the whole stage."""
-        return warmup_cosine(
-            step, start=start, peak=peak, final=final, warmup_steps=self.steps(warmup), total_steps=self.total_steps
-        )
-
-    def warmup_stairs(self, step: int, *, peak: float, factor: float, at: Sequence[Span], warmup: Span) -> float:
-        """`fastssl.optim.schedule.warmup_stairs`, which falls after each of `at`, counted from the stage's start."""
-        at_steps = [span.steps(self.steps_per_epoch) for span in at]
-        return warmup_stairs(step, peak=peak, factor=factor, at_steps=at_steps, warmup_steps=self.steps(warmup))
 
 
 @dataclass(frozen=True)
@@ -185,14 +124,12 @@ class Config(ABC):
     eval_view: View  # how images are seen when they are embedded or classified
     labels: str = "all"  # which images show their label: see loaders.plan.views.parse_subset
     precision: Precision = "bf16"
+    optimizer: Optimiser = Sgd()
+    rate: Rate = WarmupCosine(0.1)
 
     def __post_init__(self) -> None:
         parse_subset(self.labels)
-        for setting in fields(self):
-            value = getattr(self, setting.name)
-            least = {int: 1, float: 0.0}.get(type(value))  # whole numbers count something that there must be
-            if least is not None and not value >= least:
-                raise ConfigError(f"{setting.name} is {value}, but must be {least:g} at least")
+        refuse_negative(self)
 
     @abstractmethod
     def build(self, facts: Facts, inputs: Mapping[str, Artefact]) -> Method:
@@ -274,13 +211,14 @@ class Method(ABC, Generic[AnyConfig, Net]):
             named = [", ".join(sorted(parts)) or "none" for parts in (own & theirs, own - theirs, theirs - own)]
             print("taken: {}; as they were drawn: {}; left out: {}".format(*named), flush=True)
 
-    @abstractmethod
     def optimizer(self, nets: Nets[Net]) -> Optimizer:
-        """Over nets.online (and whatever else is trained), in any number of groups."""
+        """Over nets.online (and whatever else is trained), in any number of groups. Here: the config's."""
+        return self.config.optimizer.build([[nets.online]])
 
-    @abstractmethod
     def rates(self, step: int, horizon: Horizon) -> tuple[float, ...]:
-        """The learning rate of each parameter group at `step`."""
+        """The learning rate of each parameter group at `step`. Here: the config's, of both groups."""
+        rate = self.config.rate.at(step, horizon)
+        return rate, rate
 
     @abstractmethod
     def loss(self, nets: Nets[Net], batch: Batch) -> dict[str, Tensor]:

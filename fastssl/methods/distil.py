@@ -27,10 +27,8 @@ from fastssl.methods.base import (
     Config,
     Epochs,
     Facts,
-    Horizon,
     Method,
     Nets,
-    Span,
     autocast,
     in_full,
     setting_of,
@@ -38,7 +36,8 @@ from fastssl.methods.base import (
 from fastssl.methods.supervised import Classifier, FirstLayer, SupervisedConfig, check_same_input
 from fastssl.nn.encoders import Encoder, SimclrResNet
 from fastssl.optim.lars import Lars
-from fastssl.optim.param_groups import lars_groups
+from fastssl.optim.optimiser import Optimiser
+from fastssl.optim.rates import Rate, WarmupCosine
 from fastssl.weights.read import Weights, WeightsError
 from loaders.batch import Batch
 from loaders.plan.ops import Flip
@@ -74,9 +73,9 @@ class DistilConfig(Config):
     # The notebook multiplies distillation by temperature², the paper's equation does not. LARS makes little of it: what
     # changes is how far norms and biases move, which it does not adapt, and how much weight decay counts.
     times_temperature_squared: bool = False
-    lr_peak: float = 6.4  # .1 times the root of the batch
-    warmup: Span = Epochs(20)  # 5 % of 400, as in pre-training
-    weight_decay: float = 1e-4
+    # As in the notebook, the classifier's kernel is adapted and decayed like any other.
+    optimizer: Optimiser = Lars("simclr", weight_decay=1e-4)
+    rate: Rate = WarmupCosine(6.4, Epochs(20))  # .1 times the root of the batch; 5 % of 400, as in pre-training
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -134,15 +133,6 @@ class Distil(Method[DistilConfig, Classifier]):
     def _classifier(self, encoder: Encoder, head: FirstLayer | None = None) -> Classifier:
         c = self.config
         return Classifier(SupervisedConfig(c.dataset, c.eval_view, encoder=encoder, head=head), self.facts)
-
-    def optimizer(self, nets: Nets[Classifier]) -> Lars:
-        c = self.config
-        # As in the notebook, the classifier's kernel is adapted and decayed like any other.
-        return Lars(lars_groups(nets.online, "paper"), lr=c.lr_peak, weight_decay=c.weight_decay, form="simclr")
-
-    def rates(self, step: int, horizon: Horizon) -> tuple[float, ...]:
-        rate = horizon.warmup_cosine(step, peak=self.config.lr_peak, warmup=self.config.warmup)
-        return rate, rate
 
     def loss(self, nets: Nets[Classifier], batch: Batch) -> dict[str, Tensor]:
         c, part = self.config, batch.parts["unlabelled"]

@@ -44,10 +44,8 @@ from fastssl.methods.base import (
     Config,
     Epochs,
     Facts,
-    Horizon,
     Method,
     Nets,
-    Span,
     autocast,
     in_full,
     through,
@@ -56,7 +54,8 @@ from fastssl.nn.encoders import Encoder, ResNet
 from fastssl.nn.heads import prediction_head, projection_head
 from fastssl.nn.norm.lockstep import LockstepSequential
 from fastssl.optim.lars import Lars
-from fastssl.optim.param_groups import Rule, lars_groups
+from fastssl.optim.optimiser import Optimiser
+from fastssl.optim.rates import Rate, WarmupCosine
 from loaders.batch import Batch
 from loaders.plan.ops import ColourJitter, Flip, GaussianBlur, Grayscale
 from loaders.plan.plan import Plan
@@ -110,12 +109,9 @@ class PawsConfig(Config):
     entropy: float = 0.0  # weight of the predictions' mean entropy, minimised: appendix D.2, where no weight is given
     label_targets: bool = False  # an image with a label in sight has that for its target: appendix D.1
     ropaws: Ropaws | None = None
-    lr_start: float = 0.3
-    lr_peak: float = 6.4
-    lr_final: float = 0.064
-    warmup: Span = Epochs(10)
-    weight_decay: float = 1e-6
-    lars_rule: Rule = "authors"  # the published numbers come from the code, which adapts the shortcuts' norms too
+    # The published numbers come from the code, which adapts the shortcuts' norms too.
+    optimizer: Optimiser = Lars("paws", "authors", weight_decay=1e-6)
+    rate: Rate = WarmupCosine(6.4, Epochs(10), start=0.3, final=0.064)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -182,15 +178,6 @@ class Paws(Method[PawsConfig, PawsNet]):
 
     def nets(self) -> Nets[PawsNet]:
         return Nets(PawsNet(self.config, self.facts.channels))
-
-    def optimizer(self, nets: Nets[PawsNet]) -> Lars:
-        c = self.config
-        return Lars(lars_groups(nets.online, c.lars_rule), lr=c.lr_start, weight_decay=c.weight_decay)
-
-    def rates(self, step: int, horizon: Horizon) -> tuple[float, ...]:
-        c = self.config
-        rate = horizon.warmup_cosine(step, start=c.lr_start, peak=c.lr_peak, final=c.lr_final, warmup=c.warmup)
-        return rate, rate
 
     def loss(self, nets: Nets[PawsNet], batch: Batch) -> dict[str, Tensor]:
         c, unlabelled, support = self.config, batch.parts["unlabelled"].x, batch.parts["support"]

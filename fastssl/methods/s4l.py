@@ -39,7 +39,6 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import SGD
 
 from fastssl import dist
 from fastssl.errors import ConfigError
@@ -73,6 +72,9 @@ from fastssl.nn.norm.group_batch_norm import GroupBatchNorm
 from fastssl.nn.norm.running_stats import frozen_running_stats
 from fastssl.nn.trunks.resnet_v2 import S4L_NORM
 from fastssl.nn.trunks.stem import Norm
+from fastssl.optim.optimiser import Optimiser
+from fastssl.optim.rates import Rate, WarmupStairs
+from fastssl.optim.sgd import Sgd
 from loaders.batch import Batch, Part
 from loaders.plan.draws import tag
 from loaders.plan.ops import Flip
@@ -158,11 +160,9 @@ class S4lConfig(Config):
     entropy_weight: float = 0.0
     smoothed: Literal["all", "unlabelled"] = "all"  # whose predictions VAT and entropy are about
     pseudo_labels: bool = False  # learn those of the input "labels", made for every image, in place of the data's
-    lr_peak: float = 0.1
-    warmup: Span = Epochs(5)
-    decays: tuple[Span, ...] = (Epochs(140), Epochs(160), Epochs(180))  # each divides the rate by ten
-    momentum: float = 0.9
-    weight_decay: float = 1e-3  # on kernels only
+    optimizer: Optimiser = Sgd(weight_decay=1e-3)
+    # The release's rates fall one step later: TensorFlow's `piecewise_constant` keeps its bounds.
+    rate: Rate = WarmupStairs(0.1, (Epochs(140), Epochs(160), Epochs(180)), warmup=Epochs(5))
     half_life: Span | None = None  # of a weight in the average that is evaluated; None: no average
 
     def __post_init__(self) -> None:
@@ -343,20 +343,6 @@ class S4l(Method[S4lConfig, S4lNet]):
         if self.config.pseudo_labels:
             assert isinstance(nets.frozen, PseudoLabels)
             nets.frozen.label_I = _pseudo_labels(self.facts, self.inputs)
-
-    def optimizer(self, nets: Nets[S4lNet]) -> SGD:
-        c, parameters = self.config, list(nets.online.parameters())
-        groups = [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": c.weight_decay},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        return SGD(groups, lr=c.lr_peak, momentum=c.momentum)
-
-    def rates(self, step: int, horizon: Horizon) -> tuple[float, ...]:
-        """The release's rates fall one step later: TensorFlow's `piecewise_constant` keeps its bounds."""
-        c = self.config
-        rate = horizon.warmup_stairs(step, peak=c.lr_peak, factor=0.1, at=c.decays, warmup=c.warmup)
-        return rate, rate
 
     def loss(self, nets: Nets[S4lNet], batch: Batch) -> dict[str, Tensor]:
         c, labelled = self.config, batch.parts["labelled"]

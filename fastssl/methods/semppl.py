@@ -38,7 +38,6 @@ from fastssl.methods.base import (
     Horizon,
     Method,
     Nets,
-    Span,
     autocast,
     in_full,
     through,
@@ -48,7 +47,8 @@ from fastssl.nn.encoders import ByolResNet, Encoder
 from fastssl.nn.heads import byol_head, simclr_head
 from fastssl.nn.norm.lockstep import LockstepSequential
 from fastssl.optim.lars import Lars
-from fastssl.optim.param_groups import lars_groups
+from fastssl.optim.optimiser import Optimiser
+from fastssl.optim.rates import Rate, WarmupCosine
 from loaders.batch import Batch
 from loaders.plan.draws import tag
 from loaders.plan.ops import TF_LUMA, Flip, GaussianKernelBlur, Grayscale, Op, Solarise, TfColourJitter
@@ -134,9 +134,8 @@ class SempplConfig(Config):
 
     ema: float = 0.996
     ema_ramp: bool = False  # BYOL's way from `ema` to 1; the paper says a constant 0.996
-    lr_peak: float = 4.8  # 0.3 for each 256 images
-    warmup: Span = Epochs(10)
-    weight_decay: float = 1e-6
+    optimizer: Optimiser = Lars("byol", weight_decay=1e-6)
+    rate: Rate = WarmupCosine(4.8, Epochs(10))  # 0.3 for each 256 images
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -256,14 +255,6 @@ class Semppl(Method[SempplConfig, SempplNet]):
             random_start = c.start == "random"
             queues = LabelledQueues(c.num_large, c.capacity, c.out_features, self.facts.num_classes, random_start)
         return Nets(online, target=target, state=queues)
-
-    def optimizer(self, nets: Nets[SempplNet]) -> Lars:
-        c = self.config
-        return Lars(lars_groups(nets.online), lr=0.0, weight_decay=c.weight_decay, form="byol")
-
-    def rates(self, step: int, horizon: Horizon) -> tuple[float, ...]:
-        rate = horizon.warmup_cosine(step, peak=self.config.lr_peak, warmup=self.config.warmup)
-        return rate, rate
 
     def loss(self, nets: Nets[SempplNet], batch: Batch) -> dict[str, Tensor]:
         """The ranks exchange target embeddings of all images, from which negatives and the queues' new entries are

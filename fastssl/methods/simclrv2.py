@@ -34,7 +34,6 @@ from fastssl.methods.base import (
     Horizon,
     Method,
     Nets,
-    Span,
     autocast,
     in_full,
 )
@@ -42,13 +41,12 @@ from fastssl.nn.ema import copy_of, follow
 from fastssl.nn.encoders import Encoder, SimclrResNet
 from fastssl.nn.heads import simclr_head
 from fastssl.optim.lars import Lars
-from fastssl.optim.param_groups import lars_groups
+from fastssl.optim.optimiser import Optimiser
+from fastssl.optim.rates import Rate, WarmupCosine
 from loaders.batch import Batch
 from loaders.plan.ops import TF_LUMA, Flip, GaussianKernelBlur, Grayscale, TfColourJitter
 from loaders.plan.plan import Plan
 from loaders.plan.views import UNIT, Centre, DistortedBox, Filter, Shuffled, Stream, View
-
-LrRule = Literal["sqrt", "linear"]
 
 MIN_NORM = 1e-6  # simclr divides by the root of max(Σx², 1e-12)
 
@@ -57,6 +55,11 @@ def colours(strength: float) -> tuple[TfColourJitter, Grayscale]:
     """SimCLR's colour distortion; ImageNet's strength is 1, CIFAR-10's 0.5."""
     s = strength
     return TfColourJitter(0.8, 0.8 * s, contrast=0.8 * s, saturation=0.8 * s, hue=0.2 * s), Grayscale(0.2, TF_LUMA)
+
+
+def peak_rate(base: float, batch_global: int, rule: Literal["sqrt", "linear"] = "sqrt") -> float:
+    """`base` times the root of the batch, or times the batch over 256."""
+    return base * (batch_global**0.5 if rule == "sqrt" else batch_global / 256)
 
 
 VIEW = View(
@@ -204,10 +207,9 @@ class Simclrv2Config(Config):
     batch_global: int = 4096
     tau: float = 0.1  # the code's default; the paper does not say
     memory: Memory | None = None
-    lr_base: float = 0.1
-    lr_rule: LrRule = "sqrt"  # the peak is lr_base times the root of the batch, or times the batch over 256
-    warmup: Span = Epochs(40)  # 5 % of 800
-    weight_decay: float = 1e-4
+    # The code leaves out of LARS what is called bias or batch_normalization: all that has one axis.
+    optimizer: Optimiser = Lars("simclr", weight_decay=1e-4)
+    rate: Rate = WarmupCosine(peak_rate(0.1, 4096), Epochs(40))  # 5 % of 800
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -223,10 +225,6 @@ class Simclrv2Config(Config):
             raise ConfigError(
                 f"memory.size {self.memory.size}: both views of a batch of {self.batch_global} have to find room"
             )
-
-    @property
-    def lr_peak(self) -> float:
-        return self.lr_base * (self.batch_global**0.5 if self.lr_rule == "sqrt" else self.batch_global / 256)
 
     def build(self, facts: Facts, inputs: Mapping[str, Artefact]) -> Method:
         return Simclrv2(self, facts, inputs)
@@ -261,15 +259,6 @@ class Simclrv2(Method[Simclrv2Config, SimclrNet]):
         if c.memory is None:
             return Nets(online)
         return Nets(online, target=copy_of(online), state=KeyMemory(c.memory.size, c.out_features))
-
-    def optimizer(self, nets: Nets[SimclrNet]) -> Lars:
-        c = self.config
-        # The code leaves out what is called bias or batch_normalization: all that has one axis.
-        return Lars(lars_groups(nets.online, "paper"), lr=c.lr_peak, weight_decay=c.weight_decay, form="simclr")
-
-    def rates(self, step: int, horizon: Horizon) -> tuple[float, ...]:
-        rate = horizon.warmup_cosine(step, peak=self.config.lr_peak, warmup=self.config.warmup)
-        return rate, rate
 
     def loss(self, nets: Nets[SimclrNet], batch: Batch) -> dict[str, Tensor]:
         c, part = self.config, batch.parts["unlabelled"]

@@ -27,10 +27,8 @@ from fastssl.methods.base import (
     Artefact,
     Config,
     Facts,
-    Horizon,
     Method,
     Nets,
-    Steps,
     autocast,
     through,
 )
@@ -38,7 +36,8 @@ from fastssl.methods.supervised import check_encoder, check_same_input
 from fastssl.nn.encoders import Encoder, WideResNet
 from fastssl.nn.norm.running_stats import set_batch_norm_mode
 from fastssl.optim.lars import Lars
-from fastssl.optim.param_groups import Rule, lars_groups
+from fastssl.optim.optimiser import Optimiser
+from fastssl.optim.rates import Rate, WarmupCosine
 from fastssl.weights.read import Weights
 from loaders.batch import Batch
 from loaders.plan.ops import Flip
@@ -76,9 +75,8 @@ class SuncetConfig(Config):
     classes_global: int = 10
     images_per_class: int = 64
     tau: float = 0.1
-    lr_peak: float = 0.1
-    lr_final: float = 0.01
-    lars_rule: Rule = "authors"
+    optimizer: Optimiser = Lars("paws", "authors")
+    rate: Rate = WarmupCosine(0.1, final=0.01)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -117,14 +115,6 @@ class Suncet(Method[SuncetConfig, paws.PawsNet]):
         check_same_input(weights, self.config.eval_view)
         check_encoder(weights, self.config.encoder)
         weights.load_whole(nets.online, "online")
-
-    def optimizer(self, nets: Nets[paws.PawsNet]) -> Lars:
-        return Lars(lars_groups(nets.online, self.config.lars_rule), lr=self.config.lr_peak)
-
-    def rates(self, step: int, horizon: Horizon) -> tuple[float, ...]:
-        c = self.config
-        rate = horizon.warmup_cosine(step, peak=c.lr_peak, final=c.lr_final, warmup=Steps(0))
-        return rate, rate
 
     def loss(self, nets: Nets[paws.PawsNet], batch: Batch) -> dict[str, Tensor]:
         part, c = batch.parts["labelled"], self.config

@@ -15,12 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 
 from fastssl import dist
 from fastssl.methods import paws
@@ -32,7 +31,6 @@ from fastssl.methods.base import (
     Horizon,
     Method,
     Nets,
-    Span,
     autocast,
     in_full,
     setting_of,
@@ -41,7 +39,9 @@ from fastssl.nn.encoders import Encoder, ResNet
 from fastssl.nn.norm.global_batch_norm import BatchNormMode, GlobalBatchNorm
 from fastssl.nn.norm.lockstep import LockstepSequential
 from fastssl.nn.norm.running_stats import average_running_stats, set_batch_norm_mode
-from fastssl.optim.lars import Lars
+from fastssl.optim.optimiser import Optimiser
+from fastssl.optim.rates import Rate, WarmupCosine
+from fastssl.optim.sgd import Sgd
 from fastssl.weights.read import Weights, WeightsError, load_whole
 from loaders.batch import Batch
 from loaders.plan.plan import Plan
@@ -64,19 +64,6 @@ class FirstLayer:
 
 
 @dataclass(frozen=True)
-class Cosine:
-    """The rate falls along half a cosine to 0."""
-
-
-@dataclass(frozen=True)
-class StepDecay:
-    """The rate is multiplied by `factor` after each of `at`, counted from the start."""
-
-    at: tuple[Span, ...]
-    factor: float
-
-
-@dataclass(frozen=True)
 class SupervisedConfig(Config):
     """Settings of a classifier's training; an epoch is a pass over the labelled images."""
 
@@ -85,14 +72,14 @@ class SupervisedConfig(Config):
     head: FirstLayer | None = None  # None: the classifier stands on the trunk
     batch_norm: BatchNormMode = "train"  # "local" is the one mode in which the number of ranks changes the results
     batch_global: int = 256
-    optimizer: Literal["sgd", "lars"] = "sgd"  # LARS in SimCLR's form, which adapts all but the classifier
-    lr_peak: float = 0.1
-    lr_head: float | None = None  # the classifier's; None: lr_peak
-    warmup: Span = Epochs(5)
-    schedule: Cosine | StepDecay = Cosine()
-    momentum: float = 0.9
-    weight_decay: float = 5e-4  # on kernels only
+    optimizer: Optimiser = Sgd(nesterov=True, weight_decay=5e-4)
+    rate: Rate = WarmupCosine(0.1, Epochs(5))
+    head_peak: float | None = None  # the peak of the classifier's rate; None: that of the encoder's
     label_smoothing: float = 0.1
+
+    @property
+    def head_rate(self) -> Rate:
+        return self.rate if self.head_peak is None else self.rate.with_peak(self.head_peak)
 
     def build(self, facts: Facts, inputs: Mapping[str, Artefact]) -> Method:
         return Supervised(self, facts, inputs)
@@ -161,32 +148,12 @@ class Supervised(Method[SupervisedConfig, Classifier]):
 
     def optimizer(self, nets: Nets[Classifier]) -> Optimizer:
         """Four groups: kernels and the rest, of the encoder and of the classifier."""
-        c, net = self.config, nets.online
-        encoder = [*net.trunk.parameters(), *net.first.parameters()]
-        groups = [
-            {
-                "params": [p for p in parameters if (p.ndim > 1) == kernels],
-                "weight_decay": c.weight_decay if kernels else 0.0,
-                "lars_exclude": not kernels or parameters is not encoder,
-            }
-            for parameters in (encoder, list(net.fc.parameters()))
-            for kernels in (True, False)
-        ]
-        if c.optimizer == "lars":
-            return Lars(groups, lr=c.lr_peak, momentum=c.momentum, form="simclr")
-        return SGD(groups, lr=c.lr_peak, momentum=c.momentum, nesterov=True)
+        net = nets.online
+        return self.config.optimizer.build([[net.trunk, net.first], [net.fc]])
 
     def rates(self, step: int, horizon: Horizon) -> tuple[float, ...]:
-        c = self.config
-        encoder = self._rate(c.lr_peak, step, horizon)
-        classifier = encoder if c.lr_head is None else self._rate(c.lr_head, step, horizon)
+        encoder, classifier = self.config.rate.at(step, horizon), self.config.head_rate.at(step, horizon)
         return encoder, encoder, classifier, classifier
-
-    def _rate(self, peak: float, step: int, horizon: Horizon) -> float:
-        schedule, warmup = self.config.schedule, self.config.warmup
-        if isinstance(schedule, StepDecay):
-            return horizon.warmup_stairs(step, peak=peak, factor=schedule.factor, at=schedule.at, warmup=warmup)
-        return horizon.warmup_cosine(step, peak=peak, warmup=warmup)
 
     def loss(self, nets: Nets[Classifier], batch: Batch) -> dict[str, Tensor]:
         part, c = batch.parts["labelled"], self.config

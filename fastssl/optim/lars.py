@@ -9,14 +9,16 @@ shapes agree, and fall back to one launch per tensor for any other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastssl.machine import runs_triton
+from fastssl.optim.optimiser import Optimiser
+from fastssl.optim.param_groups import Rule, as_one, lars_groups
 
 if TYPE_CHECKING:
     from fastssl.optim.lars_triton import Fused
@@ -39,7 +41,7 @@ class _Segment:
 
 
 class Foreach:
-    """The step of `Lars` as operations on lists, for any floating dtype, memory order and device."""
+    """The step of `LarsOptimizer` as operations on lists, for any floating dtype, memory order and device."""
 
     def __init__(self, params_by_group: list[list[Tensor]]):
         self.params = [p for params in params_by_group for p in params]
@@ -93,7 +95,34 @@ class Foreach:
             torch._foreach_add_(segment.params, delta)
 
 
-class Lars(torch.optim.Optimizer):
+@dataclass(frozen=True)
+class Lars(Optimiser):
+    """Settings of `LarsOptimizer`, which has the forms. By `rule` (`fastssl.optim.param_groups`) the encoder is adapted
+    and decayed; a classifier above it is neither."""
+
+    form: Form = "paws"
+    rule: Rule = "paper"
+    weight_decay: float = 0.0
+    momentum: float = 0.9
+    trust_coefficient: float = 0.001
+    eps: float = 1e-8
+
+    def build(self, parts: Sequence[Sequence[nn.Module]]) -> LarsOptimizer:
+        groups = [group for part in parts for group in lars_groups(as_one(part), self.rule)]
+        for group in groups[2:]:
+            group["lars_exclude"] = True
+        return LarsOptimizer(
+            groups,
+            lr=0.0,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            trust_coefficient=self.trust_coefficient,
+            eps=self.eps,
+            form=self.form,
+        )
+
+
+class LarsOptimizer(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling with classical momentum, in the three forms the field uses.
 
     With w a tensor, g its gradient, λ the weight decay, m the momentum and t the trust coefficient:

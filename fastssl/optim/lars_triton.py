@@ -160,7 +160,7 @@ class _Gradients:
 
 
 class Fused:
-    """The step of `lars.Lars` for float32 parameters on CUDA that fill their memory without gaps."""
+    """The step of `lars.LarsOptimizer` for float32 parameters on CUDA that fill their memory without gaps."""
 
     def __init__(self, params_by_group: list[list[Tensor]]):
         self.params = [p for params in params_by_group for p in params]

@@ -1,10 +1,25 @@
-"""Which parameters LARS adapts and decays, and which take the raw gradient."""
+"""Which parameters an optimiser decays, and LARS adapts, and which take the raw gradient."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from torch import nn
 
 Rule = Literal["paper", "authors"]
+
+
+def decayed_groups(parts: Sequence[Sequence[nn.Module]], weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups a part: kernels, which are decayed, and what has at most one axis, which is not."""
+    return [
+        {
+            "params": [p for p in as_one(part).parameters() if p.requires_grad and (p.ndim > 1) == kernels],
+            "weight_decay": weight_decay if kernels else 0.0,
+        }
+        for part in parts
+        for kernels in (True, False)
+    ]
 
 
 def lars_groups(module: nn.Module, rule: Rule = "paper") -> list[dict[str, Any]]:
@@ -29,3 +44,8 @@ def lars_groups(module: nn.Module, rule: Rule = "paper") -> list[dict[str, Any]]
         {"params": [(name, p) for name, p in named if name not in excluded], "lars_exclude": False},
         {"params": [(name, p) for name, p in named if name in excluded], "lars_exclude": True},
     ]
+
+
+def as_one(part: Sequence[nn.Module]) -> nn.Module:
+    """The modules of a part as one, by whose names its parameters go."""
+    return part[0] if len(part) == 1 else nn.ModuleList(part)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from fastssl.methods.base import Epochs, Ref, Stage, Stages
 from fastssl.methods.distil import DistilConfig
+from fastssl.optim.rates import WarmupCosine
 from fastssl.recipes import supervised
 from loaders.plan.ops import Flip
 
@@ -19,8 +20,8 @@ def cifar10_small() -> Stages:
         view=replace(stage.settings("view")["view"], ops=(Flip(),)),
         batch_global=256,
         temperature=1.0,
-        lr_peak=12.8,  # of 1.6, 4.8 and 12.8, by a hundred held-out training images a class (`--sweep`)
-        warmup=Epochs(2),
+        # Peaks of 1.6, 4.8 and 12.8, by a hundred held-out training images a class (`--sweep`).
+        rate=WarmupCosine(12.8, Epochs(2)),
     )
     return (distil(method, Epochs(30)),)
 

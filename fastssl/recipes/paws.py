@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 from fastssl.methods.base import Epochs, Stage, Stages
 from fastssl.methods.paws import PawsConfig
 from fastssl.nn.encoders import ResNet, WideResNet
+from fastssl.optim.rates import WarmupCosine
 from fastssl.recipes.published import Published, published
 from loaders.plan.ops import Affine, ColourJitter, Equalize, Flip, Noise, Solarise
 from loaders.plan.views import CIFAR10, IMAGENET, UNIT, Centre, Rrc, View, Whole
@@ -36,10 +37,7 @@ def digits() -> Stages:
         batch_global=256,
         classes_global=10,
         images_per_class=8,
-        lr_start=0.8,
-        lr_peak=3.2,
-        lr_final=0.032,
-        warmup=Epochs(5),
+        rate=WarmupCosine(3.2, Epochs(5), start=0.8, final=0.032),
     )
     every = Epochs(20)  # an epoch is five steps, a quarter of a second
     return (Stage("pretrain", method, Epochs(120), evaluate_every=every, checkpoint_every=every),)
@@ -63,10 +61,7 @@ def cifar10() -> Stages:
         classes_global=10,
         images_per_class=64,
         support_views=2,
-        lr_start=0.8,
-        lr_peak=3.2,
-        lr_final=0.032,
-        warmup=Epochs(10),
+        rate=WarmupCosine(3.2, Epochs(10), start=0.8, final=0.032),
     )
     return (Stage("pretrain", method, Epochs(600)),)
 
@@ -84,10 +79,7 @@ def cifar10_small() -> Stages:
         small_view=None,
         images_per_class=32,
         support_views=1,
-        lr_start=0.4,
-        lr_peak=1.6,
-        lr_final=0.016,
-        warmup=Epochs(2),
+        rate=WarmupCosine(1.6, Epochs(2), start=0.4, final=0.016),
     )
     return (replace(small, length=Epochs(60), evaluate_every=Epochs(5)),)
 
@@ -166,18 +158,14 @@ def _on_fewer_gpus(batch_global: int, classes_global: int, images_per_class: int
     """rn50_100ep with what 80 GB hold of its batch, by `fastssl.costs.memory`: classes rather than images of each,
     since the authors found few classes to hurt (suncet#11); rates by the square root of the batch, as SimCLRv2's."""
     (stage,) = rn50_100ep()
-    paper = PawsConfig(**stage.settings(*(field.name for field in fields(PawsConfig))))
-    scale = (batch_global / paper.batch_global) ** 0.5
-    method = replace(
-        paper,
-        batch_global=batch_global,
-        classes_global=classes_global,
-        images_per_class=images_per_class,
-        lr_start=paper.lr_start * scale,
-        lr_peak=paper.lr_peak * scale,
-        lr_final=paper.lr_final * scale,
+    paper = PawsConfig("imagenet", stage.method.eval_view).rate
+    assert isinstance(paper, WarmupCosine)
+    scale = (batch_global / 4096) ** 0.5
+    rate = replace(paper, start=paper.start * scale, peak=paper.peak * scale, final=paper.final * scale)
+    small = stage.with_method(
+        batch_global=batch_global, classes_global=classes_global, images_per_class=images_per_class, rate=rate
     )
-    return (replace(stage, method=method),)
+    return (small,)
 
 
 def _imagenet(labels: str, epochs: int, width: int = 1) -> Stages:

@@ -14,7 +14,8 @@ from dataclasses import replace
 import fastssl.recipes
 from fastssl.config.changes import has_path, suggest, with_value
 from fastssl.errors import ConfigError
-from fastssl.methods.base import Ref, Span, Stage, Stages, parse_span
+from fastssl.methods.base import Ref, Stage, Stages
+from fastssl.optim.horizon import Span, parse_span
 
 PARSERS = {Span: parse_span, Span | None: lambda text: None if text == "none" else parse_span(text)}
 _ALIASES = {"epochs": "length", "steps": "length"}

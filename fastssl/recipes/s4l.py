@@ -2,10 +2,11 @@ r"""S4L's recipes: its terms one by one, pseudo-labels and MOAM; and small ones 
 
 The paper chose rate, decay and weight of the unlabelled loss from these, with 10 % and with 1 % of the labels:
 
-    fastssl train s4l.rotation --data PATH --gpus 8 --sweep lr_peak=.3,.1,.03 --sweep weight_decay=1e-4,3e-4,1e-3 \
-        --sweep rotation.weight=.5,1
-    fastssl train s4l.rotation --data PATH --gpus 8 --sweep lr_peak=.03,.01,.003 --sweep weight_decay=3e-3,1e-2,3e-2 \
-        --sweep rotation.weight=.5,1 --labels s4l-1 --set epochs=1000 --set warmup=10 --set decays=700,800,900
+    fastssl train s4l.rotation --data PATH --gpus 8 --sweep rate.peak=.3,.1,.03 \
+        --sweep optimizer.weight_decay=1e-4,3e-4,1e-3 --sweep rotation.weight=.5,1
+    fastssl train s4l.rotation --data PATH --gpus 8 --sweep rate.peak=.03,.01,.003 \
+        --sweep optimizer.weight_decay=3e-3,1e-2,3e-2 --sweep rotation.weight=.5,1 --labels s4l-1 \
+        --set epochs=1000 --set rate.warmup=10 --set rate.falls=700,800,900
 
 and so `s4l.exemplar` with `exemplar.weight`, `s4l.vat` and `s4l.vat_entmin` with `vat.weight`. For 1 % only the
 supervised baseline's settings were released: that the others are as long is inferred, and its HSV noise, which exemplar
@@ -20,6 +21,8 @@ from typing import Any
 from fastssl.methods.base import Config, Epochs, Ref, Stage, Stages, Steps
 from fastssl.methods.s4l import CROP, EVAL, TURNS, Exemplar, LabelConfig, Rotation, S4lConfig, Vat
 from fastssl.nn.encoders import ResNet, S4lResNet
+from fastssl.optim.rates import WarmupStairs
+from fastssl.optim.sgd import Sgd
 from fastssl.recipes.published import Published, published
 from loaders.plan.ops import Flip, HsvNoise
 from loaders.plan.views import SIGNED, FiveCrops, Rrc, View, Whole
@@ -40,9 +43,9 @@ def supervised_1pct() -> Stages:
         _IMAGENET,
         labels="s4l-1",
         view=replace(CROP, ops=(Flip(), HsvNoise())),
-        lr_peak=0.01,
-        weight_decay=1e-2,
-        decays=(Epochs(700), Epochs(800), Epochs(900)),  # warm-up 5 epochs; the paper says 10
+        optimizer=Sgd(weight_decay=1e-2),
+        # The paper says 10 epochs of warm-up.
+        rate=WarmupStairs(0.01, (Epochs(700), Epochs(800), Epochs(900)), warmup=Epochs(5)),
     )
     return (_stage("train", method, Epochs(1000)),)
 
@@ -50,7 +53,13 @@ def supervised_1pct() -> Stages:
 @published(Published(source=_RELEASE, labels="10 %", epochs=200, classifier=61.4, top5=83.9))
 def rotation() -> Stages:
     """S4L-Rotation, ImageNet with 10 % of the labels."""
-    return (_stage("train", replace(_IMAGENET, core_images=8, lr_peak=0.03, rotation=Rotation()), Epochs(200)),)
+    return (
+        _stage(
+            "train",
+            replace(_IMAGENET, core_images=8, rate=_IMAGENET.rate.with_peak(0.03), rotation=Rotation()),
+            Epochs(200),
+        ),
+    )
 
 
 @published(Published(source=_RELEASE, labels="10 %", epochs=200, classifier=62.2, top5=83.7, but="swapped identities"))
@@ -61,7 +70,7 @@ def exemplar() -> Stages:
         view=replace(CROP, ops=(HsvNoise(), Flip()), copies=8),
         batch_global=512,
         core_images=16,
-        warmup=Epochs(10),
+        rate=WarmupStairs(0.1, (Epochs(140), Epochs(160), Epochs(180)), warmup=Epochs(10)),
         exemplar=Exemplar(),
     )
     return (_stage("train", method, Epochs(200)),)
@@ -72,7 +81,9 @@ def exemplar() -> Stages:
 )
 def vat() -> Stages:
     """VAT, ImageNet with 10 % of the labels."""
-    return (_stage("train", replace(_IMAGENET, core_images=8, lr_peak=0.03, vat=Vat()), Epochs(200)),)
+    return (
+        _stage("train", replace(_IMAGENET, core_images=8, rate=_IMAGENET.rate.with_peak(0.03), vat=Vat()), Epochs(200)),
+    )
 
 
 @published(Published(source=_RELEASE, labels="10 %", epochs=200, classifier=60.9, top5=83.3))
@@ -86,7 +97,12 @@ def vat_entmin() -> Stages:
 def pseudo_label() -> Stages:
     """The network of supervised labels all of ImageNet, and another learns that."""
     (teacher,) = supervised()
-    student = replace(_IMAGENET, pseudo_labels=True, weight_decay=1e-4, decays=(Epochs(30), Epochs(60), Epochs(90)))
+    student = replace(
+        _IMAGENET,
+        pseudo_labels=True,
+        optimizer=Sgd(weight_decay=1e-4),
+        rate=WarmupStairs(0.1, (Epochs(30), Epochs(60), Epochs(90)), warmup=Epochs(5)),
+    )
     return _taught(teacher, _stage("train", student, Epochs(100)))
 
 
@@ -104,25 +120,22 @@ def moam() -> Stages:
         vat=Vat(0.3, epsilon=32.0),
         entropy_weight=0.3,
         smoothed="unlabelled",
-        weight_decay=2e-4,
-        warmup=Epochs(10),
-        decays=(Epochs(100), Epochs(150), Epochs(190)),
+        optimizer=Sgd(weight_decay=2e-4),
+        rate=WarmupStairs(0.1, (Epochs(100), Epochs(150), Epochs(190)), warmup=Epochs(10)),
         half_life=Epochs(1),
     )
     # Inferred, as the paper does not say: how the second stage warms up, and that half of its average is from the last
     # epoch of all images, 10,009 steps; the third stage's batch and losses, and that it starts from the weights
     # themselves, not from their average, which is what labels and is evaluated.
-    again = replace(method, pseudo_labels=True, warmup=Epochs(1), decays=(Epochs(6), Epochs(12)))
+    again = replace(method, pseudo_labels=True, rate=WarmupStairs(0.1, (Epochs(6), Epochs(12)), warmup=Epochs(1)))
     last = replace(
         method,
         class_weight=1.0,
         rotation=None,
         vat=None,
         entropy_weight=0.0,
-        lr_peak=5e-4,
-        weight_decay=3e-3,
-        warmup=Epochs(0),
-        decays=(Epochs(5), Epochs(10), Epochs(15)),
+        optimizer=Sgd(weight_decay=3e-3),
+        rate=WarmupStairs(5e-4, (Epochs(5), Epochs(10), Epochs(15))),
         half_life=None,
     )
     five_crops = View("label", 224, FiveCrops(resize=256), pixels=SIGNED, copies=5, turns=TURNS)
@@ -179,7 +192,8 @@ def moam_cifar10_small() -> Stages:
         smoothed="unlabelled",
         half_life=Epochs(1),
     )
-    again = joint.with_method(pseudo_labels=True, warmup=Steps(20), decays=(Steps(150),), half_life=Steps(50))
+    rate = WarmupStairs(0.1, (Steps(150),), warmup=Steps(20))
+    again = joint.with_method(pseudo_labels=True, rate=rate, half_life=Steps(50))
     relearn = replace(again, name="relearn", length=Steps(200), evaluate_every=Steps(200))
     finetune = _small(Epochs(70), name="finetune")
     return _three_stages(joint, relearn, finetune, View("label", 28, FiveCrops(), pixels=SIGNED, copies=5))
@@ -189,11 +203,11 @@ _IMAGENET = S4lConfig(dataset="imagenet", eval_view=EVAL, labels="s4l-10", core_
 _SMALL_CROP = View("crop", 24, Rrc((0.35, 1.0)), (Flip(),), SIGNED)  # things at about their size in all 32 pixels
 # By short runs on 40,000 training images, scored on the others (benchmarks/results/s4l_cifar10_cpu_202611.md).
 _SMALL_VAT = Vat(epsilon=1.5)
-_QUICK: dict[str, Any] = {"lr_peak": 0.1, "weight_decay": 2e-4}
+_QUICK: dict[str, Any] = {"peak": 0.1, "optimizer": Sgd(weight_decay=2e-4)}
 
 
-def _small(length: Epochs, name: str = "train", **changes: Any) -> Stage:
-    tenths = [Epochs(max(1, length.count * tenth // 10)) for tenth in (7, 8, 9)]
+def _small(length: Epochs, name: str = "train", peak: float = 0.03, **changes: Any) -> Stage:
+    falls = tuple(Epochs(max(1, length.count * tenth // 10)) for tenth in (7, 8, 9))
     method = S4lConfig(
         dataset="cifar10",
         eval_view=View("eval", 32, Whole(), pixels=SIGNED),
@@ -201,9 +215,7 @@ def _small(length: Epochs, name: str = "train", **changes: Any) -> Stage:
         encoder=ResNet(10, stem="cifar", base_width=16),
         view=_SMALL_CROP,
         batch_global=32,
-        lr_peak=0.03,
-        warmup=Epochs(1),
-        decays=tuple(tenths),
+        rate=WarmupStairs(peak, falls, warmup=Epochs(1)),
     )
     quarter = Epochs(max(1, length.count // 4))
     stage = _stage(name, replace(method, **changes), length)

@@ -8,6 +8,7 @@ from fastssl.losses.semppl import Byol, SimClr
 from fastssl.methods.base import Epochs, Stage, Stages
 from fastssl.methods.semppl import SempplConfig, large
 from fastssl.nn.encoders import ByolResNet, Encoder
+from fastssl.optim.rates import WarmupCosine
 from fastssl.recipes.published import Published, published
 from loaders.plan.ops import TF_LUMA, Flip, Grayscale, Solarise, TfColourJitter
 from loaders.plan.views import CIFAR10, Centre, ClampedRrc, Filter, View, Whole
@@ -120,8 +121,7 @@ def cifar10_small() -> Stages:
         alpha_on_kl=True,
         neighbours=20,
         ema=0.97,
-        lr_peak=1.4,
-        warmup=Epochs(1),
+        rate=WarmupCosine(1.4, Epochs(1)),
     )
     return (Stage("pretrain", method, Epochs(8), evaluate_every=Epochs(2)),)
 

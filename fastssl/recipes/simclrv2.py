@@ -6,9 +6,11 @@ from dataclasses import replace
 
 from fastssl.methods.base import Epochs, Ref, Stage, Stages
 from fastssl.methods.distil import DistilConfig
-from fastssl.methods.simclrv2 import EVAL_VIEW, VIEW, Memory, Simclrv2Config, colours
+from fastssl.methods.simclrv2 import EVAL_VIEW, VIEW, Memory, Simclrv2Config, colours, peak_rate
 from fastssl.methods.supervised import FirstLayer, SupervisedConfig
 from fastssl.nn.encoders import Depth, SimclrResNet
+from fastssl.optim.lars import Lars
+from fastssl.optim.rates import WarmupCosine
 from fastssl.recipes import supervised
 from fastssl.recipes.distil import distil
 from fastssl.recipes.published import Published, published
@@ -54,9 +56,7 @@ def cifar10() -> Stages:
         view=view,
         batch_global=512,
         tau=0.5,
-        lr_base=1.0,
-        lr_rule="linear",
-        warmup=Epochs(10),  # the code's default
+        rate=WarmupCosine(peak_rate(1.0, 512, "linear"), Epochs(10)),  # the code's default warm-up
     )
     return (Stage("pretrain", method, Epochs(1000), evaluate=("knn",)),)
 
@@ -68,7 +68,7 @@ def cifar10_small() -> Stages:
         labels="paws-cifar10-4000-split-91",
         encoder=SimclrResNet(10, stem="cifar", base_width=16),
         view=replace(stage.settings("view")["view"], size=24),
-        warmup=Epochs(4),
+        rate=WarmupCosine(peak_rate(1.0, 512, "linear"), Epochs(4)),
     )
     return (replace(small, length=Epochs(80), evaluate_every=Epochs(10)),)
 
@@ -83,18 +83,15 @@ def cifar10_small_three_stages() -> Stages:
         view=seen_once,
         head=FirstLayer(128, bias=False),
         batch_global=128,
-        optimizer="lars",
-        lr_peak=0.16,
-        warmup=Epochs(0),
-        weight_decay=0.0,
+        optimizer=Lars("simclr"),
+        rate=WarmupCosine(0.16),
         label_smoothing=0.0,
     )
     student = DistilConfig(
         **shared,
         view=seen_once,
         batch_global=256,
-        lr_peak=1.6,
-        warmup=Epochs(2),
+        rate=WarmupCosine(1.6, Epochs(2)),
     )
     return _in_a_row(pretrain, finetune(tuned, Epochs(60)), distil(student, Epochs(30)))
 

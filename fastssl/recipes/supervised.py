@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fastssl.methods.base import Epochs, Ref, Stage, Stages, Steps
-from fastssl.methods.supervised import FirstLayer, StepDecay, SupervisedConfig
+from fastssl.methods.supervised import FirstLayer, SupervisedConfig
 from fastssl.nn.encoders import ByolResNet, ResNet, SimclrResNet
+from fastssl.optim.lars import Lars
+from fastssl.optim.rates import WarmupCosine, WarmupStairs
+from fastssl.optim.sgd import Sgd
 from fastssl.recipes import paws
 from fastssl.recipes.published import Published, published
 from loaders.plan.ops import Flip
@@ -25,25 +28,25 @@ def _paws(labels: str, fine_tuned: dict[int, float]) -> list[Published]:
 
 def digits() -> Stages:
     """The network, labels and crops of paws.digits, trained on the hundred labelled digits alone."""
-    return (_stage(_beside(paws.digits(), batch_global=100, lr_peak=0.1), Epochs(400)),)
+    return (_stage(_beside(paws.digits(), batch_global=100, peak=0.1), Epochs(400)),)
 
 
 def cifar10_small() -> Stages:
     """The network, labels and crops of paws.cifar10_small, trained on the 4,000 labelled images alone."""
-    return (_stage(_beside(paws.cifar10_small(), batch_global=128, lr_peak=0.2), Epochs(2000)),)
+    return (_stage(_beside(paws.cifar10_small(), batch_global=128, peak=0.2), Epochs(2000)),)
 
 
 def cifar10_finetune() -> Stages:
     """A run of paws.cifar10_small, fine-tuned on its 4,000 labelled images from the first projection layer."""
     # Of views 24 and 32 pixels wide, rates of .01 and .05, decays of .0005 and .005, by a hundred held-out training
     # images a class (`--sweep`).
-    method = _beside(paws.cifar10_small(), batch_global=128, lr_peak=0.05)
+    method = _beside(paws.cifar10_small(), batch_global=128, peak=0.05)
     method = replace(
         method,
         view=replace(method.view, size=32),
         head=FirstLayer(128, bias=True),
-        warmup=Epochs(0),
-        weight_decay=5e-3,
+        optimizer=Sgd(nesterov=True, weight_decay=5e-3),
+        rate=WarmupCosine(0.05),
         label_smoothing=0.0,
     )
     return (finetune(method, Epochs(20)),)
@@ -62,7 +65,7 @@ def rn50_10pct() -> Stages:
 
 def rn50_1pct() -> Stages:
     """As rn50_100pct with 1 % of the labels, as long as S4L trained its own (v2, other labels: 25.1 %)."""
-    return _imagenet_baseline("simclr-1", epochs=1000, weight_decay=1e-2, lr_peak=0.01)
+    return _imagenet_baseline("simclr-1", epochs=1000, weight_decay=1e-2, peak=0.01)
 
 
 @published(*_paws("10 %", {100: 73.9, 200: 75.0, 300: 75.5}))
@@ -148,9 +151,8 @@ def paws_finetune(labels: str, width: int = 1) -> SupervisedConfig:
         head=FirstLayer(2048 * width, bias=True),
         batch_norm="local",  # on four GPUs of 256 images each
         batch_global=1024,
-        lr_peak=0.02,
-        warmup=Epochs(0),
-        weight_decay=0.0,
+        optimizer=Sgd(nesterov=True),
+        rate=WarmupCosine(0.02),
         label_smoothing=0.0,
     )
 
@@ -166,10 +168,8 @@ def simclrv2_finetune(encoder: SimclrResNet, labels: str) -> SupervisedConfig:
         encoder=encoder,
         head=None if labels == "all" else FirstLayer(2048 * encoder.width, bias=False),
         batch_global=1024,
-        optimizer="lars",
-        lr_peak=0.16 if plain else 0.064,  # .005 and .002 times the root of the batch
-        warmup=Epochs(0),
-        weight_decay=0.0,
+        optimizer=Lars("simclr"),
+        rate=WarmupCosine(0.16 if plain else 0.064),  # .005 and .002 times the root of the batch
         label_smoothing=0.0,
     )
 
@@ -185,35 +185,33 @@ def semppl_finetune(labels: str) -> SupervisedConfig:
         encoder=ByolResNet(50),
         head=FirstLayer(4096, bias=True),
         batch_global=1024,
-        lr_peak=0.01,
-        lr_head=0.4,
-        warmup=Epochs(0),
-        schedule=StepDecay((Epochs(18), Epochs(24)), 0.2),
-        weight_decay=0.0,
+        optimizer=Sgd(nesterov=True),
+        rate=WarmupStairs(0.01, (Epochs(18), Epochs(24)), 0.2),
+        head_peak=0.4,
         label_smoothing=0.0,
     )
 
 
-def _imagenet_baseline(labels: str, epochs: int, weight_decay: float = 1e-4, lr_peak: float = 0.1) -> Stages:
+def _imagenet_baseline(labels: str, epochs: int, weight_decay: float = 1e-4, peak: float = 0.1) -> Stages:
     method = SupervisedConfig(
         dataset="imagenet",
         eval_view=_CENTRE,
         labels=labels,
         view=_RANDOM_CROP,
         encoder=ResNet(50),
-        lr_peak=lr_peak,
-        weight_decay=weight_decay,
+        optimizer=Sgd(nesterov=True, weight_decay=weight_decay),
+        rate=WarmupCosine(peak, Epochs(5)),
         label_smoothing=0.0,
     )
     return (_stage(method, Epochs(epochs)),)
 
 
-def _beside(stages: Stages, batch_global: int, lr_peak: float) -> SupervisedConfig:
+def _beside(stages: Stages, batch_global: int, peak: float) -> SupervisedConfig:
     """What trains on the labels of a PAWS recipe alone: everything that is not the method is the same."""
     (stage,) = stages
     view = replace(stage.settings("global_view")["global_view"], name="labelled", copies=1)
     shared = stage.settings("dataset", "eval_view", "labels", "precision", "encoder")
-    return SupervisedConfig(**shared, view=view, batch_global=batch_global, lr_peak=lr_peak)
+    return SupervisedConfig(**shared, view=view, batch_global=batch_global, rate=WarmupCosine(peak, Epochs(5)))
 
 
 def _stage(method: SupervisedConfig, length: Epochs) -> Stage:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastssl.optim import lars, lars_triton
-from fastssl.optim.lars import Foreach, Lars
+from fastssl.optim.lars import Foreach, LarsOptimizer
 from fastssl.optim.lars_triton import Fused
 from tests.unit.test_lars import set_gradients, small_lars, small_params, worst_relative_error
 
@@ -72,7 +72,7 @@ def test_odd_shapes_and_empty_groups(form, monkeypatch):
         params = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(DEVICE)) for shape in shapes]
         idle = torch.nn.Parameter(torch.ones(3, device=DEVICE))
         groups = [{"params": group} for group in ([], params[:1], params[1:], [idle])]
-        opt = Lars(groups, lr=0.5, weight_decay=0.01, trust_coefficient=0.1, form=form)
+        opt = LarsOptimizer(groups, lr=0.5, weight_decay=0.01, trust_coefficient=0.1, form=form)
         for _ in range(3):
             for p in params:
                 p.grad = torch.randn(p.shape, generator=generator).to(DEVICE)
@@ -218,7 +218,7 @@ def test_resumes_bitwise():
 def test_gradients_may_move_or_turn_between_steps():
     """Catches a table of addresses that is not renewed: gradients elsewhere, and at the same place in another order."""
     square, reference = (torch.nn.Parameter(torch.arange(16.0, device=DEVICE).view(4, 4)) for _ in range(2))
-    opt, reference_opt = (Lars([p], lr=0.3, weight_decay=0.1) for p in (square, reference))
+    opt, reference_opt = (LarsOptimizer([p], lr=0.3, weight_decay=0.1) for p in (square, reference))
     kept = [torch.randn(4, 4, generator=torch.Generator().manual_seed(k)).to(DEVICE) for k in range(3)]
     for gradient in (*kept, kept[2].t()):
         square.grad, reference.grad = gradient, gradient.clone(memory_format=torch.contiguous_format)
@@ -238,14 +238,14 @@ def test_memory_order_of_gradients_does_not_matter():
         for weight, g in ((start.contiguous(memory_format=last), gradient), (start, gradient.contiguous())):
             p = torch.nn.Parameter(weight.clone())
             p.grad = g
-            opt = Lars([{"params": [p], "lars_exclude": True}], lr=0.3)
+            opt = LarsOptimizer([{"params": [p], "lars_exclude": True}], lr=0.3)
             opt.step()
             assert opt.state[p]["momentum_buffer"].stride() == p.stride() == weight.stride()
             found.append(p)
         assert torch.equal(*found)
     pointwise = torch.nn.Parameter(torch.ones(8, 4, 1, 1, device=DEVICE))
     pointwise.grad = torch.ones(8, 4, device=DEVICE).as_strided((8, 4, 1, 1), (4, 1, 4, 4))
-    opt = Lars([pointwise], lr=0.3)
+    opt = LarsOptimizer([pointwise], lr=0.3)
     opt.step()
     assert not opt._engine._gradients.copies
 
@@ -269,7 +269,7 @@ def test_wide_loads_only_where_every_address_and_size_allows():
     for numel, offset, align in ((64, 0, 16), (63, 0, 4), (64, 1, 4)):
         p = torch.nn.Parameter(torch.ones(numel, device=DEVICE))
         p.grad = torch.ones(numel + offset, device=DEVICE)[offset:]
-        opt = Lars([p], lr=0.3)
+        opt = LarsOptimizer([p], lr=0.3)
         opt.step()
         assert opt._engine._gradients.align == align
 

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastssl.nn.heads import prediction_head, projection_head
 from fastssl.nn.trunks.resnet import resnet
-from fastssl.optim.lars import ROW, Lars, _dense_stride
+from fastssl.optim.lars import ROW, LarsOptimizer, _dense_stride
 from fastssl.optim.param_groups import lars_groups
 
 
@@ -77,7 +77,7 @@ def set_gradients(params, step):
 def small_lars(weights, **settings):
     """Parameters that start at copies of `weights` as `small_params` gives them, and their optimiser."""
     params = [torch.nn.Parameter(w.clone()) for w in weights]
-    return params, Lars([{"params": params[:5]}, {"params": params[5:], "lars_exclude": True}], **settings)
+    return params, LarsOptimizer([{"params": params[:5]}, {"params": params[5:], "lars_exclude": True}], **settings)
 
 
 def worst_relative_error(form, num_steps, dtype, decay, trust, eps, device="cpu"):
@@ -115,7 +115,7 @@ def test_zero_weight_and_zero_gradient_by_hand():
     """Paws form: w = 0 takes the raw gradient at the plain rate; g = 0 leaves w, decay or no decay."""
     zero_w, zero_g = torch.nn.Parameter(torch.zeros(2, 2)), torch.nn.Parameter(torch.ones(2, 2))
     zero_w.grad, zero_g.grad = torch.full((2, 2), 0.5), torch.zeros(2, 2)
-    Lars([zero_w, zero_g], lr=2.0, weight_decay=0.1).step()
+    LarsOptimizer([zero_w, zero_g], lr=2.0, weight_decay=0.1).step()
     assert torch.equal(zero_w, torch.full((2, 2), -1.0))
     assert torch.equal(zero_g, torch.ones(2, 2))
 
@@ -125,7 +125,7 @@ def test_first_step_of_byol_form_by_hand():
     kernel, bias = torch.nn.Parameter(torch.ones(3, 2)), torch.nn.Parameter(torch.ones(3))
     kernel.grad, bias.grad = torch.full((3, 2), 0.5), torch.full((3,), 0.5)
     groups = [{"params": [kernel]}, {"params": [bias], "lars_exclude": True}]
-    Lars(groups, lr=4.8, weight_decay=1e-6, form="byol").step()
+    LarsOptimizer(groups, lr=4.8, weight_decay=1e-6, form="byol").step()
     assert (kernel - 1).detach().numpy() == pytest.approx(-0.0048, rel=1e-4)
     assert (bias - 1).detach().numpy() == pytest.approx(-2.4, rel=1e-6)
 
@@ -180,7 +180,7 @@ def test_weight_with_gaps_in_its_memory():
     w = torch.nn.Parameter(matrix[:, ::2])
     assert _dense_stride(w) != w.stride() and _dense_stride(matrix) == matrix.stride()
     w.grad = torch.full((4, 3), 0.5)
-    Lars([{"params": [w], "lars_exclude": True}], lr=1.0).step()
+    LarsOptimizer([{"params": [w], "lars_exclude": True}], lr=1.0).step()
     assert torch.equal(matrix, torch.tensor([[0.5, 1.0] * 3] * 4))
 
 
@@ -202,7 +202,7 @@ def test_weights_that_move_keep_their_momenta():
 def test_parameter_without_gradient_is_left_alone():
     """Its weight and its momentum stay, and return to use when a gradient comes back."""
     a, b = torch.nn.Parameter(torch.ones(4, 4)), torch.nn.Parameter(torch.ones(4, 4))
-    opt = Lars([a, b], lr=0.1)
+    opt = LarsOptimizer([a, b], lr=0.1)
     a.grad, b.grad = torch.ones(4, 4), torch.ones(4, 4)
     opt.step()
     kept, momentum = b.detach().clone(), opt.state[b]["momentum_buffer"].clone()
@@ -216,14 +216,14 @@ def test_parameter_without_gradient_is_left_alone():
 
 def test_mistaken_settings_are_refused():
     with pytest.raises(ValueError, match="one of paws, simclr, byol"):
-        Lars([torch.zeros(2, 2)], lr=0.1, form="apex")
+        LarsOptimizer([torch.zeros(2, 2)], lr=0.1, form="apex")
     with pytest.raises(ValueError, match="weight_decay"):
-        Lars([torch.zeros(2, 2)], lr=0.1, weight_decay=-1.0)
+        LarsOptimizer([torch.zeros(2, 2)], lr=0.1, weight_decay=-1.0)
     mixed = [torch.nn.Parameter(torch.zeros(2, 2, dtype=dtype)) for dtype in (torch.float32, torch.float64)]
     for p in mixed:
         p.grad = torch.ones_like(p)
     with pytest.raises(ValueError, match="one dtype on one device"):
-        Lars(mixed, lr=0.1).step()
+        LarsOptimizer(mixed, lr=0.1).step()
 
 
 # ---- cost
@@ -310,7 +310,7 @@ def test_groups_of_resnet50(resnet50):
 )
 def test_step_is_few_operations_and_no_sync(resnet50, form, scaled, rate, num_dispatches):
     """At most 25 dispatches and about 40 launches for 177 tensors; no foreach call off its fused route; no wait."""
-    opt = Lars(lars_groups(resnet50, "authors"), lr=rate, weight_decay=1e-6, form=form)
+    opt = LarsOptimizer(lars_groups(resnet50, "authors"), lr=rate, weight_decay=1e-6, form=form)
     opt.step()
     if scaled:
         opt.grad_scale, opt.found_inf = torch.tensor(1024.0), torch.tensor(0.0)
@@ -361,7 +361,7 @@ def test_grad_scaler_unscales_and_skips_on_the_device(form):
 def test_unscaled_gradients_are_not_unscaled_twice():
     """After scaler.unscale_ (clipping) the scaler passes no scale."""
     p = torch.nn.Parameter(torch.zeros(2, 2))
-    opt, scaler = Lars([p], lr=1.0), torch.amp.GradScaler("cpu", init_scale=4.0)
+    opt, scaler = LarsOptimizer([p], lr=1.0), torch.amp.GradScaler("cpu", init_scale=4.0)
     scaler.scale(p.sum()).backward()
     scaler.unscale_(opt)
     scaler.step(opt)

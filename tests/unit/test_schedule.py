@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastssl.optim.schedule import warmup_cosine
+from fastssl.optim.rates import warmup_cosine
 
 PAWS_IMAGENET = {"start": 0.3, "peak": 6.4, "final": 0.064, "warmup_steps": 3120, "total_steps": 31200}
 
