@@ -1,4 +1,4 @@
-"""What a user can put right: exceptions that are shown as one line, exit codes of a run's ends, numbers out of range."""
+"""What a user can put right: exceptions shown as one line, exit codes of a run's ends, numbers out of range."""
 
 from __future__ import annotations
 

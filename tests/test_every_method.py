@@ -27,7 +27,8 @@ from fastssl.methods.paws import Ropaws
 from fastssl.methods.s4l import Vat
 from fastssl.methods.simclrv2 import Memory
 from fastssl.methods.supervised import FirstLayer, StepDecay
-from fastssl.nn.encoders import ByolResNet, ResNet, SimclrResNet, WideResNet
+from fastssl.nn.encoders.resnet import ByolResNet, ResNet, SimclrResNet
+from fastssl.nn.encoders.wide_resnet import WideResNet
 from fastssl.recipes.datasets import KNOWN_SETS
 from fastssl.recipes.resolve import recipes, resolve
 from fastssl.recipes.supervised import finetune

@@ -25,7 +25,7 @@ from fastssl.errors import ConfigError, FastsslError
 from fastssl.evaluation.summary import accuracy_cell, mean_and_spread
 from fastssl.export.architecture import architecture
 from fastssl.methods.base import About, about_of
-from fastssl.nn.encoders import Encoder
+from fastssl.nn.encoders.encoder import Encoder
 from fastssl.run_dir.checkpoint import STATE, Checkpoints, verified_sha256
 from fastssl.run_dir.files import CHECKPOINTS, RESULT, read_json
 from fastssl.run_dir.written import read_run

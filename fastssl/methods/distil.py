@@ -34,7 +34,8 @@ from fastssl.methods.base import (
     setting_of,
 )
 from fastssl.methods.supervised import Classifier, FirstLayer, SupervisedConfig, check_same_input
-from fastssl.nn.encoders import Encoder, SimclrResNet
+from fastssl.nn.encoders.encoder import Encoder
+from fastssl.nn.encoders.resnet import SimclrResNet
 from fastssl.optim.lars import Lars
 from fastssl.optim.optimiser import Optimiser
 from fastssl.optim.rates import Rate, WarmupCosine

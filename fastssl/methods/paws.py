@@ -50,7 +50,8 @@ from fastssl.methods.base import (
     in_full,
     through,
 )
-from fastssl.nn.encoders import Encoder, ResNet
+from fastssl.nn.encoders.encoder import Encoder
+from fastssl.nn.encoders.resnet import ResNet
 from fastssl.nn.heads import prediction_head, projection_head
 from fastssl.nn.norm.lockstep import LockstepSequential
 from fastssl.optim.lars import Lars

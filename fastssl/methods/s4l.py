@@ -66,7 +66,8 @@ from fastssl.methods.base import (
     in_full,
 )
 from fastssl.nn.ema import copy_of, follow
-from fastssl.nn.encoders import Encoder, S4lResNet
+from fastssl.nn.encoders.encoder import Encoder
+from fastssl.nn.encoders.resnet import S4lResNet
 from fastssl.nn.initialisers import glorot_uniform, initialise
 from fastssl.nn.norm.group_batch_norm import GroupBatchNorm
 from fastssl.nn.norm.running_stats import frozen_running_stats

@@ -43,7 +43,8 @@ from fastssl.methods.base import (
     through,
 )
 from fastssl.nn.ema import copy_of, cosine_decay, follow
-from fastssl.nn.encoders import ByolResNet, Encoder
+from fastssl.nn.encoders.encoder import Encoder
+from fastssl.nn.encoders.resnet import ByolResNet
 from fastssl.nn.heads import byol_head, simclr_head
 from fastssl.nn.norm.lockstep import LockstepSequential
 from fastssl.optim.lars import Lars

@@ -38,7 +38,8 @@ from fastssl.methods.base import (
     in_full,
 )
 from fastssl.nn.ema import copy_of, follow
-from fastssl.nn.encoders import Encoder, SimclrResNet
+from fastssl.nn.encoders.encoder import Encoder
+from fastssl.nn.encoders.resnet import SimclrResNet
 from fastssl.nn.heads import simclr_head
 from fastssl.optim.lars import Lars
 from fastssl.optim.optimiser import Optimiser

@@ -33,7 +33,8 @@ from fastssl.methods.base import (
     through,
 )
 from fastssl.methods.supervised import check_encoder, check_same_input
-from fastssl.nn.encoders import Encoder, WideResNet
+from fastssl.nn.encoders.encoder import Encoder
+from fastssl.nn.encoders.wide_resnet import WideResNet
 from fastssl.nn.norm.running_stats import set_batch_norm_mode
 from fastssl.optim.lars import Lars
 from fastssl.optim.optimiser import Optimiser

@@ -35,7 +35,8 @@ from fastssl.methods.base import (
     in_full,
     setting_of,
 )
-from fastssl.nn.encoders import Encoder, ResNet
+from fastssl.nn.encoders.encoder import Encoder
+from fastssl.nn.encoders.resnet import ResNet
 from fastssl.nn.norm.global_batch_norm import BatchNormMode, GlobalBatchNorm
 from fastssl.nn.norm.lockstep import LockstepSequential
 from fastssl.nn.norm.running_stats import average_running_stats, set_batch_norm_mode

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from fastssl.methods.base import Epochs, Stage, Stages
 from fastssl.methods.paws import PawsConfig
-from fastssl.nn.encoders import ResNet, WideResNet
+from fastssl.nn.encoders.resnet import ResNet
+from fastssl.nn.encoders.wide_resnet import WideResNet
 from fastssl.optim.rates import WarmupCosine
 from fastssl.recipes.published import Published, published
 from loaders.plan.ops import Affine, ColourJitter, Equalize, Flip, Noise, Solarise

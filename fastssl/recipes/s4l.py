@@ -20,7 +20,7 @@ from typing import Any
 
 from fastssl.methods.base import Config, Epochs, Ref, Stage, Stages, Steps
 from fastssl.methods.s4l import CROP, EVAL, TURNS, Exemplar, LabelConfig, Rotation, S4lConfig, Vat
-from fastssl.nn.encoders import ResNet, S4lResNet
+from fastssl.nn.encoders.resnet import ResNet, S4lResNet
 from fastssl.optim.rates import WarmupStairs
 from fastssl.optim.sgd import Sgd
 from fastssl.recipes.published import Published, published

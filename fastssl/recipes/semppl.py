@@ -7,7 +7,8 @@ from dataclasses import replace
 from fastssl.losses.semppl import Byol, SimClr
 from fastssl.methods.base import Epochs, Stage, Stages
 from fastssl.methods.semppl import SempplConfig, large
-from fastssl.nn.encoders import ByolResNet, Encoder
+from fastssl.nn.encoders.encoder import Encoder
+from fastssl.nn.encoders.resnet import ByolResNet
 from fastssl.optim.rates import WarmupCosine
 from fastssl.recipes.published import Published, published
 from loaders.plan.ops import TF_LUMA, Flip, Grayscale, Solarise, TfColourJitter

@@ -8,7 +8,8 @@ from fastssl.methods.base import Epochs, Ref, Stage, Stages
 from fastssl.methods.distil import DistilConfig
 from fastssl.methods.simclrv2 import EVAL_VIEW, VIEW, Memory, Simclrv2Config, colours, peak_rate
 from fastssl.methods.supervised import FirstLayer, SupervisedConfig
-from fastssl.nn.encoders import Depth, SimclrResNet
+from fastssl.nn.encoders.resnet import SimclrResNet
+from fastssl.nn.trunks.resnet import Depth
 from fastssl.optim.lars import Lars
 from fastssl.optim.rates import WarmupCosine
 from fastssl.recipes import supervised

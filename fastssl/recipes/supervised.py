@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from fastssl.methods.base import Epochs, Ref, Stage, Stages, Steps
 from fastssl.methods.supervised import FirstLayer, SupervisedConfig
-from fastssl.nn.encoders import ByolResNet, ResNet, SimclrResNet
+from fastssl.nn.encoders.resnet import ByolResNet, ResNet, SimclrResNet
 from fastssl.optim.lars import Lars
 from fastssl.optim.rates import WarmupCosine, WarmupStairs
 from fastssl.optim.sgd import Sgd

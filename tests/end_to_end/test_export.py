@@ -18,10 +18,11 @@ from safetensors import safe_open
 from fastssl.commands.main import main
 from fastssl.config.plain import to_plain
 from fastssl.engine.reopen import open_run
-from fastssl.export.architecture import architecture, name_of
+from fastssl.export.architecture import architecture
 from fastssl.methods.base import About, Facts, Stage, Steps
 from fastssl.methods.supervised import SupervisedConfig
-from fastssl.nn.encoders import ByolResNet, ResNet, S4lResNet, SimclrResNet, WideResNet
+from fastssl.nn.encoders.resnet import ByolResNet, ResNet, S4lResNet, SimclrResNet
+from fastssl.nn.encoders.wide_resnet import WideResNet
 from fastssl.run_dir.checkpoint import Checkpoints
 from fastssl.weights import tensor_files
 from fastssl.weights.read import read_weights
@@ -128,7 +129,7 @@ def test_the_cards_lines_make_torchvisions_resnet_into_the_trunk(encoder, channe
 def test_what_torchvision_cannot_be_is_said(encoder, says, name):
     found = architecture(encoder, 3, randomised(encoder, 3).state_dict(), "RUN")
     assert found["torchvision"] == [] and found["timm"] is None
-    assert says in "; ".join(found["differs_from_torchvision"]) and name_of(encoder).startswith(name)
+    assert says in "; ".join(found["differs_from_torchvision"]) and encoder.name.startswith(name)
 
 
 # ------------------------------------------------------------------------------------------------------ what is in it

@@ -12,7 +12,7 @@ from fastssl.errors import ConfigError
 from fastssl.methods.base import Facts, Horizon, Nets
 from fastssl.methods.distil import DistilConfig, distillation, labelled_cross_entropy
 from fastssl.methods.supervised import Classifier, FirstLayer, SupervisedConfig
-from fastssl.nn.encoders import ResNet, SimclrResNet
+from fastssl.nn.encoders.resnet import ResNet, SimclrResNet
 from fastssl.weights.read import Weights, WeightsError
 from loaders.batch import Batch, Part
 from loaders.plan.views import CIFAR10, UNIT, All, PerClass, View, Whole

@@ -27,7 +27,7 @@ from fastssl.losses.similarity import BalancedLabels, DenseLabels
 from fastssl.methods.base import Facts
 from fastssl.methods.paws import Paws, Ropaws
 from fastssl.methods.simclrv2 import nt_xent
-from fastssl.nn.encoders import ResNet
+from fastssl.nn.encoders.resnet import ResNet
 from fastssl.recipes.resolve import resolve
 from loaders.batch import Batch, Part
 from loaders.plan.order import ClassIndex, balanced

@@ -32,7 +32,7 @@ from fastssl.methods.s4l import (
     Vat,
     rotation_loss,
 )
-from fastssl.nn.encoders import ResNet
+from fastssl.nn.encoders.resnet import ResNet
 from fastssl.nn.recompute import recompute_blocks
 from fastssl.recipes import s4l as recipes
 from fastssl.recipes.resolve import resolve

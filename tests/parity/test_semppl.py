@@ -12,7 +12,7 @@ from fastssl.losses.semppl import Byol, Positives, Relic, SimClr, semppl_loss
 from fastssl.methods import semppl
 from fastssl.methods.base import Facts, Horizon, through
 from fastssl.methods.semppl import Semppl, SempplConfig
-from fastssl.nn.encoders import ByolResNet
+from fastssl.nn.encoders.resnet import ByolResNet
 from fastssl.profiling.workload import sized
 from fastssl.recipes.relicv2 import without_positives
 from fastssl.recipes.resolve import resolve

@@ -11,7 +11,7 @@ import torch
 from fastssl.errors import ConfigError
 from fastssl.methods.base import Facts, Horizon, Nets, Steps
 from fastssl.methods.simclrv2 import KeyMemory, Memory, Simclrv2Config, contrast, momentum_nt_xent, nt_xent
-from fastssl.nn.encoders import SimclrResNet
+from fastssl.nn.encoders.resnet import SimclrResNet
 from fastssl.recipes.resolve import resolve
 from loaders.plan.boxes import boxes
 from loaders.plan.draws import mix

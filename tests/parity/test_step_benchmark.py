@@ -19,7 +19,7 @@ import torch
 from benchmarks import plain as peers
 from benchmarks import step as benchmark
 from fastssl.methods.base import Facts
-from fastssl.nn.encoders import WideResNet
+from fastssl.nn.encoders.wide_resnet import WideResNet
 from fastssl.recipes.paws import digits
 from loaders.plan.views import Rrc
 

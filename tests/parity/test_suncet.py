@@ -13,7 +13,7 @@ from fastssl.config.plain import to_plain
 from fastssl.errors import ConfigError
 from fastssl.methods.base import Facts, Horizon
 from fastssl.methods.suncet import suncet_loss
-from fastssl.nn.encoders import WideResNet
+from fastssl.nn.encoders.wide_resnet import WideResNet
 from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm
 from fastssl.recipes.resolve import resolve
 from fastssl.weights.read import Weights, WeightsError

@@ -12,7 +12,7 @@ from fastssl import dist
 from fastssl.config.plain import to_plain
 from fastssl.methods.base import Epochs, Facts, Horizon, Steps
 from fastssl.methods.supervised import FirstLayer, StepDecay
-from fastssl.nn.encoders import ResNet, S4lResNet
+from fastssl.nn.encoders.resnet import ResNet, S4lResNet
 from fastssl.nn.heads import byol_head, projection_head, simclr_head
 from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm
 from fastssl.nn.norm.lockstep import LockstepSequential

@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastssl.nn import initialisers
-from fastssl.nn.encoders import ByolResNet, ResNet, S4lResNet, SimclrResNet, WideResNet
+from fastssl.nn.encoders.resnet import ByolResNet, ResNet, S4lResNet, SimclrResNet
+from fastssl.nn.encoders.wide_resnet import WideResNet
 from fastssl.nn.heads import byol_head, projection_head, simclr_head
 from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm
 from fastssl.nn.recompute import recompute_blocks

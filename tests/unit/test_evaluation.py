@@ -22,7 +22,7 @@ from fastssl.evaluation.knn import knn
 from fastssl.evaluation.subject import Subject, eval_mode
 from fastssl.methods.base import Config, Facts, Method, Nets
 from fastssl.methods.s4l import S4lConfig
-from fastssl.nn.encoders import ResNet
+from fastssl.nn.encoders.resnet import ResNet
 from loaders.plan.views import UNIT, View, Whole
 from loaders.store.data import DataSets
 from loaders.store.digits import open_digits

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastssl.nn.encoders import ResNet, WideResNet
+from fastssl.nn.encoders.resnet import ResNet
+from fastssl.nn.encoders.wide_resnet import WideResNet
 from fastssl.nn.heads import prediction_head, projection_head
 from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm
 from fastssl.nn.norm.lockstep import LockstepSequential

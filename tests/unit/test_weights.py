@@ -16,7 +16,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from fastssl.methods.base import Facts, Nets
 from fastssl.methods.paws import Paws, PawsNet
-from fastssl.nn.encoders import ResNet, WideResNet
+from fastssl.nn.encoders.resnet import ResNet
+from fastssl.nn.encoders.wide_resnet import WideResNet
 from fastssl.recipes.resolve import resolve
 from fastssl.weights import layouts
 from fastssl.weights.layouts import CHECKPOINT, PAWS, TORCHVISION

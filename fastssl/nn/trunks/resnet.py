@@ -19,6 +19,7 @@ from fastssl.nn.recompute import Blocks
 from fastssl.nn.trunks.resnet_v2 import ResNetV2Trunk
 from fastssl.nn.trunks.selective_kernel import SelectiveKernelBottleneck, SKNeXtBottleneck
 from fastssl.nn.trunks.stem import MaxPool, Norm, Stem, deep_stem, no_pool, stem_convolution, symmetric_max_pool
+from fastssl.nn.trunks.trunk import Trunk
 
 Depth = Literal[10, 18, 34, 50, 101, 152, 200]
 BottleneckDepth = Literal[50, 101, 152, 200]
@@ -144,7 +145,7 @@ def _layout(depth: int) -> tuple[Block, tuple[int, int, int, int]]:
     return _LAYOUTS[depth]
 
 
-class ResNetTrunk(Lockstep):
+class ResNetTrunk(Trunk):
     """Stem, four groups of blocks, global average pool. The features have the dtype of the last block's output.
 
     resnet_d              three 3x3 convolutions for the stem's 7x7, and shortcuts that pool before they project

@@ -10,6 +10,7 @@ from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm
 from fastssl.nn.norm.lockstep import Lockstep
 from fastssl.nn.recompute import Blocks
 from fastssl.nn.trunks.stem import MaxPool, Norm, Stem, no_pool, stem_convolution, zero_padded_max_pool
+from fastssl.nn.trunks.trunk import Trunk
 
 S4L_NORM = partial(GlobalBatchNorm, eps=1e-3, momentum=0.01)  # the defaults of TensorFlow 1
 
@@ -42,7 +43,7 @@ class PreactivationBottleneck(Lockstep):
         return [self.conv3(out) + shortcut for out, shortcut in zip(outs, shortcuts, strict=True)]
 
 
-class ResNetV2Trunk(Lockstep):
+class ResNetV2Trunk(Trunk):
     """Convolution and max-pool without norm, four groups of blocks, norm, ReLU, global average pool.
 
     `lockstep` takes images of several resolutions, in the order in which running statistics shall see them.

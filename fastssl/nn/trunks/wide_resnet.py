@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm
 from fastssl.nn.norm.lockstep import Lockstep
 from fastssl.nn.recompute import Blocks
+from fastssl.nn.trunks.trunk import Trunk
 
 Norm = Callable[..., GlobalBatchNorm]
 
@@ -48,7 +49,7 @@ class PreactivationBlock(Lockstep):
         return [out + self.shortcut(x) for out, x in zip(outs, xs, strict=True)]
 
 
-class WideResNetTrunk(Lockstep):
+class WideResNetTrunk(Trunk):
     """3x3 stem of 16 channels, three groups of blocks, BN, ReLU, average pool; torch's default initialisation.
 
     `lockstep` takes images of several resolutions, in the order in which running statistics shall see them.
