@@ -22,13 +22,15 @@ from fastssl.engine.job import Job
 from fastssl.engine.join import facts_of
 from fastssl.engine.train import Trainer
 from fastssl.losses.semppl import Relic
-from fastssl.methods.base import Artefact, Facts, Horizon, Ref, Steps
+from fastssl.methods.base import Artefact, Epochs, Facts, Horizon, Ref, Steps
 from fastssl.methods.paws import Ropaws
 from fastssl.methods.s4l import Vat
-from fastssl.methods.simclrv2 import Memory
-from fastssl.methods.supervised import FirstLayer, StepDecay
+from fastssl.methods.simclrv2 import Memory, peak_rate
+from fastssl.methods.supervised import FirstLayer
 from fastssl.nn.encoders.resnet import ByolResNet, ResNet, SimclrResNet
 from fastssl.nn.encoders.wide_resnet import WideResNet
+from fastssl.optim.lars import Lars
+from fastssl.optim.rates import WarmupCosine, WarmupStairs
 from fastssl.recipes.datasets import KNOWN_SETS
 from fastssl.recipes.resolve import recipes, resolve
 from fastssl.recipes.supervised import finetune
@@ -46,12 +48,13 @@ from tests.interrupted import assert_same_stages, run_in_pieces
 from tests.ranks.pool import run_ranks
 
 CPU = torch.device("cpu")
+PAWS_RATE = WarmupCosine(0.8, Epochs(5), start=0.8, final=0.032)
 
 
 def paws(**changes):
     (stage,) = resolve("paws.digits")
     tiny = {"encoder": ResNet(10, stem="cifar", base_width=4), "out_features": 8, "batch_global": 32}
-    tiny |= {"images_per_class": 4, "precision": "fp32", "lr_peak": 0.8}
+    tiny |= {"images_per_class": 4, "precision": "fp32", "rate": PAWS_RATE}
     return (replace(stage, method=replace(stage.method, **tiny | changes)),)
 
 
@@ -63,8 +66,8 @@ def supervised(**changes):
 
 def fine_tuning():
     """From PAWS's first projection layer, with all that the baseline has not."""
-    (stage,) = supervised(head=FirstLayer(32, bias=True), optimizer="lars", lr_peak=2.0, lr_head=0.05)
-    method = replace(stage.method, schedule=StepDecay((Steps(80),), 0.1), warmup=Steps(0), label_smoothing=0.0)
+    (stage,) = supervised(head=FirstLayer(32, bias=True), optimizer=Lars("simclr", weight_decay=5e-4), head_peak=0.05)
+    method = replace(stage.method, rate=WarmupStairs(2.0, (Steps(80),), 0.1), label_smoothing=0.0)
     return (*paws(), finetune(method, stage.length, Ref(stage="pretrain")))
 
 
@@ -73,19 +76,21 @@ def suncet():
     theirs = pretrain.method
     shared = {name: getattr(theirs, name) for name in ("dataset", "eval_view", "labels", "precision", "encoder")}
     view = replace(theirs.global_view, name="labelled")
-    method = replace(stage.method, **shared, out_features=8, view=view, images_per_class=4, lr_peak=0.8)
+    method = replace(
+        stage.method, **shared, out_features=8, view=view, images_per_class=4, rate=WarmupCosine(0.8, final=0.01)
+    )
     return (pretrain, replace(stage, method=method, needs={"init": Ref(stage="pretrain")}))
 
 
 def s4l(recipe, **changes):
     tiny = {"dataset": "digits", "labels": "per-class=10", "precision": "fp32", "batch_global": 16} | changes
-    tiny |= {"encoder": ResNet(10, stem="cifar", base_width=4), "lr_peak": 0.1, "decays": ()}
+    tiny |= {"encoder": ResNet(10, stem="cifar", base_width=4)}
 
     def on_digits(method):
         sizes = {"view": 8, "eval_view": 8, "label_view": 6}
         known = vars(method)
         views = {name: replace(known[name], size=size, pixels=UNIT) for name, size in sizes.items() if name in known}
-        return replace(method, **views, **tiny)
+        return replace(method, **views, **tiny, rate=replace(method.rate, peak=0.1, falls=()))
 
     return tuple(replace(stage, method=on_digits(stage.method)) for stage in resolve(f"s4l.{recipe}_cifar10_small"))
 
@@ -95,7 +100,8 @@ def semppl(recipe="semppl.cifar10_small", **changes):
     theirs, crop = digits.method, View("odd", 8, Rrc((0.9, 1.0)), pixels=UNIT)
     tiny = {name: getattr(theirs, name) for name in ("dataset", "eval_view", "labels", "precision", "batch_global")}
     tiny |= {"encoder": ByolResNet(10, stem="cifar", base_width=4), "hidden_features": 16, "out_features": 8}
-    tiny |= {"odd_view": crop, "even_view": replace(crop, name="even"), "capacity": 64, "lr_peak": 8.0, "ema": 0.9}
+    tiny |= {"odd_view": crop, "even_view": replace(crop, name="even"), "capacity": 64, "ema": 0.9}
+    tiny["rate"] = replace(stage.method.rate, peak=8.0)
     if isinstance(stage.method.base, Relic):
         tiny["base"] = Relic(tau=0.5, num_negatives=5, contrast_weight=1.0, invariance_weight=1.0)
     return (replace(stage, method=replace(stage.method, **tiny | changes)),)
@@ -105,14 +111,15 @@ def simclrv2(**changes):
     (stage,) = resolve("simclrv2.cifar10_small")
     tiny = {"dataset": "digits", "eval_view": fakes.EVAL, "labels": "per-class=10", "view": fakes.VIEW}
     tiny |= {"encoder": SimclrResNet(10, stem="cifar", base_width=4), "out_features": 8, "batch_global": 32}
-    tiny |= {"tau": 0.2, "lr_base": 80.0}
+    tiny |= {"tau": 0.2, "rate": replace(stage.method.rate, peak=peak_rate(80.0, 32))}
     return (replace(stage, method=replace(stage.method, precision="fp32", **tiny | changes)),)
 
 
 def distil(**changes):
     """From the supervised baseline, some labels beside."""
     (teacher,), (stage,) = supervised(), resolve("distil.cifar10_small")
-    tiny = {"dataset": "digits", "eval_view": fakes.EVAL, "labels": "per-class=50", "alpha": 0.5, "lr_peak": 5.0}
+    tiny = {"dataset": "digits", "eval_view": fakes.EVAL, "labels": "per-class=50", "alpha": 0.5}
+    tiny["rate"] = replace(stage.method.rate, peak=5.0)
     tiny |= {"view": replace(fakes.VIEW, copies=1), "encoder": SimclrResNet(10, stem="cifar", base_width=4)}
     method = replace(stage.method, batch_global=32, precision="fp32", **tiny | changes)
     return (teacher, replace(stage, method=method, needs={"teacher": Ref(stage=teacher.name)}))
@@ -127,7 +134,7 @@ def paths():
         "paws": paws(),
         "paws with every part": paws(
             small_view=SMALL_CROPS, prediction=True, out_features=16, support_views=2, classes_global=4,
-            encoder=WideResNet(10, 1), lars_rule="paper",
+            encoder=WideResNet(10, 1), optimizer=Lars("paws", "paper", weight_decay=1e-6),
         ),
         "paws of three views, labels for targets": paws(
             global_view=replace(paws()[0].method.global_view, copies=3), label_targets=True, entropy=0.1, me_max=0.5
@@ -366,12 +373,13 @@ def test_it_overfits_sixteen_images(path, tmp_path):
 def _fit(stage, path, sixteen, run_dir):
     """The losses of a hundred steps of `stage`, kept in a folder of its own."""
     known = vars(stage.method)
-    settings = {"labels": "all", "batch_global": 16, "classes_global": 2, "images_per_class": 8, "warmup": Steps(5)}
+    settings = {"labels": "all", "batch_global": 16, "classes_global": 2, "images_per_class": 8}
     settings["pseudo_labels"] = False  # those of these images, all of which have labels, would be the labels
     settings = {name: value for name, value in settings.items() if name in known}
     settings |= {name: replace(known[name], ops=()) for name in VIEWS if name in known}
-    if path.startswith("paws"):
-        settings["lr_peak"] = 1.6
+    if not path.startswith("suncet"):  # which has no warm-up
+        peak = 1.6 if path.startswith("paws") else stage.method.rate.peak
+        settings["rate"] = replace(stage.method.rate, warmup=Steps(5), peak=peak)
     length = Steps(50 if path.startswith(QUICK) else 100)
     stage = replace(stage, method=replace(stage.method, **settings), length=length, checkpoint_every=length)
     inputs = {name: _made(run_dir / ref.stage) for name, ref in stage.needs.items() if name == "teacher"}

@@ -16,7 +16,7 @@ FASTSSL = (sys.executable, "-m", "fastssl")
 # paws.digits with the smallest network and batch that still use every part
 TINY = (
     "encoder.base_width=4", "out_features=8", "batch_global=32", "images_per_class=4", "length=12steps",
-    "checkpoint_every=3steps", "log_every=1steps", "evaluate_every=4steps", "warmup=4steps", "lr_peak=0.8",
+    "checkpoint_every=3steps", "log_every=1steps", "evaluate_every=4steps", "rate.warmup=4steps", "rate.peak=0.8",
 )  # fmt: skip
 CHANGES = [part for change in TINY for part in ("--set", change)]
 

@@ -56,13 +56,15 @@ def finished(tmp_path_factory):
     ("arguments", "says"),
     [
         ("paws.digit", "unknown recipe 'paws.digit'; did you mean 'paws.digits'?"),
-        ("--set lr_peek=1", "unknown key 'lr_peek'; did you mean 'lr_peak'?"),
+        ("--set lr_peak=1", "lr_peak is rate.peak now: --set rate.peak=1"),
+        ("--set rate.peek=1", "unknown key 'peek' in WarmupCosine; did you mean 'peak'?"),
+        ("--set batch_globl=1", "unknown key 'batch_globl'; did you mean 'batch_global'?"),
         ("--set encoder.dept=10", "unknown key 'dept' in ResNet; did you mean 'depth'?"),
         ("--set encoder.depth=17", "choose one of 10, 18, 34, 50, 101, 152, 200"),
         ("--set batch_global=many", "a whole number is needed"),
         ("--set batch_global=0", "batch_global is 0, but must be 1 at least"),
-        ("--set weight_decay=-1", "weight_decay is -1.0, but must be 0 at least"),
-        ("--set lr_peak=nan", "lr_peak is nan"),
+        ("--set optimizer.weight_decay=-1", "weight_decay is -1.0, but must be 0 at least"),
+        ("--set rate.peak=nan", "peak is nan"),
         ("--set global_view.size=0", "needs a pixel"),
         ("--set length=soon", "write 20epochs or 300steps"),
         ("--set length=0steps", "a stage of 0 steps does nothing"),
@@ -140,7 +142,7 @@ def test_what_is_not_finite_stops_with_step_ids_and_last_good_checkpoint(broken,
     if broken == "weights":
         monkeypatch.setattr(Paws, "after_step", overflow_at_step_2)
     else:
-        arguments += ("--set", "lr_peak=1e30")
+        arguments += ("--set", "rate.peak=1e30")
     line = refused(*arguments)
     step = int(line.partition("step ")[2].split()[0])
     saved = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))

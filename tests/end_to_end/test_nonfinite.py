@@ -30,7 +30,7 @@ def _here(tmp_path, monkeypatch):
 def test_a_diverged_step_is_described_and_done_again_from_the_last_checkpoint(tmp_path):
     """Catches a dump of other ids than the step's, a replay that starts from the wrong step or changes the run, and one
     that finds the symptom only: the loss is not finite because a module's output is not."""
-    line = refused("train", "--out", "run", *SHORT, "--set", "lr_peak=1e30", "--set", "checkpoint_every=1steps")
+    line = refused("train", "--out", "run", *SHORT, "--set", "rate.peak=1e30", "--set", "checkpoint_every=1steps")
     step = int(line.partition("step ")[2].split()[0])
     dump = tmp_path / "run" / f"nonfinite-step-{step:08d}.json"
     assert f"fastssl replay run/{dump.name} does the step again" in line

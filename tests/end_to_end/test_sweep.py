@@ -20,10 +20,10 @@ from tests.end_to_end.test_bad_input import invoke, refused
 
 SETTINGS = (
     "encoder.base_width=4", "batch_global=40", "length=10steps", "checkpoint_every=5steps", "evaluate_every=5steps",
-    "log_every=1steps", "evaluate=classifier", "precision=fp32", "warmup=0steps",
+    "log_every=1steps", "evaluate=classifier", "precision=fp32", "rate.warmup=0steps",
 )  # fmt: skip
 SHORT = ("train", "supervised.digits", *(part for change in SETTINGS for part in ("--set", change)), "--out", "out")
-GRID = ("--sweep", "lr_peak=1e-6,0.1")
+GRID = ("--sweep", "rate.peak=1e-6,0.1")
 
 
 @pytest.fixture(autouse=True)
@@ -70,10 +70,10 @@ def test_validation_images_that_cannot_be_opened_stop_nothing_but_the_last_evalu
     line = refused(*arguments)
     assert "digits/val/0/" in line
     done = record()
-    assert list(done["runs"]) == ["lr_peak=1e-6", "lr_peak=0.1"] and "final" not in done
-    assert done["held_out"]["count"] == 30 and done["runs"]["lr_peak=0.1"]["steps"] == 10
+    assert list(done["runs"]) == ["rate.peak=1e-6", "rate.peak=0.1"] and "final" not in done
+    assert done["held_out"]["count"] == 30 and done["runs"]["rate.peak=0.1"]["steps"] == 10
     best = max(done["runs"], key=lambda name: done["runs"][name]["top1"])
-    assert done["chosen"] == best == "lr_peak=0.1"
+    assert done["chosen"] == best == "rate.peak=0.1"
     states = {path: path.stat().st_mtime_ns for path in Path("out").rglob("state.pt")}
 
     shutil.copytree(tmp_path / "whole", folder / "val", dirs_exist_ok=True)
@@ -136,7 +136,7 @@ class Untrained:
         job.out.mkdir(parents=True, exist_ok=True)
         if not (job.out / "weights").exists():
             (job.out / "weights").write_text(job.out.name)
-        found = self.found[job.out.name.removeprefix("lr_peak=")]
+        found = self.found[job.out.name.removeprefix("rate.peak=")]
         if isinstance(found, Exception):
             raise found
         if found == "diverges":
@@ -149,11 +149,11 @@ class Untrained:
 def test_of_equals_the_first_is_chosen_and_what_diverged_is_not_tried_again(capsys):
     """Would catch a run of which nothing is known, taken for the best."""
     start = Untrained({"9": "diverges", "0.1": 0.8, "0.2": 0.8, "0.3": 0.7, "final": 0.5})
-    sweep = sweep_of("lr_peak=9,0.1,0.2,0.3")
+    sweep = sweep_of("rate.peak=9,0.1,0.2,0.3")
     run(sweep, start)
-    assert start.asked == ["lr_peak=9", "lr_peak=0.1", "lr_peak=0.2", "lr_peak=0.3", "final"]
-    assert record()["chosen"] == "lr_peak=0.1" and record()["runs"]["lr_peak=9"] == {"diverged": True}
-    assert Path("out/final/weights").read_text() == "lr_peak=0.1"  # which learnt from all labels already
+    assert start.asked == ["rate.peak=9", "rate.peak=0.1", "rate.peak=0.2", "rate.peak=0.3", "final"]
+    assert record()["chosen"] == "rate.peak=0.1" and record()["runs"]["rate.peak=9"] == {"diverged": True}
+    assert Path("out/final/weights").read_text() == "rate.peak=0.1"  # which learnt from all labels already
     table = capsys.readouterr().out.splitlines()
     assert "| 9 | – | diverged |  |" in table
     assert "| **0.1** | **7** | **80.0 [70.0, 90.0]** | 50.0 [40.0, 60.0] (single seed) |" in table
@@ -161,71 +161,71 @@ def test_of_equals_the_first_is_chosen_and_what_diverged_is_not_tried_again(caps
     run(sweep, start)
     assert start.asked[5:] == ["final"]  # which knows that it is finished
     with pytest.raises(FastsslError, match="every run of the sweep in out2 diverged"):
-        run(sweep_of("lr_peak=9", out="out2"), start)
+        run(sweep_of("rate.peak=9", out="out2"), start)
 
 
 def test_a_sweep_that_is_stopped_continues_where_it_was():
     """Would catch a stop taken for a divergence, accuracies lost by it, and a sweep over other settings let in."""
     start = Untrained({"0.1": 0.6, "0.2": Stopped("saved and stopped"), "final": 0.5})
     with pytest.raises(Stopped):
-        run(sweep_of("lr_peak=0.1,0.2"), start)
-    assert record()["runs"]["lr_peak=0.1"]["top1"] == 0.6 and "lr_peak=0.2" not in record()["runs"]
-    with pytest.raises(FastsslError, match=r"out holds another sweep \(grid.lr_peak.1: 0.2 -> 0.3\): choose another"):
-        run(sweep_of("lr_peak=0.1,0.3"), start)
+        run(sweep_of("rate.peak=0.1,0.2"), start)
+    assert record()["runs"]["rate.peak=0.1"]["top1"] == 0.6 and "rate.peak=0.2" not in record()["runs"]
+    with pytest.raises(FastsslError, match=r"out holds another sweep \(grid.rate.peak.1: 0.2 -> 0.3\): choose another"):
+        run(sweep_of("rate.peak=0.1,0.3"), start)
     start.found["0.2"] = FastsslError("no space left")
     with pytest.raises(FastsslError, match="no space left"):
-        run(sweep_of("lr_peak=0.1,0.2"), start)
+        run(sweep_of("rate.peak=0.1,0.2"), start)
     start.found["0.2"] = 0.7
-    run(sweep_of("lr_peak=0.1,0.2"), start)
-    assert record()["chosen"] == "lr_peak=0.2" and record()["final"]["top1"] == 0.5
+    run(sweep_of("rate.peak=0.1,0.2"), start)
+    assert record()["chosen"] == "rate.peak=0.2" and record()["final"]["top1"] == 0.5
 
 
 def test_every_combination_is_a_run_with_the_recipes_own_held_out_images():
     """Would catch a zip in place of the product, and held-out images that belong to another data set."""
-    sweep = sweep_of("lr_peak=0.1,0.2", "epochs=3,5,7")
-    assert list(sweep.runs)[:4] == ["lr_peak=0.1,epochs=3", "lr_peak=0.1,epochs=5", "lr_peak=0.1,epochs=7",
-                                    "lr_peak=0.2,epochs=3"]  # fmt: skip
-    (stage,) = sweep.runs["lr_peak=0.2,epochs=7"].stages
-    assert (stage.method.lr_peak, stage.length.count, stage.method.labels) == (0.2, 7, "per-class=10")
+    sweep = sweep_of("rate.peak=0.1,0.2", "epochs=3,5,7")
+    assert list(sweep.runs)[:4] == ["rate.peak=0.1,epochs=3", "rate.peak=0.1,epochs=5", "rate.peak=0.1,epochs=7",
+                                    "rate.peak=0.2,epochs=3"]  # fmt: skip
+    (stage,) = sweep.runs["rate.peak=0.2,epochs=7"].stages
+    assert (stage.method.rate.peak, stage.length.count, stage.method.labels) == (0.2, 7, "per-class=10")
     assert sweep.held_out == "per-class=12 of not:per-class=10" and len(sweep.runs) == 6
-    everything = sweep_of("lr_peak=0.1", labels="all")
+    everything = sweep_of("rate.peak=0.1", labels="all")
     assert everything.held_out == "per-class=12"
-    assert everything.runs["lr_peak=0.1"].stages[0].method.labels == "not:per-class=12"
+    assert everything.runs["rate.peak=0.1"].stages[0].method.labels == "not:per-class=12"
     imagenet = resolve("supervised.rn50_100pct")
     job = Job("supervised.rn50_100pct", imagenet, (), (), Path("out"), 0, "cpu", 1)
-    large = prepare(job, ("lr_peak=0.1",), None)
+    large = prepare(job, ("rate.peak=0.1",), None)
     assert large.held_out == "paws-heldout"
-    assert large.runs["lr_peak=0.1"].stages[0].method.labels == "not:paws-heldout"
+    assert large.runs["rate.peak=0.1"].stages[0].method.labels == "not:paws-heldout"
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ("--sweep lr_peak", "--sweep 'lr_peak': write KEY=V1,V2,..."),
-        ("--sweep lr_peak=", "--sweep 'lr_peak=': write KEY=V1,V2,..."),
-        ("--sweep lr_peak=0.1,,0.2", "write KEY=V1,V2,..."),
-        ("--sweep lr_peek=0.1", "unknown key 'lr_peek'; did you mean 'lr_peak'?"),
-        ("--sweep lr_peak=low", "lr_peak=low: a number is needed"),
-        ("--sweep lr_peak=0.1 --sweep lr_peak=0.2", "--sweep lr_peak: given twice"),
-        ("--sweep lr_peak=0.1,1e-1", "lr_peak=0.1 and lr_peak=1e-1 are the same run"),
+        ("--sweep rate.peak", "--sweep 'rate.peak': write KEY=V1,V2,..."),
+        ("--sweep rate.peak=", "--sweep 'rate.peak=': write KEY=V1,V2,..."),
+        ("--sweep rate.peak=0.1,,0.2", "write KEY=V1,V2,..."),
+        ("--sweep rate.peek=0.1", "unknown key 'peek' in WarmupCosine; did you mean 'peak'?"),
+        ("--sweep rate.peak=low", "rate.peak=low: a number is needed"),
+        ("--sweep rate.peak=0.1 --sweep rate.peak=0.2", "--sweep rate.peak: given twice"),
+        ("--sweep rate.peak=0.1,1e-1", "rate.peak=0.1 and rate.peak=1e-1 are the same run"),
         (
             "--sweep epochs=1,2 --sweep length=5steps",
             "epochs=1,length=5steps and epochs=2,length=5steps are the same run",
         ),
-        ("--sweep lr_peak=0.1 --set lr_peak=0.2", "lr_peak is both swept and set"),
+        ("--sweep rate.peak=0.1 --set rate.peak=0.2", "rate.peak is both swept and set"),
         ("--sweep train.labels=all,per-class=5", "--sweep labels: "),
-        ("--sweep lr_peak=0.1 --set evaluate=", "supervised.digits measures none: --set evaluate=knn"),
-        ("--sweep lr_peak=0.1 --seeds 0,1", "leave out several --seeds"),
-        ("--sweep lr_peak=0.1 --resume never", "--resume never"),
+        ("--sweep rate.peak=0.1 --set evaluate=", "supervised.digits measures none: --set evaluate=knn"),
+        ("--sweep rate.peak=0.1 --seeds 0,1", "leave out several --seeds"),
+        ("--sweep rate.peak=0.1 --resume never", "--resume never"),
         ("--held-out per-class=3", "--held-out belongs to --sweep"),
-        ("--sweep lr_peak=0.1 --held-out per-class=x", "write per-class=COUNT"),
+        ("--sweep rate.peak=0.1 --held-out per-class=x", "write per-class=COUNT"),
         (
-            "--sweep lr_peak=0.1 --held-out per-class=3",
+            "--sweep rate.peak=0.1 --held-out per-class=3",
             "30 of its 30 images are among the training labels (per-class=10)",
         ),
-        ("--sweep lr_peak=0.1 --held-out per-class=150", "class '0' has 143 images, 150 were asked for"),
-        ("--sweep lr_peak=0.1 --held-out one.txt", "--held-out 'one.txt': it has no image of class '"),
-        ("--sweep lr_peak=0.1 --held-out nolist", "label list 'nolist' was not found"),
+        ("--sweep rate.peak=0.1 --held-out per-class=150", "class '0' has 143 images, 150 were asked for"),
+        ("--sweep rate.peak=0.1 --held-out one.txt", "--held-out 'one.txt': it has no image of class '"),
+        ("--sweep rate.peak=0.1 --held-out nolist", "label list 'nolist' was not found"),
     ],
 )
 def test_each_mistake_is_one_line_before_anything_is_trained(arguments, says):
@@ -243,7 +243,7 @@ def test_a_run_is_no_sweep(tmp_path):
 def test_dry_run_names_the_runs(tmp_path):
     result = invoke("train", "supervised.digits", "--dry-run", *GRID)
     assert result.exit_code == 0, result.output
-    assert "2 runs: lr_peak=1e-6, lr_peak=0.1" in result.output
+    assert "2 runs: rate.peak=1e-6, rate.peak=0.1" in result.output
     assert "held out     per-class=12 of not:per-class=10; the best run by classifier_top1 goes to" in result.output
     assert "runs/supervised.digits-sweep-seed0/final" in result.output
     assert list(tmp_path.iterdir()) == []

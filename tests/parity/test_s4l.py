@@ -34,6 +34,7 @@ from fastssl.methods.s4l import (
 )
 from fastssl.nn.encoders.resnet import ResNet
 from fastssl.nn.recompute import recompute_blocks
+from fastssl.optim.rates import WarmupStairs
 from fastssl.recipes import s4l as recipes
 from fastssl.recipes.resolve import resolve
 from loaders.errors import PlanError
@@ -515,8 +516,14 @@ def test_recipes_say_what_the_release_s_configurations_say():
     for name in ("supervised", "supervised_1pct", "rotation", "exemplar", "vat", "vat_entmin", "pseudo_label", "moam"):
         stage = resolve(f"s4l.{name}")[-1 if name == "pseudo_label" else 0]
         c = stage.method
-        spans = c.warmup, *c.decays, stage.length
-        said[name] = c.batch_global, c.core_images, c.lr_peak, c.weight_decay, *(span.count for span in spans)
+        spans = c.rate.warmup, *c.rate.falls, stage.length
+        said[name] = (
+            c.batch_global,
+            c.core_images,
+            c.rate.peak,
+            c.optimizer.weight_decay,
+            *(span.count for span in spans),
+        )
     tenth = 140, 160, 180, 200
     assert said == {
         "supervised": (256, 32, 0.1, 1e-3, 5, *tenth),
@@ -558,11 +565,11 @@ def test_moam_s_later_stages_are_the_paper_s():
     joint, label, relearn, finetune = resolve("s4l.moam")
     view = View("label", 224, FiveCrops(resize=256), pixels=SIGNED, copies=5, turns=(0, 1, 2, 3))
     assert label.do == "produce" and label.method.label_view == view
-    again = {"pseudo_labels": True, "warmup": Epochs(1), "decays": (Epochs(6), Epochs(12))}
+    again = {"pseudo_labels": True, "rate": WarmupStairs(0.1, (Epochs(6), Epochs(12)), warmup=Epochs(1))}
     assert relearn.method == replace(joint.method, **again) and relearn.length == Epochs(18)
     c = finetune.method
-    assert (c.batch_global, c.lr_peak, c.weight_decay, c.warmup) == (128, 5e-4, 3e-3, Epochs(0))
-    assert (*c.decays, finetune.length) == (Epochs(5), Epochs(10), Epochs(15), Epochs(20))
+    assert (c.batch_global, c.rate.peak, c.optimizer.weight_decay, c.rate.warmup) == (128, 5e-4, 3e-3, Epochs(0))
+    assert (*c.rate.falls, finetune.length) == (Epochs(5), Epochs(10), Epochs(15), Epochs(20))
     assert (c.class_weight, c.rotation, c.exemplar, c.vat, c.entropy_weight) == (1.0, None, None, None, 0.0)
     assert (c.labels, c.pseudo_labels, c.half_life) == ("s4l-10", False, None)
     single = resolve("s4l.pseudo_label")[1].method.label_view

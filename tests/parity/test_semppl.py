@@ -10,9 +10,11 @@ import torch
 from fastssl.errors import ConfigError
 from fastssl.losses.semppl import Byol, Positives, Relic, SimClr, semppl_loss
 from fastssl.methods import semppl
-from fastssl.methods.base import Facts, Horizon, through
+from fastssl.methods.base import Epochs, Facts, Horizon, through
 from fastssl.methods.semppl import Semppl, SempplConfig
 from fastssl.nn.encoders.resnet import ByolResNet
+from fastssl.optim.lars import Lars
+from fastssl.optim.rates import WarmupCosine
 from fastssl.profiling.workload import sized
 from fastssl.recipes.relicv2 import without_positives
 from fastssl.recipes.resolve import resolve
@@ -208,8 +210,8 @@ def config(**changes):
         "batch_global": BATCH,
         "positives": 2,
         "capacity": 9,
-        "lr_peak": 0.5,
-        "weight_decay": 1e-2,
+        "rate": WarmupCosine(0.5, Epochs(10)),
+        "optimizer": Lars("byol", weight_decay=1e-2),
         "ema": 0.9,
     }
     return SempplConfig(**settings | changes)
@@ -517,7 +519,13 @@ def test_the_imagenet_recipe_is_the_papers():
     """Numbers that a typing error would change unseen."""
     (stage,) = resolve("semppl.rn50_300ep")
     c = stage.method
-    assert (c.batch_global, c.capacity, c.lr_peak, c.weight_decay, c.ema) == (4096, 20 * 4096, 0.3 * 16, 1e-6, 0.996)
+    assert (c.batch_global, c.capacity, c.rate.peak, c.optimizer.weight_decay, c.ema) == (
+        4096,
+        20 * 4096,
+        0.3 * 16,
+        1e-6,
+        0.996,
+    )
     assert (c.alpha, c.positives, c.neighbours, c.voting, c.ema_ramp, c.normaliser) == (0.2, 3, 1, True, False, None)
     assert c.base == Relic(tau=0.2, num_negatives=10, contrast_weight=0.3, invariance_weight=5.0)
     assert [v.copies for v in c.views] == [2, 2, 1, 1] and [v.size for v in c.views] == [224, 224, 96, 96]
@@ -546,7 +554,14 @@ def test_the_recipes_on_other_bases_are_the_papers():
         ]  # fmt: skip
         assert (c.alpha, c.positives, c.capacity, c.same_view_pairs) == (0.2, 3, 81_920, False)
     b, s = byol.method, simclr.method
-    assert (b.base, b.normaliser, b.ema, b.ema_ramp, b.lr_peak, b.weight_decay) == (Byol(), 1, 0.99, True, 4.8, 1e-6)
+    assert (b.base, b.normaliser, b.ema, b.ema_ramp, b.rate.peak, b.optimizer.weight_decay) == (
+        Byol(),
+        1,
+        0.99,
+        True,
+        4.8,
+        1e-6,
+    )
     assert (s.base, s.normaliser, s.labels, s.out_features) == (SimClr(tau=0.1), None, "all", 128)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from fastssl.errors import ConfigError
 from fastssl.methods.base import Facts, Horizon, Nets, Steps
-from fastssl.methods.simclrv2 import KeyMemory, Memory, Simclrv2Config, contrast, momentum_nt_xent, nt_xent
+from fastssl.methods.simclrv2 import KeyMemory, Memory, Simclrv2Config, contrast, momentum_nt_xent, nt_xent, peak_rate
 from fastssl.nn.encoders.resnet import SimclrResNet
 from fastssl.recipes.resolve import resolve
 from loaders.plan.boxes import boxes
@@ -154,21 +154,21 @@ def test_rates_follow_the_authors_law():
     (stage,) = resolve("simclrv2.rn50_800ep")
     total, warmup = 1_281_167 * 800 // 4096 + 1, 1_281_167 * 40 // 4096
     assert (total, warmup) == (250_228, 12_511)
-    method = replace(stage.method, warmup=Steps(warmup)).build(Facts(1000, 3, 0), {})
+    method = replace(stage.method, rate=replace(stage.method.rate, warmup=Steps(warmup))).build(Facts(1000, 3, 0), {})
     for step in (0, 1, 6000, 12_510, 12_511, 12_512, 100_000, 250_227):
         expected = authors_rate(step, total, warmup, peak=6.4)
         assert method.rates(step, Horizon(312, total)) == pytest.approx((expected, expected), rel=1e-12, abs=1e-12)
     assert method.rates(0, Horizon(312, total)) == (0.0, 0.0)
 
     own = Horizon(1_281_167 // 4096, stage.length.steps(1_281_167 // 4096))
-    assert (own.total_steps, own.steps(stage.method.warmup)) == (249_600, 12_480)
+    assert (own.total_steps, own.steps(stage.method.rate.warmup)) == (249_600, 12_480)
 
 
 def test_peaks_scale_with_the_batch():
     base = Simclrv2Config("imagenet")
-    assert base.lr_peak == pytest.approx(6.4)  # the paper's .1 times the root of 4,096
-    assert replace(base, lr_base=0.075).lr_peak == pytest.approx(4.8)  # the README's, which it says is .3 · 4,096 / 256
-    assert replace(base, lr_base=0.3, lr_rule="linear").lr_peak == pytest.approx(4.8)
+    assert base.rate.peak == pytest.approx(6.4)  # the paper's .1 times the root of 4,096
+    assert peak_rate(0.075, 4096) == pytest.approx(4.8)  # the README's, which it says is .3 · 4,096 / 256
+    assert peak_rate(0.3, 4096, "linear") == pytest.approx(4.8)
 
 
 def test_lars_is_simclrs_and_leaves_out_biases_and_norms():

@@ -11,13 +11,15 @@ from torch import nn
 from fastssl import dist
 from fastssl.config.plain import to_plain
 from fastssl.methods.base import Epochs, Facts, Horizon, Steps
-from fastssl.methods.supervised import FirstLayer, StepDecay
+from fastssl.methods.supervised import FirstLayer
 from fastssl.nn.encoders.resnet import ResNet, S4lResNet
 from fastssl.nn.heads import byol_head, projection_head, simclr_head
 from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm
 from fastssl.nn.norm.lockstep import LockstepSequential
 from fastssl.nn.norm.running_stats import average_running_stats, set_batch_norm_mode
 from fastssl.optim.lars import Lars
+from fastssl.optim.rates import WarmupCosine, WarmupStairs
+from fastssl.optim.sgd import Sgd
 from fastssl.recipes.resolve import resolve
 from fastssl.weights.read import Weights, WeightsError
 from loaders.batch import Batch, Part
@@ -181,7 +183,7 @@ def test_what_does_not_fit_is_named_and_nothing_is_loaded(case):
 
 def test_rates_reach_their_parameters():
     """Catches a first projection layer that trains as the classifier does, and decayed norms."""
-    ours = method(lr_peak=0.5, lr_head=2.0, weight_decay=0.1)
+    ours = method(rate=WarmupCosine(0.5, Epochs(0)), head_peak=2.0, optimizer=Sgd(nesterov=True, weight_decay=0.1))
     nets = ours.nets()
     named = {id(p): name for name, p in nets.online.named_parameters()}
     found = {}
@@ -195,7 +197,7 @@ def test_rates_reach_their_parameters():
 
 def test_lars_adapts_all_kernels_but_the_classifiers():
     """A classifier at zero has no norm to be adapted to; SimCLR leaves it out of LARS altogether."""
-    ours = method(optimizer="lars")
+    ours = method(optimizer=Lars("simclr"))
     nets = ours.nets()
     optimizer = ours.optimizer(nets)
     assert isinstance(optimizer, Lars) and {group["form"] for group in optimizer.param_groups} == {"simclr"}
@@ -205,8 +207,8 @@ def test_lars_adapts_all_kernels_but_the_classifiers():
 
 
 def test_the_classifiers_rate_is_the_encoders_unless_set():
-    assert method(lr_peak=0.5).rates(0, Horizon(10, 100)) == (0.5, 0.5, 0.5, 0.5)
-    assert method(lr_peak=0.0, lr_head=0.5).rates(0, Horizon(10, 100)) == (0.0, 0.0, 0.5, 0.5)
+    assert method(rate=WarmupCosine(0.5)).rates(0, Horizon(10, 100)) == (0.5, 0.5, 0.5, 0.5)
+    assert method(rate=WarmupCosine(0.0), head_peak=0.5).rates(0, Horizon(10, 100)) == (0.0, 0.0, 0.5, 0.5)
 
 
 def rates(ours, *steps, steps_per_epoch=12, epochs=30):
@@ -214,7 +216,7 @@ def rates(ours, *steps, steps_per_epoch=12, epochs=30):
 
 
 def test_cosine_with_warm_up():
-    ours = method(lr_peak=0.8, warmup=Epochs(5))
+    ours = method(rate=WarmupCosine(0.8, Epochs(5)))
     assert rates(ours, 0, 15, 60, 210, 359) == pytest.approx([0.0, 0.2, 0.8, 0.4, 0.8 * 2.7e-5], rel=0.02)
 
 
@@ -227,13 +229,13 @@ def test_steps_down_at_their_epochs_and_not_before():
         [0.01, 0.01, 0.002, 0.002, 0.0004, 0.0004]
     )
     assert ours.rates(18 * 12, Horizon(12, 360)) == pytest.approx((0.002, 0.002, 0.08, 0.08))
-    warmed = method(lr_peak=0.8, warmup=Steps(4), schedule=StepDecay((Steps(4), Epochs(2)), 0.5))
+    warmed = method(rate=WarmupStairs(0.8, (Steps(4), Epochs(2)), 0.5, Steps(4)))
     assert rates(warmed, 0, 1, 3, 4, 23, 24) == pytest.approx([0.0, 0.2, 0.6, 0.4, 0.4, 0.2])
 
 
 def test_schedules_can_be_set():
-    (stage,) = resolve("supervised.semppl_rn50_finetune_1pct", ("schedule.at=2,5steps", "schedule.factor=0.5"))
-    assert stage.method.schedule == StepDecay((Epochs(2), Steps(5)), 0.5)
+    (stage,) = resolve("supervised.semppl_rn50_finetune_1pct", ("rate.falls=2,5steps", "rate.factor=0.5"))
+    assert stage.method.rate == WarmupStairs(0.01, (Epochs(2), Steps(5)), 0.5)
 
 
 def test_published_settings():

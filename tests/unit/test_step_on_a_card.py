@@ -11,7 +11,8 @@ import torch.distributed as td
 from fastssl.engine import step as step_module
 from fastssl.engine.join import facts_of
 from fastssl.engine.step import WARM_UP_STEPS, TrainingStep
-from fastssl.methods.base import Horizon
+from fastssl.methods.base import Epochs, Horizon
+from fastssl.optim.rates import WarmupCosine
 from loaders.loader import Loader, bind
 from loaders.store.data import open_data
 from tests.card import Card, Event
@@ -56,7 +57,7 @@ def losses(how, stages, steps=STEPS, batches=None, step=None):
 
 
 def slow_paws():
-    return paws(lr_peak=0.1)  # fast, it is done before a graph is warm
+    return paws(rate=WarmupCosine(0.1, Epochs(5), start=0.8, final=0.032))  # fast, it is done before a graph is warm
 
 
 @pytest.mark.parametrize("stages", [slow_paws, supervised], ids=["LARS", "SGD"])
