@@ -5,32 +5,20 @@ Every error is a `ConfigError` with one line that says what to do.
 
 from __future__ import annotations
 
-import difflib
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass, replace
 from enum import Enum
 from typing import Any, TypeVar
 
+from fastssl.config.calls import is_call, is_structure, parse_call, split
+from fastssl.config.names import suggest
 from fastssl.errors import ConfigError
 
 T = TypeVar("T")
 
 Parsers = Mapping[Any, Callable[[str], Any]]  # for types with a notation of their own
-
-
-def suggest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x', 'y' or 'z'?` for the nearest three known names, or a list, five at most, where none is
-    near."""
-    known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=3)
-    if near:
-        *others, last = map(repr, near)
-        return f"; did you mean {', '.join(others) + ' or ' if others else ''}{last}?"
-    listed = known if len(known) <= 5 else difflib.get_close_matches(name, known, n=5, cutoff=0.0)
-    more = f" and {len(known) - len(listed)} more" if len(known) > len(listed) else ""
-    return f"; known: {', '.join(listed)}{more}"
 
 
 def with_value(config: T, path: str, text: str, parsers: Parsers | None = None) -> T:
@@ -68,20 +56,24 @@ def _parse(text: str, kind: Any, path: str, parsers: Parsers) -> Any:
     if kind in parsers:
         return parsers[kind](text)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    structures = [each for each in (arguments if origin in (typing.Union, types.UnionType) else (kind,))
+                  if is_structure(each)]  # fmt: skip
     if origin in (typing.Union, types.UnionType):
         if type(None) in arguments and text.lower() == "none":
             return None
-        structures = [a for a in arguments if isinstance(a, type) and is_dataclass(a)]
         if type(None) in arguments and len(structures) == 1 and text.lower() == "default":
             return structures[0]()
-        plain = [a for a in arguments if a is not type(None) and not is_dataclass(a)]
-        if len(plain) == 1:
+        plain = [a for a in arguments if a is not type(None) and a not in structures]
+        if len(plain) == 1 and not (structures and is_call(text)):
             return _parse(text, plain[0], path, parsers)
-        raise ConfigError(f"{path!r} holds a structure; set one of its parts ({path}.name=value)")
+    if structures:
+        return parse_call(text, structures, path, lambda text, kind, path: _parse(text, kind, path, parsers))
     if origin is typing.Literal:
         return _chosen(text, {str(a): a for a in arguments}, path)
     if origin is tuple:
-        parts = [p for p in text.split(",") if p]
+        inside = text.strip()
+        inside = inside[1:-1] if inside.startswith("(") and inside.endswith(")") else inside
+        parts = [part for part in split(inside) if part]
         element = [arguments[0]] * len(parts) if arguments[-1:] == (Ellipsis,) else list(arguments)
         if len(parts) != len(element):
             raise ConfigError(f"{path}={text}: {len(element)} values separated by commas are needed")

@@ -16,8 +16,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from fastssl.config.changes import suggest
 from fastssl.config.modules import OURS
+from fastssl.config.names import suggest
 from fastssl.config.old_names import todays, type_today
 from fastssl.errors import ConfigError
 
@@ -38,7 +38,7 @@ def to_plain(value: Any) -> Any:
 
 
 def type_name(kind: type) -> str:
-    """`fastssl.nn.encoders:ResNet`."""
+    """`fastssl.nn.encoders.resnet:ResNet`."""
     return f"{kind.__module__}:{kind.__qualname__}"
 
 

@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
-from fastssl.config.changes import suggest
+from fastssl.config.names import suggest
 from fastssl.errors import ConfigError
 from fastssl.evaluation.subject import Subject
 from loaders.store.data import LABELLED, TRAIN, VALIDATION, DataSpec

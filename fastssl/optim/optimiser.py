@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import nn
 from torch.optim import Optimizer
@@ -15,6 +16,7 @@ from torch.optim import Optimizer
 from fastssl.errors import refuse_negative
 
 
+@dataclass(frozen=True)
 class Optimiser(ABC):
     """Settings of an optimiser; the rate is not among them, for it is set at every step."""
 

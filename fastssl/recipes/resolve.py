@@ -12,7 +12,10 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import fastssl.recipes
-from fastssl.config.changes import has_path, suggest, with_value
+from fastssl.config.changes import has_path, with_value
+from fastssl.config.names import suggest
+from fastssl.config.old_names import REPLACED
+from fastssl.config.plain import type_name
 from fastssl.errors import ConfigError
 from fastssl.methods.base import Ref, Stage, Stages
 from fastssl.optim.horizon import Span, parse_span
@@ -68,6 +71,9 @@ def _changed(stages: Stages, key: str, text: str) -> Stages:
         _stage_with(stage, rest if named else key, text) if not named or stage in named else stage for stage in stages
     )
     if all(stage is None for stage in changed):
+        for stage in named or stages:
+            if (now := REPLACED.get(type_name(type(stage.method)), {}).get(rest if named else key)) is not None:
+                raise ConfigError(f"{key} is {now} now: --set {f'{first}.' if named else ''}{now}={text}")
         names = {"epochs", "steps"}
         for stage in stages:
             names |= vars(stage).keys() | vars(stage.method).keys()

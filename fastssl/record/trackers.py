@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from fastssl.config.changes import suggest
+from fastssl.config.names import suggest
 from fastssl.errors import ConfigError
 from loaders.files import write_file
 

@@ -94,7 +94,7 @@ def test_every_kind_of_field_comes_back(changes):
 
 
 def test_types_are_written_in_full():
-    assert to_plain(ResNet(10))["type"] == "fastssl.nn.encoders:ResNet"
+    assert to_plain(ResNet(10))["type"] == "fastssl.nn.encoders.resnet:ResNet"
     assert to_plain(Square(1.0))["type"] == f"{__name__}:Square"
 
 

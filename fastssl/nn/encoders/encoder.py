@@ -24,6 +24,7 @@ class Likeness:
     timm: str | None = None
 
 
+@dataclass(frozen=True)
 class Encoder(ABC):
     """A trunk as configuration."""
 
