@@ -44,16 +44,17 @@ def profile(
     from fastssl.commands.on_ranks import on_ranks
     from fastssl.engine.job import Job
     from fastssl.profiling import profile as profiles
-    from fastssl.recipes.resolve import resolve
+    from fastssl.recipes.resolve import canonical, resolve
 
     if trace and what == "loader":
         raise ConfigError("--trace shows the step: leave --stage loader out")
+    recipe = canonical(recipe)
     job = Job(
         recipe=recipe,
         stages=resolve(recipe, changes),
         changes=changes,
         data=data,
-        out=out or Path("runs") / f"{recipe}-profile",
+        out=out or Path("runs") / f"{recipe.replace(':', '.')}-profile",
         seed=0,
         command=as_typed(),
         **ranks(gpus, cpu_ranks),

@@ -84,17 +84,18 @@ def train(
     from fastssl.commands.sweep import prepare
     from fastssl.commands.sweep import run as run_sweep
     from fastssl.engine.job import Job
-    from fastssl.recipes.resolve import resolve
+    from fastssl.recipes.resolve import canonical, resolve
 
     submission = {name: others.pop(name) for name in SUBMISSION}
     if labels is not None:
         changes = (*changes, f"labels={labels}")
+    recipe = canonical(recipe)
     stages = resolve(recipe, changes)
     chosen = _seeds(seeds)
     _check(out, chosen, held_out, swept, submit, submission, others["resume"])
 
     def where(seed: int) -> Path:
-        return out or Path("runs") / f"{recipe}{'-sweep' if swept else ''}-seed{seed}"
+        return out or Path("runs") / f"{recipe.replace(':', '.')}{'-sweep' if swept else ''}-seed{seed}"
 
     job = Job(
         recipe=recipe,
@@ -178,7 +179,7 @@ def _submit(jobs: list[Job], submission: dict[str, Any]) -> None:
 
     for job in jobs:
         logs = job.out.absolute() / "slurm"
-        click.echo(submit(Ranks(job.world, job.device), partial(on_ranks, job), job.recipe, logs, **submission))
+        click.echo(submit(Ranks(job.world, job.device), partial(on_ranks, job), job.recipe.replace(":", "."), logs, **submission))
 
 
 def _train(jobs: list[Job], on_ranks: Callable[[Job], Any]) -> None:
@@ -192,7 +193,7 @@ def _train(jobs: list[Job], on_ranks: Callable[[Job], Any]) -> None:
         scores = spread_over_seeds(results)
         for name, spread in scores.items():
             click.echo(f"{name}: {accuracy_cell(spread)}")
-        together = Path("runs") / f"{jobs[0].recipe}-seeds-{'-'.join(map(str, seeds))}.json"
+        together = Path("runs") / f"{jobs[0].recipe.replace(':', '.')}-seeds-{'-'.join(map(str, seeds))}.json"
         kept = {"command": jobs[0].command, "seeds": seeds, "scores": scores}
         write_file(together, json.dumps(kept, indent=2) + "\n")
         click.echo(f"kept in {together}")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 import traceback
+from dataclasses import dataclass
 from importlib import import_module
+from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -23,15 +25,21 @@ def modules_of(plain: Any) -> dict[str, str]:
     found = {name: file for each in plain.values() for name, file in modules_of(each).items()}
     kind = plain.get("type")
     name = kind.partition(":")[0] if isinstance(kind, str) else ""
-    file = getattr(sys.modules.get(name), "__file__", None)
+    file = file_of(name)
     if name.partition(".")[0] not in OURS and file is not None:
-        found[name] = str(Path(file).absolute())
+        found[name] = file
     return found
+
+
+def file_of(module: str) -> str | None:
+    """Where a loaded module is from; None where nothing of that name is loaded from a file."""
+    file = getattr(sys.modules.get(module), "__file__", None)
+    return None if file is None else str(Path(file).absolute())
 
 
 def load_modules(files: dict[str, str], needed_by: object) -> None:
     """Load each module that is not loaded yet from its file: one of a package as part of it, with the folder that holds
-    the package on the path. Raises ConfigError, which names the module, where the file is gone or cannot be imported,
+    the package within reach. Raises ConfigError, which names the module, where the file is gone or cannot be imported,
     and where another file has been loaded under the name."""
     for name, file in files.items():
         there = getattr(sys.modules.get(name), "__file__", None)
@@ -47,7 +55,7 @@ def _load(name: str, file: Path, needed_by: object) -> None:
     try:
         if "." in name:
             levels = name.count(".") + (file.name == "__init__.py")
-            _on_path(file.parents[levels])
+            reach_last(file.parents[levels])
             import_module(name)
         else:
             load_file(name, file)
@@ -60,7 +68,7 @@ def load_file(name: str, file: Path) -> None:
     spec = spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None
     module = sys.modules[name] = module_from_spec(spec)
-    _on_path(file.parent)
+    reach_last(file.parent)
     try:
         spec.loader.exec_module(module)
     except BaseException:
@@ -68,13 +76,24 @@ def load_file(name: str, file: Path) -> None:
         raise
 
 
-def _on_path(folder: Path) -> None:
-    """Last, so that nothing of ours or of a library is hidden by what lies there."""
-    if str(folder) not in sys.path:
-        sys.path.append(str(folder))
+def reach_last(folder: Path) -> None:
+    """Let imports look into `folder`, after everywhere else. At the end of `sys.path` it would come before what an
+    editable installation finds: ours, and a `loaders.py` that lies there would hide it."""
+    if _Last(folder) not in sys.meta_path:
+        sys.meta_path.append(_Last(folder))
 
 
-def import_failure(error: Exception, file: Path) -> str:
+@dataclass(frozen=True)
+class _Last:
+    """A finder of modules in a folder."""
+
+    folder: Path
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        return PathFinder.find_spec(name, [str(self.folder)]) if path is None else None
+
+
+def import_failure(error: BaseException, file: Path) -> str:
     """Where the import of `file` failed, and how, in one line."""
     if isinstance(error, SyntaxError):
         return f"{error.filename}, line {error.lineno}: {error.msg}"

@@ -10,7 +10,7 @@ import shutil
 from typing import Any
 
 from fastssl import dist
-from fastssl.config.modules import modules_of
+from fastssl.config.modules import file_of, modules_of
 from fastssl.config.plain import Notes, differences, to_plain
 from fastssl.engine.job import Job
 from fastssl.errors import ConfigError
@@ -79,8 +79,14 @@ def _as_typed(job: Job) -> dict[str, Any]:
     """The same in the words of the command."""
     init_from = None if job.init_from is None else str(job.init_from)
     weights = {"init_from": init_from, "unsafe_pickle": job.unsafe_pickle}
-    modules = modules_of(to_plain(job.stages))
-    return {"command": job.command, "changes": job.changes, "data": job.data, **weights, "modules": modules}
+    return {
+        "command": job.command,
+        "changes": job.changes,
+        "data": job.data,
+        **weights,
+        "modules": modules_of(to_plain(job.stages)),
+        "recipe_file": file_of(job.recipe.partition(":")[0]) if ":" in job.recipe else None,
+    }
 
 
 def _write(job: Job, resolved: dict[str, Any]) -> None:

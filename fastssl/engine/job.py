@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import pickle
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from fastssl.config.modules import load_modules, modules_of
+from fastssl.config.plain import to_plain
 from fastssl.engine.settings import Settings
 from fastssl.evaluation import load_protocol
 from fastssl.methods.base import Stage, Stages
@@ -28,6 +31,11 @@ class Job(Settings):
     held_out: str | None = None  # labelled images (a subset) that stand in for the validation images, left unopened
     replay: Path | None = None  # do no more than this step again, which was not finite
     command: str = ""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What it holds of modules of the user's is loaded from their files in whatever process it comes to."""
+        state = {each.name: getattr(self, each.name) for each in fields(self)}
+        return _job_of, (modules_of(to_plain(self.stages)), pickle.dumps(state))
 
     def folder(self, stage: Stage) -> Path:
         """Where `stage` keeps its files."""
@@ -54,3 +62,8 @@ class Job(Settings):
         check_trackers(self.log_to)
         for name in {name for stage in self.stages for name in stage.evaluate}:
             load_protocol(name)  # a name that is unknown must not wait for the end of training
+
+
+def _job_of(modules: dict[str, str], state: bytes) -> Job:
+    load_modules(modules, "this rank")
+    return Job(**pickle.loads(state))

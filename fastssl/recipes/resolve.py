@@ -6,7 +6,6 @@ A recipe `paws.digits` is the public function `digits`, annotated `-> Stages`, o
 from __future__ import annotations
 
 import importlib
-import inspect
 import pkgutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +18,8 @@ from fastssl.config.plain import type_name
 from fastssl.errors import ConfigError
 from fastssl.methods.base import Ref, Stage, Stages
 from fastssl.optim.horizon import Span, parse_span
+from fastssl.recipes import of_users
+from fastssl.recipes.found import recipes_in
 
 PARSERS = {Span: parse_span, Span | None: lambda text: None if text == "none" else parse_span(text)}
 _ALIASES = {"epochs": "length", "steps": "length"}
@@ -29,32 +30,26 @@ def recipes() -> dict[str, Callable[[], Stages]]:
     """Every recipe by name, in the order of its file."""
     found: dict[str, Callable[[], Stages]] = {}
     for module in pkgutil.iter_modules(fastssl.recipes.__path__):
-        found |= {
-            f"{module.name}.{name}": recipe for name, recipe in recipes_of(f"fastssl.recipes.{module.name}").items()
-        }
+        ours = recipes_in(importlib.import_module(f"fastssl.recipes.{module.name}"))
+        found |= {f"{module.name}.{name}": recipe for name, recipe in ours.items()}
     return found
 
 
-def recipes_of(module: str) -> dict[str, Callable[[], Stages]]:
-    """The public functions without parameters that `module` itself defines and annotates `-> Stages`."""
-    members = {name: each for name, each in vars(importlib.import_module(module)).items() if inspect.isfunction(each)}
-    return {
-        name: each for name, each in members.items() if each.__module__ == module and name[0] != "_" and is_recipe(each)
-    }
-
-
-def is_recipe(function: Callable[..., object]) -> bool:
-    """Whether it is annotated `-> Stages` and needs no argument."""
-    signature = inspect.signature(function)
-    return signature.return_annotation in ("Stages", Stages) and not signature.parameters
+def canonical(name: str) -> str:
+    """What a run is told to have as its recipe: for a user's, the module and function that `name` means. Raises as
+    `resolve` does."""
+    return of_users.load(name)[0] if of_users.of_a_user(name) else name
 
 
 def resolve(name: str, changes: tuple[str, ...] = ()) -> Stages:
-    """The stages of recipe `name` with `key=value` changes applied. Raises ConfigError with the nearest name."""
-    known = recipes()
-    if name not in known:
+    """The stages of recipe `name`, ours or a user's, with `key=value` changes applied. Raises ConfigError with the
+    nearest name."""
+    if of_users.of_a_user(name):
+        stages = of_users.load(name)[1]()
+    elif name in (known := recipes()):
+        stages = known[name]()
+    else:
         raise ConfigError(f"unknown recipe {name!r}{suggest(name, known)}")
-    stages = known[name]()
     for change in changes:
         key, equals, text = change.partition("=")
         if not equals:

@@ -15,7 +15,7 @@ from fastssl.config import old_names
 from fastssl.config.plain import Notes, differences, from_plain, to_plain
 from fastssl.errors import ConfigError
 from fastssl.methods.base import Epochs, Facts, Span, Stage, Stages, Steps
-from fastssl.nn.encoders import ByolResNet, ResNet
+from fastssl.nn.encoders.resnet import ByolResNet, ResNet
 from fastssl.recipes.resolve import recipes, resolve
 from loaders.plan.views import UNIT, View, Whole
 from tests import fakes

@@ -138,11 +138,11 @@ def mine() -> Stages:
 
 @pytest.fixture
 def forgotten():
-    """Forget the modules and paths that a test has loaded, as another process would."""
-    path = list(sys.path)
+    """Forget the modules and folders that a test has loaded, as another process would."""
+    finders = list(sys.meta_path)
 
     def forget():
-        sys.path[:] = path
+        sys.meta_path[:] = finders
         for name in ("my_recipes", "my_parts"):
             sys.modules.pop(name, None)
 
