@@ -23,7 +23,7 @@ from fastssl import dist
 from fastssl.engine.join import facts_of
 from fastssl.engine.step import TrainingStep
 from fastssl.methods.base import Horizon
-from fastssl.nn.encoders import ResNet
+from fastssl.nn.encoders.resnet import ResNet
 from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm
 from fastssl.recipes import resolve
 from loaders.loader import Loader, bind

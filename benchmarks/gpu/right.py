@@ -17,7 +17,7 @@ from benchmarks import step as steps_of
 from benchmarks.gpu.calls import Found, OutOfTime, Run
 from benchmarks.step import Build, Problem, noise_batch
 from fastssl.methods.base import Facts
-from fastssl.nn.encoders import WideResNet
+from fastssl.nn.encoders.wide_resnet import WideResNet
 from loaders.batch import Batch
 
 KERNEL_TESTS = (

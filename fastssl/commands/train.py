@@ -178,8 +178,8 @@ def _submit(jobs: list[Job], submission: dict[str, Any]) -> None:
     from fastssl.launch.slurm import submit
 
     for job in jobs:
-        logs = job.out.absolute() / "slurm"
-        click.echo(submit(Ranks(job.world, job.device), partial(on_ranks, job), job.recipe.replace(":", "."), logs, **submission))
+        name, logs = job.recipe.replace(":", "."), job.out.absolute() / "slurm"
+        click.echo(submit(Ranks(job.world, job.device), partial(on_ranks, job), name, logs, **submission))
 
 
 def _train(jobs: list[Job], on_ranks: Callable[[Job], Any]) -> None:

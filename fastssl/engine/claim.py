@@ -127,7 +127,7 @@ def _stages_begun(job: Job, there: dict[str, Any]) -> Any:
 
 
 def _names(key: str, change: str) -> bool:
-    """Whether `key` is the field that changed, or one that holds it: `lr_peak`, `method.lr_peak`, `data`."""
+    """Whether `key` is the field that changed, or one that holds it: `peak`, `rate.peak`, `data`."""
     return f".{key}." in f".{change.partition(': ')[0]}."
 
 

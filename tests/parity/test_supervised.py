@@ -244,15 +244,21 @@ def test_published_settings():
         ("simclrv2_rn50", "1pct"), ("simclrv2_rn50w2_sk", "10pct"), ("paws_rn50w2", "1pct")
     )}  # fmt: skip
     told = {
-        name: (s.length.count, s.method.lr_peak, s.method.optimizer, s.method.head, s.method.batch_norm)
+        name: (
+            s.length.count,
+            s.method.rate.peak,
+            type(s.method.optimizer).__name__,
+            s.method.head,
+            s.method.batch_norm,
+        )
         for name, s in rows.items()
     }
     assert told == {
-        "simclrv2_rn50": (60, 0.16, "lars", FirstLayer(2048, bias=False), "train"),
-        "simclrv2_rn50w2_sk": (30, 0.064, "lars", FirstLayer(4096, bias=False), "train"),
-        "paws_rn50w2": (50, 0.02, "sgd", FirstLayer(4096, bias=True), "local"),
+        "simclrv2_rn50": (60, 0.16, Lars("simclr"), FirstLayer(2048, bias=False), "train"),
+        "simclrv2_rn50w2_sk": (30, 0.064, Lars("simclr"), FirstLayer(4096, bias=False), "train"),
+        "paws_rn50w2": (50, 0.02, Sgd(nesterov=True), FirstLayer(4096, bias=True), "local"),
     }
-    assert all(s.method.weight_decay == 0 and s.method.batch_global == 1024 for s in rows.values())
+    assert all(s.method.batch_global == 1024 for s in rows.values())
     (whole,) = resolve("supervised.simclrv2_rn50_finetune_100pct")
     assert whole.method.head is None and whole.length == Epochs(30)
 
