@@ -111,7 +111,7 @@ def simclrv2(**changes):
     (stage,) = resolve("simclrv2.cifar10_small")
     tiny = {"dataset": "digits", "eval_view": fakes.EVAL, "labels": "per-class=10", "view": fakes.VIEW}
     tiny |= {"encoder": SimclrResNet(10, stem="cifar", base_width=4), "out_features": 8, "batch_global": 32}
-    tiny |= {"tau": 0.2, "rate": replace(stage.method.rate, peak=peak_rate(80.0, 32))}
+    tiny |= {"tau": 0.2, "rate": replace(stage.method.rate, peak=peak_rate(80.0, 32, "linear"))}
     return (replace(stage, method=replace(stage.method, precision="fp32", **tiny | changes)),)
 
 
