@@ -56,11 +56,11 @@ class StageTimes:
 
     def _row(self) -> np.ndarray:
         try:
-            return self._own.row
+            row: np.ndarray = self._own.row
         except AttributeError:
-            self._own.row = np.zeros((len(STAGES), 3))
-            self._all.append(self._own.row)
-            return self._own.row
+            row = self._own.row = np.zeros((len(STAGES), 3))
+            self._all.append(row)
+        return row
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,8 @@ class Prepared:
         parts = np.zeros_like(wall_s)
         parts[:, PLAN], parts[:, FINISH] = wall_s[:, PLAN], finished_s
         parts[:, [FETCH, DECODE, CROP]] = shares * np.maximum(rendered_s - wall_s[:, PLAN], 0.0)[:, None]
-        return parts.sum(0)
+        by_stage: np.ndarray = parts.sum(0)
+        return by_stage
 
 
 def stamp_s() -> float:

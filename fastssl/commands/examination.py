@@ -125,7 +125,8 @@ def _probe(code: str) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         return {"error": f"no answer in {IMPORT_TIMEOUT_S:.0f} s", "missing": False}
     if done.returncode == 0:
-        return json.loads(done.stdout.strip().splitlines()[-1])
+        found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+        return found
     last = (done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"])[-1]
     return {"error": last, "missing": last.startswith("ModuleNotFoundError")}
 

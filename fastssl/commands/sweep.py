@@ -204,7 +204,7 @@ def _claimed(sweep: Sweep, data: DataSets) -> dict[str, Any]:
         if (job.out / RESOLVED).exists():
             raise ConfigError(f"{job.out} holds a run, not a sweep: choose another --out")
         return {**what, "command": job.command, "runs": {}}
-    there = read_json(path)
+    there: dict[str, Any] = read_json(path)
     if changed := differences({key: there.get(key) for key in what}, what):
         raise ConfigError(f"{job.out} holds another sweep ({'; '.join(changed[:3])}): choose another --out")
     return there

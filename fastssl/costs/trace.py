@@ -197,7 +197,7 @@ class _Counter(TorchDispatchMode):
     """Sees every operation that reaches a kernel, forward and backward."""
 
     def __init__(self, lasting: list[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.flops: Counter[str] = Counter()
         self.conv_inputs = self.conv_outputs = self.conv_traffic = 0
         self.messages: list[Message] = []

@@ -118,7 +118,10 @@ class Compared:
 
 
 def compare(
-    network: nn.Module, watched: Watched, eager: Callable[[], AbstractContextManager], named: dict[str, nn.Parameter]
+    network: nn.Module,
+    watched: Watched,
+    eager: Callable[[], AbstractContextManager[None]],
+    named: dict[str, nn.Parameter],
 ) -> dict[str, Compared]:
     """By parameter of `network`: its gradient through `watched.network`, beside its gradient where `network` itself
     computes within the context that `eager` gives. Leaves no gradients; running statistics move."""

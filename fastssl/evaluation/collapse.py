@@ -43,4 +43,5 @@ def prediction_confidence(p_NK: Tensor) -> Tensor:
 
 
 def _entropy(p: Tensor) -> Tensor:
-    return torch.special.entr(p).sum()
+    entropy: Tensor = torch.special.entr(p).sum()
+    return entropy

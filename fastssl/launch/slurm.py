@@ -76,7 +76,8 @@ class Submitted:
         after SIGTERM it is SLURM that does this, or the user who does not want it done."""
         requeue = signal.getsignal(_notice())  # submitit's, which the run replaces by its own
         try:
-            return self.work()
+            result: dict[str, Any] = self.work()
+            return result
         except Stopped as stop:
             if stop.signum in (signal.SIGUSR1, signal.SIGUSR2) and callable(requeue):
                 requeue(stop.signum, None)  # on the first rank this leaves

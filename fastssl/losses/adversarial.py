@@ -62,7 +62,8 @@ def unit(x: Tensor) -> Tensor:
     underflows. Images of zeros stay."""
     dims, tiny = tuple(range(1, x.dim())), torch.finfo(x.dtype).tiny
     x = x / x.abs().amax(dims, keepdim=True).clamp_min(tiny)
-    return x / torch.linalg.vector_norm(x, dim=dims, keepdim=True).clamp_min(tiny)
+    unit: Tensor = x / torch.linalg.vector_norm(x, dim=dims, keepdim=True).clamp_min(tiny)
+    return unit
 
 
 def unit_unless_small(x: Tensor) -> Tensor:

@@ -76,4 +76,5 @@ def _scrambled(x: Tensor) -> Tensor:
 
 def _shifted(x: Tensor, places: int) -> Tensor:
     """Bits moved down, zeros coming in: int64's own shift would repeat the sign."""
-    return (x >> places) & (2 ** (64 - places) - 1)
+    shifted: Tensor = (x >> places) & (2 ** (64 - places) - 1)
+    return shifted

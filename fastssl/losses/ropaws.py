@@ -71,7 +71,8 @@ def _of_one_view(
     system_MM.fill_diagonal_(1.0)
     own_columns_MB = torch.zeros(num_all, num_own, dtype=own_BD.dtype, device=own_BD.device)
     own_columns_MB[first : first + num_own].fill_diagonal_(1.0)
-    return torch.linalg.solve(system_MM.T, own_columns_MB).T @ direct_MK
+    solved_BK: Tensor = torch.linalg.solve(system_MM.T, own_columns_MB).T @ direct_MK
+    return solved_BK
 
 
 def _row_parts(

@@ -209,4 +209,5 @@ def _simclr_terms(z_VBD: Tensor, target_GLD: Tensor, row_B: Tensor, positives: P
 
 def _products(a_BVD: Tensor, b_BLKD: Tensor) -> Tensor:
     """Inner products of each image's rows: [B, V, L, K]."""
-    return (a_BVD @ b_BLKD.flatten(1, 2).transpose(1, 2)).unflatten(2, b_BLKD.shape[1:3])
+    products_BVLK: Tensor = (a_BVD @ b_BLKD.flatten(1, 2).transpose(1, 2)).unflatten(2, b_BLKD.shape[1:3])
+    return products_BVLK

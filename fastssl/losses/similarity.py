@@ -108,7 +108,8 @@ def chunks(num_queries: int, num_supports: int) -> Iterator[slice]:
 def unit_rows(x_ND: Tensor) -> Tensor:
     """Rows divided by their Euclidean norms. As torch.nn.functional.normalize, but keeps one [N, D] tensor for backward
     and makes one there."""
-    return _UnitRows.apply(x_ND)
+    unit_ND: Tensor = _UnitRows.apply(x_ND)  # type: ignore[no-untyped-call]
+    return unit_ND
 
 
 @torch.no_grad()
@@ -133,7 +134,9 @@ def sum_of_soft_nearest_neighbours(
     gradients) it needs two tensors of MAX_ELEMENTS (a third for DenseLabels, which has a product with the matrix) and
     what `head` makes.
     """
-    return _SumOfSoftNearestNeighbours.apply(query_ND, support_SD, labels, tau, head)
+    sums: tuple[Tensor, ...]
+    sums = _SumOfSoftNearestNeighbours.apply(query_ND, support_SD, labels, tau, head)  # type: ignore[no-untyped-call]
+    return sums
 
 
 class _SumOfSoftNearestNeighbours(torch.autograd.Function):

@@ -25,7 +25,8 @@ from fastssl.optim.horizon import Epochs, Horizon, Span, Steps
 from fastssl.optim.optimiser import Optimiser
 from fastssl.optim.rates import Rate, WarmupCosine
 from fastssl.optim.sgd import Sgd
-from fastssl.weights.read import Weights, WeightsError, parts_of, read_weights
+from fastssl.weights.read import Weights, parts_of, read_weights
+from fastssl.weights.tensor_files import WeightsError
 from loaders.batch import Batch
 from loaders.plan.plan import Plan
 from loaders.plan.views import View, parse_subset

@@ -39,7 +39,8 @@ from fastssl.nn.encoders.resnet import SimclrResNet
 from fastssl.optim.lars import Lars
 from fastssl.optim.optimiser import Optimiser
 from fastssl.optim.rates import Rate, WarmupCosine
-from fastssl.weights.read import Weights, WeightsError
+from fastssl.weights.read import Weights
+from fastssl.weights.tensor_files import WeightsError
 from loaders.batch import Batch
 from loaders.plan.ops import Flip
 from loaders.plan.plan import Plan

@@ -43,7 +43,8 @@ from fastssl.nn.norm.running_stats import average_running_stats, set_batch_norm_
 from fastssl.optim.optimiser import Optimiser
 from fastssl.optim.rates import Rate, WarmupCosine
 from fastssl.optim.sgd import Sgd
-from fastssl.weights.read import Weights, WeightsError, load_whole
+from fastssl.weights.read import Weights, load_whole
+from fastssl.weights.tensor_files import WeightsError
 from loaders.batch import Batch
 from loaders.plan.plan import Plan
 from loaders.plan.views import (

@@ -59,11 +59,13 @@ def recomputed(block: Lockstep, xs: Sequence[Tensor]) -> list[Tensor]:
     be frozen meanwhile (`frozen_running_stats`) and free again when backward computes the block again."""
     updates = {layer: layer.update_running_stats for layer in block.modules() if isinstance(layer, GlobalBatchNorm)}
 
-    def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         first, again = create_selective_checkpoint_contexts(_policy)
         return first, _leaving_buffers(block, updates, again)
 
-    return checkpoint(block.lockstep, list(xs), use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+    ys: list[Tensor]
+    ys = checkpoint(block.lockstep, list(xs), use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+    return ys
 
 
 def _policy(ctx: Any, op: Callable[..., Any], *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -78,7 +80,7 @@ def _policy(ctx: Any, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Chec
 
 @contextmanager
 def _leaving_buffers(
-    block: Lockstep, updates: Mapping[GlobalBatchNorm, bool], context: AbstractContextManager
+    block: Lockstep, updates: Mapping[GlobalBatchNorm, bool], context: AbstractContextManager[None]
 ) -> Iterator[None]:
     """`context`, in which running statistics are updated as in the first pass, and after which the block's buffers are
     what they were. (Selective checkpointing insists on the very same operations when it computes again, so running

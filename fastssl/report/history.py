@@ -45,7 +45,7 @@ class StageHistory:
 
     @property
     def name(self) -> str:
-        return self.settings["name"]
+        return str(self.settings["name"])
 
     @cached_property
     def minutes(self) -> list[float]:
@@ -115,7 +115,7 @@ class StageHistory:
         """How many there will be; None while that is not known."""
         length = self.settings["length"]
         if short_name(length["type"]) == "Steps":
-            return length["count"]
+            return int(length["count"])
         last = self.steps[-1] if self.steps else None
         return None if last is None else length["count"] * round(last["step"] / last["epoch"])
 
@@ -165,7 +165,8 @@ def _as_today(run: Path, stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The stages as a run of today would write them, so that runs can be compared; as they stand where they need what
     is not there any more."""
     try:
-        return to_plain(read_run(run).stages)
+        today: list[dict[str, Any]] = to_plain(read_run(run).stages)
+        return today
     except FastsslError:
         return stages
 

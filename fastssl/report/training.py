@@ -7,6 +7,7 @@ from dataclasses import replace
 from datetime import datetime
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from fastssl.config.plain import differences
 from fastssl.engine.reopen import open_method, open_run
@@ -310,7 +311,7 @@ def _minutes_at(stage: StageHistory, step: int) -> float:
 
 
 def _throughput(runs: Runs) -> Html:
-    def over_minutes(of: Callable[[dict], float]) -> list[Line]:
+    def over_minutes(of: Callable[[dict[str, Any]], float]) -> list[Line]:
         return [
             Line(run, stage.minutes, [of(r) for r in stage.steps], i, bool(i)) for i, (run, stage) in enumerate(runs)
         ]

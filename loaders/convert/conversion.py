@@ -195,7 +195,7 @@ def verify(out: Path, progress: Progress = lambda what, done, total: None) -> di
 def read_manifest(out: Path) -> dict[str, Any]:
     path = out / MANIFEST
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest: dict[str, Any] = json.loads(path.read_bytes())
         for said in manifest["splits"].values():
             _ = [said[key] for key in ("file", "images_sha256", "tables_sha256", "odd", "quarantined", "ignored")]
             _ = said["images"] + sum(said["data"]), ["".join(c["sha256"]) for c in said["classes"].values()]
@@ -396,7 +396,7 @@ def _in_chunks(ids: np.ndarray, work: Callable[[np.ndarray], Any]) -> Iterator[t
     num_threads = _num_threads()
     chunks = (ids[k : k + _CHUNK] for k in range(0, len(ids), _CHUNK))
     pool = ThreadPoolExecutor(num_threads)
-    pending: list[tuple[np.ndarray, Future]] = []
+    pending: list[tuple[np.ndarray, Future[Any]]] = []
     try:
         while True:
             while len(pending) < 8 * num_threads and (chunk := next(chunks, None)) is not None:

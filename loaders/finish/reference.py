@@ -73,7 +73,8 @@ def from_hsv(hue: np.ndarray, saturation: np.ndarray, value: np.ndarray) -> np.n
     for corner in (5, 3, 1):  # f(n) = V - V * S * clip(min(k, 4 - k), 0, 1), k = (n + 6 H) mod 6
         k = (corner + 6 * hue) % 6
         channels.append(value - value * saturation * np.clip(np.minimum(k, 4 - k), 0, 1))
-    return np.clip(np.stack(channels, 2), 0, 1).astype(value.dtype)
+    colours: np.ndarray = np.clip(np.stack(channels, 2), 0, 1).astype(value.dtype)
+    return colours
 
 
 def hue(image: np.ndarray, turns: float) -> np.ndarray:
@@ -262,7 +263,8 @@ def noise(image: np.ndarray, std: float, key_low: float, key_high: float) -> np.
     first, second = noise_words(np.uint64(key_low), np.uint64(key_high), index)
     radius = np.sqrt(-2 * np.log((first + 0.5) / 2**32))
     normal = radius * np.cos(2 * np.pi * (second + 0.5) / 2**32)
-    return np.clip(image + std * normal, 0, 1).astype(image.dtype)
+    noisy: np.ndarray = np.clip(image + std * normal, 0, 1).astype(image.dtype)
+    return noisy
 
 
 LAWS: dict[type[Op], Callable[..., np.ndarray]] = {

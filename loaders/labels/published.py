@@ -110,7 +110,7 @@ def read_file(path: Path) -> bytes:
 
 def _fetch(url: str) -> bytes:
     with urllib.request.urlopen(url, timeout=TIMEOUT_S) as answer:
-        data = answer.read(MAX_BYTES + 1)
+        data: bytes = answer.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
         raise StoreError(f"{url}: more than {MAX_BYTES} bytes, not a label list")
     return data

@@ -103,7 +103,8 @@ def _placed_boxes(
     left, top = np.rint((resized_w - size) * across), np.rint((resized_h - size) * down)
     scale_x, scale_y = width / resized_w, height / resized_h
     boxes = _corners(left * scale_x, top * scale_y, size * scale_x, size * scale_y)
-    return np.minimum(boxes, np.stack([width, height, width, height], axis=1))  # rounding may end beyond the edge
+    inside: np.ndarray = np.minimum(boxes, np.stack([width, height, width, height], axis=1))  # rounding may go beyond
+    return inside
 
 
 def _sides(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -30,7 +30,8 @@ def _scramble(x: np.ndarray) -> np.ndarray:
     """SplitMix64's finaliser: a bijection on 64 bits in which every input bit moves every output bit."""
     x = (x ^ (x >> _S30)) * _MULTIPLY_1
     x = (x ^ (x >> _S27)) * _MULTIPLY_2
-    return x ^ (x >> _S31)
+    mixed: np.ndarray = x ^ (x >> _S31)
+    return mixed
 
 
 def _bits(part: Key) -> np.ndarray:

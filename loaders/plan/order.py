@@ -49,7 +49,8 @@ def _feistel(value: np.ndarray, low_bits: np.ndarray, bits: np.ndarray, key: np.
             low = low ^ (mix(key, round_, high) & low_mask)
         else:
             high = high ^ (mix(key, round_, low) & high_mask)
-    return (high << low_bits) | low
+    joined: np.ndarray = (high << low_bits) | low
+    return joined
 
 
 def _bit_length(x: np.ndarray) -> np.ndarray:

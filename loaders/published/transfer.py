@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -66,7 +66,7 @@ class _Rows(NamedTuple):
     paths: list[str]
     classes: list[str]
 
-    def __add__(self, other: tuple) -> _Rows:
+    def __add__(self, other: tuple[Any, ...]) -> _Rows:
         return _Rows(self.paths + other[0], self.classes + other[1])
 
 

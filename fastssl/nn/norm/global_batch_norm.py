@@ -113,7 +113,7 @@ class GlobalBatchNorm(_BatchNorm):
         bias_C = self.bias if self.affine else torch.zeros_like(self.running_mean)
         # Dynamo takes no Function that has a jvp, and needs none.
         function = Fused if torch.compiler.is_compiling() else FusedForwardMode
-        *ys, statistics = function.apply(self.eps, relu, group_name, len(xs), weight_C, bias_C, *xs, *residuals)
+        *ys, statistics = function.apply(self.eps, relu, group_name, len(xs), weight_C, bias_C, *xs, *residuals)  # type: ignore[no-untyped-call]
         return ys, Statistics.split(statistics)
 
     def _follow(self, mean_RC: Tensor, unbiased_var_RC: Tensor) -> None:

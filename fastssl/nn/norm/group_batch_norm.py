@@ -45,7 +45,7 @@ class GroupBatchNorm(GlobalBatchNorm):
 
     def _mean(self, statistics_RC: Tensor) -> Tensor:
         """Over the groups of each x, of all ranks: [num_groups * R, C] -> [R, C]."""
-        mean_RC = statistics_RC.unflatten(0, (-1, self.num_groups)).mean(dim=1)
+        mean_RC: Tensor = statistics_RC.unflatten(0, (-1, self.num_groups)).mean(dim=1)
         if dist.world_size() == 1:
             return mean_RC
         return dist.sum_over_group(mean_RC, dist.statistics_group().group_name) / dist.world_size()

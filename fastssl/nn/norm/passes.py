@@ -35,7 +35,8 @@ def _kernels() -> ModuleType:
 def local_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance [C] of this rank's rows."""
     if on_kernels(x):
-        return _kernels().statistics(x)
+        mean_and_variance: tuple[Tensor, Tensor] = _kernels().statistics(x)
+        return mean_and_variance
     dtype = statistics_dtype(x)
     if torch.compiler.is_compiling():  # the native kernel cannot be traced
         var_C, mean_C = torch.var_mean(x.to(dtype), [d for d in range(x.dim()) if d != 1], correction=0)
@@ -52,7 +53,8 @@ def local_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 def affine(x: Tensor, scale_C: Tensor, shift_C: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
     """x * scale + shift + residual, cut at zero where `relu`."""
     if on_kernels(x):
-        return _kernels().normalise(x, scale_C, shift_C, residual, relu)
+        y: Tensor = _kernels().normalise(x, scale_C, shift_C, residual, relu)
+        return y
     if torch.compiler.is_compiling():
         y = x.to(scale_C.dtype) * _per_channel(scale_C, x) + _per_channel(shift_C, x)
         y = y if residual is None else y + residual
@@ -88,7 +90,9 @@ def combine(
 ) -> tuple[Tensor, Tensor | None]:
     """of_g * g + of_x * x + constant, dtype of x; and g where it `has_residual`. Only kernels take a mask."""
     if on_kernels(x):
-        return _kernels().input_gradient(g, mask, x, of_g_C, of_x_C, constant_C, residual_gradient=has_residual)
+        gradients: tuple[Tensor, Tensor | None]
+        gradients = _kernels().input_gradient(g, mask, x, of_g_C, of_x_C, constant_C, residual_gradient=has_residual)
+        return gradients
     of_g, of_x, constant = (_per_channel(c_C, x) for c_C in (of_g_C, of_x_C, constant_C))
     return torch.addcmul(constant, x, of_x).addcmul_(g, of_g).to(x.dtype), g if has_residual else None
 

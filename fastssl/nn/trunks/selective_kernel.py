@@ -67,7 +67,8 @@ def _select(x: Tensor, logits: Tensor) -> Tensor:
     # In the type of x: autocast computes softmax in float32, which would widen whole feature maps.
     weights = logits.unflatten(1, (2, -1)).softmax(1).to(x.dtype)[..., None, None]
     (near, far), (of_near, of_far) = x.chunk(2, dim=1), weights.unbind(1)
-    return near * of_near + far * of_far
+    selected: Tensor = near * of_near + far * of_far
+    return selected
 
 
 class SelectiveKernelBottleneck(Lockstep):
