@@ -10,6 +10,7 @@ gloo, carries what hosts say to each other while their devices work.
 """
 
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -38,13 +39,14 @@ def init(backend: str, *, init_method: str = "env://", timeout_s: float = 600.0,
 
     Reads RANK, LOCAL_RANK and WORLD_SIZE, and for `env://` MASTER_ADDR and MASTER_PORT, as torchrun sets them.
     Raises RuntimeError where one of the first three is missing, torch's DistError where the ranks have not come
-    together within `join_timeout_s`. A later collective fails after `timeout_s`.
+    together within `join_timeout_s`, SharedGpu where two ranks have one GPU. A later collective fails after
+    `timeout_s`.
     """
     global _statistics_group, _host_group, _store
     missing = [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name not in os.environ]
     if missing:
         raise RuntimeError(f"{', '.join(missing)} not set: start the ranks with torchrun or `fastssl train --gpus N`")
-    device = torch.device("cuda", local_rank()) if backend == "nccl" else None
+    device = torch.device("cuda", local_gpu()) if backend == "nccl" else None
     if device is not None:
         torch.cuda.set_device(device)
         for name, value in FLIGHT_RECORDER.items():
@@ -60,8 +62,33 @@ def init(backend: str, *, init_method: str = "env://", timeout_s: float = 600.0,
         timeout=timedelta(seconds=timeout_s),
         device_id=device,
     )
-    _statistics_group = td.new_group(timeout=timedelta(seconds=timeout_s))
+    _statistics_group = td.new_group(timeout=timedelta(seconds=timeout_s), pg_options=_first_in_line(backend))
     _host_group = td.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    if device is not None:
+        _check_own_gpu(str(getattr(torch.cuda.get_device_properties(device), "uuid", local_rank())))
+
+
+class SharedGpu(RuntimeError):
+    """Two ranks have one GPU."""
+
+
+def _first_in_line(backend: str) -> Any:
+    """Options of the group of batch-norm messages: a layer waits for each of them, and they are small, so that on a GPU
+    they go before what of DDP's buckets has not begun."""
+    if backend != "nccl":
+        return None
+    options = td.ProcessGroupNCCL.Options()
+    options.is_high_priority_stream = True
+    return options
+
+
+def _check_own_gpu(gpu: str) -> None:
+    """Raise SharedGpu, on every rank, where two of a host have the same: NCCL would not say so in these words."""
+    owners = gather_objects((socket.gethostname(), gpu))
+    shared = [rank for rank, owner in enumerate(owners) if owners.count(owner) > 1]
+    if shared:
+        ranks = ", ".join(map(str, shared))
+        raise SharedGpu(f"ranks {ranks} share GPUs on {owners[shared[0]][0]}: start one rank for each GPU")
 
 
 def shutdown() -> None:
@@ -98,8 +125,14 @@ def world_size() -> int:
 
 
 def local_rank() -> int:
-    """Rank within this host, which is also the number of this rank's GPU."""
+    """Rank within this host."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_gpu() -> int:
+    """The number of this rank's GPU: that of the rank within its host, among those that the rank is shown; 0 where a
+    launcher shows each rank its own alone (`srun --gpus-per-task 1`, `--gpu-bind`)."""
+    return local_rank() % max(1, torch.cuda.device_count())
 
 
 def is_main() -> bool:
@@ -338,4 +371,4 @@ def barrier() -> None:
 
 def _message_device() -> torch.device:
     """Where a message from the host must lie: NCCL carries nothing but GPU memory."""
-    return torch.device("cuda", local_rank()) if td.get_backend() == "nccl" else torch.device("cpu")
+    return torch.device("cuda", local_gpu()) if td.get_backend() == "nccl" else torch.device("cpu")

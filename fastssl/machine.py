@@ -6,7 +6,9 @@ import ctypes
 import functools
 import os
 import platform
+import socket
 import subprocess
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -17,8 +19,30 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 
 def threads_per_rank() -> int:
-    """CPU threads of this rank: an equal share of what the processes of this host may use."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    """CPU threads of this rank: an equal share of the CPUs that it may use, among the ranks of this host that may use
+    the same: all of them, unless `share_cpus` was told."""
+    return max(1, len(os.sched_getaffinity(0)) // (_sharers or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+_sharers = 0  # ranks that may use this one's CPUs; 0: not known
+
+
+def own_cpus() -> tuple[str, tuple[int, ...]]:
+    """This host and the CPUs of it that this process may use: all, or a part where whoever started it has bound it."""
+    return socket.gethostname(), tuple(sorted(os.sched_getaffinity(0)))
+
+
+def share_cpus(of_ranks: Sequence[tuple[str, tuple[int, ...]]]) -> None:
+    """Tell this process the `own_cpus` of all ranks: those that a launcher has bound to parts of a host
+    (`torchrun --numa-binding`, srun) share these parts, and not the host, among as many as got the same part."""
+    global _sharers
+    _sharers = sum(other == own_cpus() for other in of_ranks)
+
+
+def compile_threads(num: int) -> None:
+    """Let this process compile with `num` threads, and not with one for each CPU of the host, as each rank would. Says
+    nothing where the user did, and comes too late once torch's compiler is loaded."""
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(num))
 
 
 def versions() -> dict[str, str]:

@@ -16,7 +16,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,6 +45,8 @@ from loaders.timing import FINISH, PLAN, Prepared, StageTimes, now
 _DONE = object()
 _CPU = torch.device("cpu")
 _HISTORY = 1000  # batches
+NUM_KEPT = 4  # batches after which a GPU's loader has made all its slots
+_PLANES_BYTES = 20_000_000  # of a finish's float planes, of which two live at once: less than a large GPU's L2
 
 
 @dataclass(frozen=True)
@@ -209,6 +211,12 @@ class Loader:
                 if isinstance(item, tuple):
                     item[0].release()
 
+    def keep_rendered(self) -> None:
+        """After the next NUM_KEPT batches render nothing: what later ones copy and finish lies in their slots already.
+        For measurements of what is left."""
+        for name, renderer in self._renderers.items():
+            self._renderers[name] = _Kept(renderer)
+
     def close(self) -> None:
         """Stop and join every thread of this loader."""
         self._join_planner()
@@ -352,9 +360,27 @@ def _finished_on_gpu(rows: ViewRows, crops: np.ndarray | Tensor, out: Tensor) ->
     from loaders.finish.triton import finish as triton_finish  # a library that only torch's CUDA builds bring along
 
     on_gpu = crops if isinstance(crops, Tensor) else torch.from_numpy(crops).to(out.device, non_blocking=True)
-    triton_finish.finish(on_gpu, rows.view.ops, rows.tables, rows.view.pixels, out[0])
+    # A blur keeps float planes between its passes: of few images at a time they stay in the cache, and take no memory
+    # to speak of.
+    at_once = max(1, _PLANES_BYTES // (4 * out[0, 0].numel()))
+    for first in range(0, len(crops), at_once):
+        few = slice(first, first + at_once)
+        tables = tuple(table[few] for table in rows.tables)
+        triton_finish.finish(on_gpu[few], rows.view.ops, tables, rows.view.pixels, out[0, few])
     _turn(out, rows.view.turns, torch.rot90)
     return out
+
+
+class _Kept:
+    """A renderer that stops rendering once every slot has crops in it."""
+
+    def __init__(self, renderer: Renderer):
+        self.renderer, self.device_id, self._num_left = renderer, renderer.device_id, NUM_KEPT
+
+    def render(self, rows: Rows, out: Mapping[str, Any]) -> None:
+        if self._num_left:
+            self._num_left -= 1
+            self.renderer.render(rows, out)
 
 
 class _Timed:

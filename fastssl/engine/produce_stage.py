@@ -28,7 +28,7 @@ def produce(at: Joined) -> dict[str, Any]:
     nets = at.method.nets()
     at.method.load_inputs(nets)
     for module in nets.modules().values():
-        module.to(at.here.device).eval()
+        module.to(at.here.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     rows = RowsSoFar(at.checkpoints, _origin(at))
     _fill(rows, at, nets)
     return dist.broadcast_object(_stored(at, rows.tensors()) if dist.is_main() else {})

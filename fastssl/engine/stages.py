@@ -21,7 +21,7 @@ from fastssl.engine.produce_stage import produce
 from fastssl.engine.same_everywhere import check_same_everywhere
 from fastssl.engine.signals import StopRequest
 from fastssl.engine.train_stage import replayed, train
-from fastssl.machine import keep_freed_memory, threads_per_rank
+from fastssl.machine import compile_threads, keep_freed_memory, own_cpus, share_cpus, threads_per_rank
 from fastssl.methods.base import Artefact, Stage
 from fastssl.record.recorder import result_lines
 from fastssl.run_dir.files import CHECKPOINTS, RESULT, read_json
@@ -33,9 +33,11 @@ from loaders.store.data import DataSets, open_data, search_folders
 
 def run(job: Job) -> dict[str, Any]:
     """Do, or finish, every stage of `job` on this rank; returns what `result.json` holds."""
+    share_cpus(dist.gather_objects(own_cpus()))
     threads = threads_per_rank()
     torch.set_num_threads(threads)
-    device = torch.device(job.device, dist.local_rank()) if job.device == "cuda" else torch.device("cpu")
+    compile_threads(threads)
+    device = torch.device("cuda", dist.local_gpu()) if job.device == "cuda" else torch.device("cpu")
     if device.type == "cpu":
         keep_freed_memory()
     data = _opened(job)

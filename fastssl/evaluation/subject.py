@@ -5,6 +5,7 @@ Embeddings are computed once for each (role, tap), so protocols that look at the
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -206,21 +207,39 @@ class Subject:
             renderer=self.renderer,
         )
         with loader, eval_mode(self.nets), torch.no_grad():
-            for batch in loader.batches(0, bound.plan.steps_per_epoch):
+            behind: deque[tuple[Tensor, Tensor, torch.cuda.Event | None]] = deque()
+            num_batches = bound.plan.steps_per_epoch
+            for number, batch in enumerate(loader.batches(0, num_batches), 1):
                 part = batch.parts[role]
                 # Gathered batch by batch: a batch's rank slices are contiguous, so ids come out ascending, and the
-                # device never holds more than one global batch of embeddings.
-                rows_BD = dist.gather_ragged(self.method.embed(self.nets, part.x[view], tap).float())
-                if not done:
-                    values_ND = torch.empty(count, rows_BD.shape[1])
-                values_ND[done : done + len(rows_BD)] = rows_BD
-                marks_N2[done : done + len(rows_BD)] = dist.gather_ragged(torch.stack([part.labels, part.ids], dim=1))
-                done += len(rows_BD)
+                # device never holds more than two global batches of embeddings. All but the last are even.
+                gather = dist.gather_ragged if number == num_batches else dist.gather_rows
+                rows_BD = gather(self.method.embed(self.nets, part.x[view], tap).float())
+                marks_B2 = gather(torch.stack([part.labels, part.ids], dim=1))
+                behind.append(_on_the_way(rows_BD, marks_B2))
                 batch.release()
+                if number == 1:
+                    values_ND = torch.empty(count, rows_BD.shape[1])
+                while len(behind) > (number < num_batches):  # the device works on a batch while the last one is fetched
+                    rows_BD, marks_B2, there = behind.popleft()
+                    if there is not None:
+                        there.synchronize()
+                    values_ND[done : done + len(rows_BD)], marks_N2[done : done + len(rows_BD)] = rows_BD, marks_B2
+                    done += len(rows_BD)
         assert done == count, f"{done} embeddings of {count} images"
         if not torch.isfinite(values_ND).all():
             raise FastsslError(f"embeddings of the {role} images at {tap!r} are not finite: the training has diverged")
         return Features(values_ND, labels=marks_N2[:, 0].contiguous(), ids=marks_N2[:, 1].contiguous())
+
+
+def _on_the_way(rows_BD: Tensor, marks_B2: Tensor) -> tuple[Tensor, Tensor, torch.cuda.Event | None]:
+    """Both on the host, once the event is there."""
+    if not rows_BD.is_cuda:
+        return rows_BD, marks_B2, None
+    pair = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in (rows_BD, marks_B2)]
+    for host, there in zip(pair, (rows_BD, marks_B2), strict=True):
+        host.copy_(there, non_blocking=True)
+    return pair[0], pair[1], torch.cuda.current_stream(rows_BD.device).record_event()
 
 
 @contextmanager

@@ -31,6 +31,8 @@ def joined(ranks: Ranks, work: Work) -> Any:
         dist.init("nccl" if ranks.device == "cuda" else "gloo", join_timeout_s=_join_s())
     except DistError as error:
         raise FastsslError(_why_not_joined(master, str(error))) from error
+    except dist.SharedGpu as error:
+        raise FastsslError(str(error)) from error
     result = work()
     dist.shutdown()
     return result
@@ -48,7 +50,10 @@ def _why_not_joined(master: str, error: str) -> str:
     within = f"within {_join_s():g} s (FASTSSL_JOIN_S)"
     if "waiting for clients" in error:
         return f"{who} waited at {master}, and not all {os.environ['WORLD_SIZE']} ranks came {within}"
-    return f"{who} did not reach the first rank at {master} {within}: is it running, and MASTER_ADDR right?"
+    return (
+        f"{who} did not reach the first rank at {master} {within}: is it running, and MASTER_ADDR right? Where hosts "
+        "have several networks, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the one (ip -br addr) that they share"
+    )
 
 
 def exit_code(error: Exception) -> int:

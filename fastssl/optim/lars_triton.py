@@ -22,7 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 CHUNK = 16384  # elements of a program
-BLOCK = 4096  # elements it holds at a time; 16 a thread
+BLOCK = 2048  # elements it holds at a time, 8 a thread: two loads of 16 bytes, and registers for half of the warps
+UNALIGNED_BLOCK = 1024  # where elements must be loaded one by one, each with an address of its own
 WARPS = 8
 SUMS = 256  # chunks whose sums are added at a time
 
@@ -186,7 +187,7 @@ class Fused:
                 "FORM": group["form"],
                 "ALIGN": gradients.align,
                 "CHUNK": CHUNK,
-                "BLOCK": BLOCK,
+                "BLOCK": BLOCK if gradients.align == 16 else UNALIGNED_BLOCK,
                 "num_warps": WARPS,
             }
             adapted = not group["lars_exclude"]

@@ -55,7 +55,7 @@ def run(job: Job, asked: Asked, keep: Callable[[list[Found], bool], None]) -> No
     rank after each round, for what a profile that is interrupted leaves behind."""
     threads = threads_per_rank()
     torch.set_num_threads(threads)
-    device = torch.device(job.device, dist.local_rank()) if job.device == "cuda" else torch.device("cpu")
+    device = torch.device("cuda", dist.local_gpu()) if job.device == "cuda" else torch.device("cpu")
     if device.type == "cpu":
         keep_freed_memory()
     measuring = _Measuring(job, asked, device, threads)

@@ -32,7 +32,7 @@ from fastssl.profiling.windows import (
     without,
 )
 from loaders.batch import Batch
-from loaders.loader import Loader, bind
+from loaders.loader import NUM_KEPT, Loader, bind
 
 MOST_STEPS = 50  # of a window
 
@@ -54,8 +54,7 @@ class Stepping:
         how = given.job.how or default_how(device)
         self.step = TrainingStep(stage, how, self.method, nets, self.method.optimizer(nets), device)
         self.number = 0
-        self.host = self._first_batch()
-        self.fixed = self.host.to(device)
+        self.fixed = self._first_batch().to(device)
         if self.step.must_prepare:
             self.step.prepare(self.fixed, given.found.notes.append)
         first_s, usual_s = self._timed_step(), self._timed_step()
@@ -135,8 +134,13 @@ class Stepping:
             yield self.fixed
 
     def _copied_batches(self, count: int) -> Generator[Batch]:
-        for _ in range(count):
-            yield self.host.to(self.given.device)
+        """As the loader copies and finishes them, from pixels that are there: bytes from pinned memory, not floats."""
+        with self.given.loader(self.bound, self.given.threads) as loader:
+            loader.keep_rendered()
+            with closing(loader.batches(0, NUM_KEPT + count)) as batches:
+                for batch in islice(batches, NUM_KEPT):
+                    batch.release()
+                yield from batches
 
     def _loaded_batches(self, count: int) -> Generator[Batch]:
         """From the loader in full flight. Where the step binds, its queue is full; where the loader binds it is empty,

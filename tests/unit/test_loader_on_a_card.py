@@ -11,6 +11,7 @@ import torch
 
 from loaders import loader as loader_module
 from loaders.loader import Loader, bind
+from loaders.plan.ops import Noise
 from loaders.plan.plan import Plan
 from loaders.plan.views import UNIT, Filter, Rrc, Shuffled, Stream, View
 from loaders.store.data import DataSets
@@ -149,3 +150,39 @@ def test_dalis_images_are_copied_on_the_stream_that_finishes_them(card, monkeypa
             assert np.array_equal(found[:, expected], np.arange(3 * len(expected)).reshape(3, -1))
             assert Event.num_waits == int(broken)  # for the copies before, from buffers that are written now
     assert set(pipelines[0].copies) == {(ahead.cuda_stream, True)}
+
+
+# ------------------------------------------------------------------------------------------------- copied and finished
+
+
+def test_what_is_kept_is_copied_and_not_rendered_again(card):
+    """Catches a measurement of copies that also decodes, or that copies floats in place of bytes."""
+    with Loader(noise_bound(), device="cuda") as loader:
+        renderer, num = loader._renderers["s"], []
+        render = renderer.render
+        renderer.render = lambda rows, out: num.append(rows) or render(rows, out)
+        loader.keep_rendered()
+        for batch in loader.batches(0, 12):
+            assert batch.parts["s"].x["v"].dtype == torch.float32
+            batch.release()
+    assert len(num) == loader_module.NUM_KEPT
+
+
+def test_a_finish_takes_few_images_at_a_time(monkeypatch):
+    """Catches float planes of a whole batch, that no model of memory knows, and rows that get another one's colours."""
+    triton_finish = pytest.importorskip("loaders.finish.triton.finish")
+    seen = []
+
+    def finish(crops, ops, tables, pixels, out):
+        seen.append(len(crops))
+        assert all(len(table) == len(crops) for table in tables)
+        out.copy_(crops.float() + torch.from_numpy(tables[0][:, :1, None, None] if len(tables[0].shape) == 2 else 0))
+
+    monkeypatch.setattr(triton_finish, "finish", finish)
+    monkeypatch.setattr(loader_module, "_PLANES_BYTES", 4 * 3 * 8 * 8 * 5)
+    rows = rows_for(ArraySource("noise", np.zeros((16, 16, 16, 3), np.uint8), np.zeros(16, int), ("a",)),
+                    (View("v", 8, Rrc((0.3, 1.0)), (Noise(),), UNIT),), batch=12).views[0]  # fmt: skip
+    rows.tables[0][:, 0] = np.arange(12)
+    out = torch.empty(1, 12, 8, 8, 3)
+    loader_module._finished_on_gpu(rows, torch.zeros(12, 8, 8, 3, dtype=torch.uint8), out)
+    assert seen == [5, 5, 2] and torch.equal(out[0, :, 0, 0, 0], torch.arange(12.0))

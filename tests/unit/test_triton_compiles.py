@@ -8,8 +8,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-ARCHITECTURES = (80, 90)
+ARCHITECTURES = (80, 90, 100)
+GOLDEN = Path(__file__).parents[1] / "golden" / "kernels.json"
 
 
 def test_every_kernel_compiles(tmp_path):
@@ -64,12 +66,14 @@ def main() -> None:
     from loaders.finish.triton import passes
     from loaders.plan import ops
     from loaders.plan.views import CIFAR10, IMAGENET, SIGNED
+    from tools.kernels import table
 
     pointers = {
         torch.uint8: "*u8", torch.int32: "*i32", torch.float32: "*fp32", torch.float16: "*fp16",
         torch.bfloat16: "*bf16", torch.int64: "*i64",
     }  # fmt: skip
     compiled: dict[str, dict[int, int]] = {}
+    rows: dict[str, dict[str, Any]] = {}
     found: list[str] = []
 
     def compile_only(kernel, *args, grid, warmup, num_warps=4, **kwargs):
@@ -89,10 +93,16 @@ def main() -> None:
             divides = isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
             if name not in constants and divides and not parameter.do_not_specialize:
                 attributes[(place,)] = [["tt.divisibility", 16]]
+        types = "-".join(t.removeprefix("*") for t in signature.values() if t.startswith("*"))
+        key = name = f"{kernel.__name__} {types} {constants.get('ALIGN', '')}".strip()
+        while key in rows:
+            key = f"{name} #{int(key.partition('#')[2] or 1) + 1}"
+        rows[key] = {}
         for architecture in ARCHITECTURES:
             source, target = ASTSource(kernel, signature, constants, attributes), GPUTarget("cuda", architecture, 32)
             code = triton.compile(source, target=target, options={"num_warps": num_warps})
             compiled.setdefault(kernel.__name__, {})[architecture] = len(code.asm["cubin"])
+            rows[key][f"sm_{architecture}"] = table(code, architecture)
             if hasattr(triton_kernels, kernel.__name__) or hasattr(lars_triton, kernel.__name__):
                 variant = f"{kernel.__name__} on sm_{architecture}, align {constants.get('ALIGN')}"
                 found.extend(faults(variant, code.asm["ptx"], code.asm["ttir"]))
@@ -127,7 +137,7 @@ def main() -> None:
         step([{**settings, "form": form, "lars_exclude": True}], None, None)
     modules = (passes, triton_kernels, lars_triton)
     kernels = [name for module in modules for name in vars(module) if name.endswith("_kernel")]
-    print(json.dumps({"compiled": compiled, "kernels": kernels, "faults": found}))
+    print(json.dumps({"compiled": compiled, "kernels": kernels, "faults": found, "table": rows}))
 
 
 if __name__ == "__main__":

@@ -76,7 +76,8 @@ def _merged(mean, m2, n):
 
 
 @triton.jit(do_not_specialize=["num_rows", "chunk_rows"])
-def _statistics_kernel(x, means, m2s, num_rows, C, chunk_rows, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+def _statistics_kernel(x, means, m2s, num_rows, C, chunk_rows, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+                       STAGES: tl.constexpr):  # fmt: skip
     """One chunk's mean and sum of squared deviations: Welford's in every row of the tile, then these merged."""
     channel, row, offsets = _column(C, ROWS, CHANNELS)
     chunk = tl.program_id(1)
@@ -84,7 +85,7 @@ def _statistics_kernel(x, means, m2s, num_rows, C, chunk_rows, ROWS: tl.constexp
     num = tl.minimum(num_rows - first, chunk_rows).to(tl.int32)
     mean = tl.zeros((ROWS, CHANNELS), tl.float32)
     m2 = tl.zeros((ROWS, CHANNELS), tl.float32)
-    for i in tl.range(tl.cdiv(num, ROWS), num_stages=3):
+    for i in tl.range(tl.cdiv(num, ROWS), num_stages=STAGES):
         exists = (i * ROWS + row < num)[:, None]
         value = _load(x, (first + i * ROWS) * C, offsets, exists & (channel < C)[None, :])
         difference = tl.where(exists, value - mean, 0.0)
@@ -126,7 +127,7 @@ def _normalise_kernel(x, residual, y, scale_C, shift_C, num_rows, C, RELU: tl.co
 
 @triton.jit(do_not_specialize=["num_rows", "chunk_rows"])
 def _gradient_sums_kernel(g, y, x, mean_C, scale_C, shift_C, sums_g, sums_gx, num_rows, C, chunk_rows,
-                          ROWS: tl.constexpr, CHANNELS: tl.constexpr):  # fmt: skip
+                          ROWS: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """One chunk's sum of g and of g * (x - mean)."""
     channel, row, offsets = _column(C, ROWS, CHANNELS)
     chunk = tl.program_id(1)
@@ -135,7 +136,7 @@ def _gradient_sums_kernel(g, y, x, mean_C, scale_C, shift_C, sums_g, sums_gx, nu
     mean = _of_channels(mean_C, channel, C)
     sum_g = tl.zeros((ROWS, CHANNELS), tl.float32)
     sum_gx = tl.zeros((ROWS, CHANNELS), tl.float32)
-    for i in tl.range(tl.cdiv(num, ROWS), num_stages=3):
+    for i in tl.range(tl.cdiv(num, ROWS), num_stages=STAGES):
         start = (first + i * ROWS) * C
         inside = (i * ROWS + row < num)[:, None] & (channel < C)[None, :]
         value = _load(x, start, offsets, inside)
@@ -187,8 +188,10 @@ class Blocks(NamedTuple):
         return triton.cdiv(num_channels, self.channels)
 
 
-# Numbers of a tile: 16 for each of a program's 128 threads, two loads of 16 bytes from a half-precision tensor.
+# Numbers of a tile: 8 for each of a program's 256 threads, one load of 16 bytes from a half-precision tensor. With 128
+# threads, twice as many numbers in registers let a quarter to a third of the warps live at once.
 _TILE = 2048
+_WARPS = 8
 # 128 channels in half precision are 256 bytes: whole cache lines, and rows enough in a tile to hide their latency.
 _MAX_TILE_CHANNELS = 128
 # Programs of a sum: about eight for each multiprocessor of the largest GPU (132), as many as its registers hold at
@@ -214,8 +217,9 @@ def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     means, m2s = torch.empty(2, num_chunks, C, device=x.device)
     mean_C, var_C = torch.empty(2, C, device=x.device)
     _statistics_kernel[(cut.columns(C), num_chunks)](
-        x, means, m2s, num_rows, C, cut.chunk_rows, ROWS=cut.rows, CHANNELS=cut.channels
-    )
+        x, means, m2s, num_rows, C, cut.chunk_rows, ROWS=cut.rows, CHANNELS=cut.channels, STAGES=_stages(x),
+        num_warps=_WARPS,
+    )  # fmt: skip
     grid, constants = _chunks_launch(num_chunks, C)
     _merge_chunks_kernel[grid](means, m2s, mean_C, var_C, num_rows, C, cut.chunk_rows, num_chunks, **constants)
     return mean_C, var_C
@@ -243,7 +247,7 @@ def gradient_sums(g: Tensor, mask: Mask, x: Tensor, mean_C: Tensor, invstd_C: Te
     y, scale_C, shift_C = _mask_arguments(mask)
     _gradient_sums_kernel[(cut.columns(C), num_chunks)](
         g, y, x, mean_C, scale_C, shift_C, sums_g, sums_gx, num_rows, C, cut.chunk_rows, ROWS=cut.rows,
-        CHANNELS=cut.channels,
+        CHANNELS=cut.channels, STAGES=_stages(x), num_warps=_WARPS,
     )  # fmt: skip
     grid, constants = _chunks_launch(num_chunks, C)
     _add_chunks_kernel[grid](sums_g, sums_gx, invstd_C, sum_g_C, sum_g_xhat_C, C, num_chunks, **constants)
@@ -260,9 +264,15 @@ def input_gradient(
     y, scale_C, shift_C = _mask_arguments(mask)
     cut = blocks(num_rows, C)
     _input_gradient_kernel[(cut.columns(C) * triton.cdiv(num_rows, cut.rows),)](
-        g, y, x, scale_C, shift_C, a_C, b_C, c_C, dx, masked_g, num_rows, C, ROWS=cut.rows, CHANNELS=cut.channels
-    )
+        g, y, x, scale_C, shift_C, a_C, b_C, c_C, dx, masked_g, num_rows, C, ROWS=cut.rows, CHANNELS=cut.channels,
+        num_warps=_WARPS,
+    )  # fmt: skip
     return dx, g if residual_gradient and mask is None else masked_g
+
+
+def _stages(x: Tensor) -> int:
+    """Tiles that a sum has on their way at once, as far as shared memory leaves room for half of the warps."""
+    return 3 if x.element_size() < 4 else 2
 
 
 class _Rows(NamedTuple):

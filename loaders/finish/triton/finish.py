@@ -61,6 +61,7 @@ _POINTWISE: dict[type[Op], tl.constexpr] = {
 _JITTERS = (ColourJitter, TfColourJitter)
 
 _BLOCK = 1024  # pixels of a program
+_WARPS = 8  # four pixels a thread: half of a multiprocessor's warps fit beside each other, or more
 
 
 @dataclass
@@ -156,6 +157,7 @@ class _Call:
             "SIZE": self.size,
             "CHANNELS": self.channels,
             "BLOCK": min(_BLOCK, triton.next_power_of_2(self.size**2)),
+            "num_warps": _WARPS,
         }
 
     def _table_of(self, k: int) -> int:
