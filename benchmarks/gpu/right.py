@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 from benchmarks import plain as peers
 from benchmarks import step as steps_of
-from benchmarks.gpu.calls import Found, OutOfTime, Run
+from benchmarks.gpu.calls import Found, OutOfTime, Run, Skipped
 from benchmarks.step import Build, Problem, noise_batch
 from fastssl.methods.base import Facts
 from fastssl.nn.encoders.wide_resnet import WideResNet
@@ -35,6 +36,8 @@ NUDGES = {"fp32": (1e-7, 1e-5), "bf16": (2**-8, 5e-3), "fp16": (2**-11, 1e-3)}  
 
 def kernels(run: Run) -> Found:
     """The tests that hold every Triton kernel to its reference, on this device."""
+    if run.device.type == "cpu" and (why := no_interpreter()):
+        raise Skipped(f"without a card kernels are interpreted, and {why}")
     tests = KERNEL_TESTS[:1] if run.toy else KERNEL_TESTS
     workers = () if run.toy else ("-n", str(len(tests)))
     command = [sys.executable, "-m", "pytest", "-q", "--tb=line", "-p", "no:cacheprovider", *workers, *tests]
@@ -46,7 +49,20 @@ def kernels(run: Run) -> Found:
     # "FILE:LINE: AssertionError: assert 0.3 < 0.1" of each that failed
     differences = re.findall(r"^\S+\.py:\d+: .*$|^E +assert .*$", ran.stdout, re.MULTILINE)
     failed = [line for line in ran.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return {"passed": ran.returncode == 0, "result": last, "failed": failed, "differences": differences[:50]}
+    return {
+        "passed": ran.returncode == 0,
+        "result": last,
+        "failed": failed,
+        "differences": sorted(set(differences))[:50],
+    }
+
+
+def no_interpreter() -> str:
+    """Why kernels cannot be interpreted here, if they cannot."""
+    triton, numpy = (tuple(int(n) for n in version(name).split(".")[:2]) for name in ("triton", "numpy"))
+    if triton < (3, 7) and numpy >= (2, 4):
+        return f"Triton {triton[0]}.{triton[1]}'s interpreter does not run with NumPy {numpy[0]}.{numpy[1]}"
+    return ""
 
 
 def steps(run: Run) -> Found:

@@ -23,7 +23,6 @@ from torch import Tensor
 
 CHUNK = 16384  # elements of a program
 BLOCK = 2048  # elements it holds at a time, 8 a thread: two loads of 16 bytes, and registers for half of the warps
-UNALIGNED_BLOCK = 1024  # where elements must be loaded one by one, each with an address of its own
 WARPS = 8
 SUMS = 256  # chunks whose sums are added at a time
 
@@ -187,7 +186,7 @@ class Fused:
                 "FORM": group["form"],
                 "ALIGN": gradients.align,
                 "CHUNK": CHUNK,
-                "BLOCK": BLOCK if gradients.align == 16 else UNALIGNED_BLOCK,
+                "BLOCK": BLOCK if gradients.align == 16 else BLOCK // 2,  # an address for each element, one by one
                 "num_warps": WARPS,
             }
             adapted = not group["lars_exclude"]

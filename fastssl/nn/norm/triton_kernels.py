@@ -247,7 +247,7 @@ def gradient_sums(g: Tensor, mask: Mask, x: Tensor, mean_C: Tensor, invstd_C: Te
     y, scale_C, shift_C = _mask_arguments(mask)
     _gradient_sums_kernel[(cut.columns(C), num_chunks)](
         g, y, x, mean_C, scale_C, shift_C, sums_g, sums_gx, num_rows, C, cut.chunk_rows, ROWS=cut.rows,
-        CHANNELS=cut.channels, STAGES=_stages(x), num_warps=_WARPS,
+        CHANNELS=cut.channels, STAGES=_stages(x), num_warps=_WARPS, maxnreg=64,
     )  # fmt: skip
     grid, constants = _chunks_launch(num_chunks, C)
     _add_chunks_kernel[grid](sums_g, sums_gx, invstd_C, sum_g_C, sum_g_xhat_C, C, num_chunks, **constants)
