@@ -11,7 +11,7 @@ from fastssl.commands.command import command
 from fastssl.errors import ConfigError
 
 
-@command("convert-imagenet")
+@command("convert-imagenet", computes=False)
 @click.argument("src", required=False, type=click.Path(path_type=Path))
 @click.argument("out", required=False, type=click.Path(path_type=Path))
 @click.option("--no-decode-check", is_flag=True, help="Trust that every file decodes; headers are read all the same.")

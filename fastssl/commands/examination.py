@@ -15,12 +15,15 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.table import Table
 from rich.text import Text
+
+from fastssl.commands import installed
+from fastssl.commands.row import Row, Verdict
 
 IMPORT_TIMEOUT_S = 120.0  # CUDA's libraries from a cold network disk
 READ_S = 2.0  # of the file system test
@@ -30,19 +33,9 @@ BYTES_PER_IMAGE = 110e3  # ImageNet's mean JPEG
 IMAGES_PER_GPU_S = 1400.0  # unlabelled images a second that PAWS on one H200 asks for
 CPUS_PER_GPU = 6  # decoding threads beside each GPU in NVIDIA's MLPerf entries
 MIN_SHM_GIB = 1.0  # a container's 64 MiB are too few for NCCL between GPUs and for DALI
+TRITON_FROM = (8, 0)  # compute capability, by Triton's own word
+DRIVERS = {"12": (525, 60, 13), "13": (580, 65, 6)}  # CUDA -> the first driver for it, by NVIDIA's release notes
 MIN_FILES = 4096  # NCCL's sockets between 64 ranks
-
-Verdict = Literal["ok", "absent", "look", "broken"]  # absent: an option that nobody needs; broken: nothing will run
-
-
-@dataclass(frozen=True)
-class Row:
-    """One thing looked at, what was found, and what to do where the verdict is not ok."""
-
-    name: str
-    found: str
-    verdict: Verdict
-    remedy: str = ""
 
 
 def examine(data: Path | None = None) -> list[Row]:
@@ -52,7 +45,8 @@ def examine(data: Path | None = None) -> list[Row]:
         answers = {name: probe.result() for name, probe in probes.items()}
     torch = answers.pop("torch")
     gpus = _gpus()
-    rows = [_torch(torch), *_libraries(answers), _driver(gpus), *_cuda(torch, gpus)]
+    rows = [installed.torch_row(torch), *_libraries(answers), *installed.pairs(), installed.compiler_row(len(gpus))]
+    rows += [_driver(gpus, torch), *_cuda(torch, gpus), *_steps(torch)]
     rows += [_dali(answers["DALI"], gpus), _ffcv(answers["FFCV"]), _triton(answers["Triton"], gpus)]
     rows += [_apex(answers["apex"]), _cpus(len(gpus)), _shared_memory(), *_limits(), _slurm(answers["submitit"])]
     return rows if data is None else [*rows, _file_system(data, max(1, len(gpus)))]
@@ -82,9 +76,16 @@ def as_json(rows: list[Row]) -> str:
 _TORCH = """
 import json, torch, torch.distributed as td
 cuda = torch.cuda.is_available()
+why = None
+if not cuda and torch.version.cuda:
+    try:
+        torch.cuda.init()
+    except Exception as error:
+        why = str(error).splitlines()[0]
 print(json.dumps({
     "version": torch.__version__,
     "cuda": torch.version.cuda,
+    "why": why,
     "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
     "capabilities": [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())] if cuda else [],
     "compiled_for": torch.cuda.get_arch_list() if cuda else [],
@@ -131,14 +132,6 @@ def _probe(code: str) -> dict[str, Any]:
     return {"error": last, "missing": last.startswith("ModuleNotFoundError")}
 
 
-def _torch(answer: dict[str, Any]) -> Row:
-    if "error" in answer:
-        return Row("torch", answer["error"], "broken", f"{_INSTALL} .")
-    if tuple(int(part) for part in answer["version"].split(".")[:2]) < (2, 10):
-        return Row("torch", answer["version"], "broken", "install torch 2.10 or newer")
-    return Row("torch", answer["version"], "ok")
-
-
 def _libraries(answers: dict[str, dict[str, Any]]) -> Iterator[Row]:
     """One row for all that any run needs, or one for each that fails."""
     failed = [name for name in _REQUIRED.values() if "error" in answers[name]]
@@ -158,7 +151,9 @@ def _optional(name: str, answer: dict[str, Any], what_for: str, extra: str) -> R
 
 def _dali(answer: dict[str, Any], gpus: list[str]) -> Row:
     volta = any("V100" in gpu for gpu in gpus)
-    return _optional("DALI", answer, "decodes on GPUs", "dali-cuda12" if volta else "dali")
+    row = _optional("DALI", answer, "decodes on GPUs", "dali-cuda12" if volta else "dali")
+    codec, wrong = installed.codec()
+    return replace(row, found=f"{row.found}, {codec}", remedy=wrong) if row.verdict == "ok" and codec else row
 
 
 def _ffcv(answer: dict[str, Any]) -> Row:
@@ -203,10 +198,18 @@ def _said(command: list[str]) -> str:
         return ""
 
 
-def _driver(gpus: list[str]) -> Row:
+def _driver(gpus: list[str], torch: dict[str, Any]) -> Row:
     if not gpus:
         return Row("driver", "no NVIDIA GPU or driver", "absent", "training runs on the CPU (--cpu-ranks)")
-    return Row("driver", f"{gpus[0].rpartition(', ')[2]}, {len(gpus)} x {gpus[0].rpartition(', ')[0]}", "ok")
+    name, _, driver = gpus[0].rpartition(", ")
+    found = f"{driver}, {len(gpus)} x {name}"
+    least = DRIVERS.get(str(torch.get("cuda") or "").partition(".")[0])
+    if least is None or installed.release(driver) >= least:
+        return Row("driver", found, "ok")
+    asked = f"torch's build for CUDA {torch['cuda']} needs {'.'.join(map(str, least))} or newer"
+    older = [cuda for cuda, first in DRIVERS.items() if installed.release(driver) >= first]
+    instead = f", or install its build for CUDA {older[-1]} (pytorch.org)" if older else ""
+    return Row("driver", found, "look", f"{asked}: update the driver{instead}")
 
 
 def _cuda(torch: dict[str, Any], gpus: list[str]) -> Iterator[Row]:
@@ -214,8 +217,11 @@ def _cuda(torch: dict[str, Any], gpus: list[str]) -> Iterator[Row]:
         return
     if not torch["devices"]:
         found = f"torch is built for CUDA {torch['cuda']}" if torch["cuda"] else "torch is a CPU build"
-        if gpus:
-            remedy = "install a build of torch for a CUDA that this driver supports (pytorch.org)"
+        if gpus and torch["cuda"]:
+            remedy = torch.get("why") or "install a build of torch for a CUDA that this driver supports (pytorch.org)"
+            yield Row("CUDA", f"{found} and sees none of {len(gpus)} GPUs", "look", remedy)
+        elif gpus:
+            remedy = "install a CUDA build of torch (pytorch.org)"
             yield Row("CUDA", f"{found} and sees none of {len(gpus)} GPUs", "look", remedy)
         else:
             yield Row("CUDA", found, "absent")
@@ -231,6 +237,19 @@ def _cuda(torch: dict[str, Any], gpus: list[str]) -> Iterator[Row]:
         yield Row("NCCL", torch["nccl"], "ok")
     else:
         yield Row("NCCL", "not in this build of torch", "look", "several GPUs need it: install a CUDA build of torch")
+
+
+def _steps(torch: dict[str, Any]) -> Iterator[Row]:
+    """What the oldest GPU is too old for."""
+    if not torch.get("capabilities"):
+        return
+    oldest = min(map(tuple, torch["capabilities"]))
+    found = f"compute capability {oldest[0]}.{oldest[1]}"
+    if oldest >= TRITON_FROM:
+        yield Row("steps", f"{found}: all, bfloat16 too", "ok")
+    else:
+        remedy = "compiled and graphed steps, GPU kernels and bfloat16 need 8.0: --step eager --set precision=fp16"
+        yield Row("steps", f"{found}: eager, eager-recompute", "look", remedy)
 
 
 def _runs_on(compiled_for: list[str], capability: tuple[int, int]) -> bool:

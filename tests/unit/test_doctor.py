@@ -24,7 +24,20 @@ def test_this_machine_is_usable_and_says_so_as_json(tmp_path):
     assert result.exit_code == 0, result.output
     answer = json.loads(result.output)
     rows = {row["name"]: row for row in answer["rows"]}
-    names = ["torch", "libraries", "driver", "CUDA", "DALI", "FFCV", "Triton", "apex", "CPUs", "/dev/shm"]
+    names = [
+        "torch",
+        "libraries",
+        "pairs",
+        "compiler",
+        "driver",
+        "CUDA",
+        "DALI",
+        "FFCV",
+        "Triton",
+        "apex",
+        "CPUs",
+        "/dev/shm",
+    ]
     assert [name for name in (*names, "open files", "locked memory", "SLURM", "--data") if name not in rows] == []
     assert answer["usable"] is True
     assert rows["torch"]["found"].startswith("2.") and "train.beton" in rows["--data"]["found"]
@@ -88,6 +101,22 @@ def test_gpus_that_torch_cannot_use_are_told():
     assert verdicts(TORCH | {"compiled_for": kernels, "nccl": None}, HOPPER)[1] == ("NCCL", "look")
     assert verdicts(TORCH | {"devices": []}, HOPPER) == [("CUDA", "look")]
     assert verdicts(TORCH | {"devices": [], "cuda": None}, []) == [("CUDA", "absent")]
+
+
+def test_a_driver_too_old_for_torchs_cuda_is_told_with_the_build_to_install():
+    cuda13 = TORCH | {"cuda": "13.0", "devices": [], "why": "The NVIDIA driver on your system is too old"}
+    row = doctor._driver(["Tesla T4, 570.86.10"], cuda13)
+    assert row.verdict == "look" and "needs 580.65.6 or newer" in row.remedy and "build for CUDA 12" in row.remedy
+    assert next(doctor._cuda(cuda13, HOPPER)).remedy == cuda13["why"]
+    assert doctor._driver(["NVIDIA H200, 580.95.05"], cuda13).verdict == "ok"
+    assert doctor._driver(["Tesla K80, 470.1"], TORCH).remedy.endswith("update the driver")
+    assert doctor._driver([], cuda13).verdict == "absent"
+
+
+def test_what_a_gpu_is_too_old_for_is_told():
+    (row,) = doctor._steps(TORCH | {"capabilities": [[9, 0], [7, 5]]})
+    assert row.verdict == "look" and row.found.startswith("compute capability 7.5: eager") and "fp16" in row.remedy
+    assert [row.verdict for row in doctor._steps(TORCH)] == ["ok"] and list(doctor._steps({"error": "no"})) == []
 
 
 @pytest.mark.parametrize(
