@@ -22,13 +22,15 @@ def start(ranks: Ranks, work: Work, command: str, door: Callable[[], None]) -> A
     saved and left on request."""
     if (started := launcher()) is not None:
         check_world(ranks, *started)
+        _ask(lambda: _check_gpus(ranks))
         _ask(door)
         end_with_agent()
         return one_of_many(ranks, work)
     door()
-    if ranks.device == "cuda" and ranks.world > torch.cuda.device_count():
+    if ranks.device == "cuda" and ranks.world > (here := torch.cuda.device_count()):
         show_how(lines(ranks, command))
-        raise FastsslError(f"--gpus {ranks.world}: this host has {torch.cuda.device_count()}")
+        raise FastsslError(f"--gpus {ranks.world}: this host has {here}{'' if here else _why_none()}")
+    _check_gpus(ranks)
     return work() if ranks.world == 1 else started_here(ranks, work)
 
 
@@ -40,3 +42,20 @@ def _ask(door: Callable[[], None]) -> None:
         if os.environ["RANK"] == "0":
             raise
         raise SystemExit(1) from None
+
+
+def _check_gpus(ranks: Ranks) -> None:
+    """Raise FastsslError where there are GPUs that torch cannot use; the driver counts them all the same."""
+    if ranks.device == "cuda" and not torch.cuda.is_available():
+        raise FastsslError(f"torch cannot use this host's GPUs{_why_none()}; `fastssl doctor` says what to install")
+
+
+def _why_none() -> str:
+    """Why torch sees no GPU, in its own words: a driver that is missing or too old, a build for CPUs."""
+    if torch.cuda.is_available():
+        return ""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return f" ({str(error).partition('. ')[0].strip().rstrip('.')})"
+    return ""

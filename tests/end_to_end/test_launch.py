@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 from click.testing import CliRunner
-from fastssl.submit import minutes
+from fastssl.launch.slurm import minutes
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from fastssl.commands.main import main
