@@ -9,6 +9,7 @@ from fastssl.launch.ranks import Ranks
 
 GPUS_PER_HOST = 8  # of the hosts that `lines` proposes
 CPUS_PER_GPU = 10  # as the PAWS authors' own jobs asked of SLURM
+AGENT_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"  # of the last two torchrun dies if it is not told
 SUBMISSION_OPTIONS = "--submit", "--nodes", "--gpus-per-node", "--cpus-per-rank", "--partition", "--time"
 SAVE_S = 120  # before its time limit a job is told to save and leave
 
@@ -40,7 +41,8 @@ def lines(ranks: Ranks, command: str) -> list[str]:
     wrapped = f"srun --cpus-per-task {CPUS_PER_GPU} {command} {again}"  # which srun does not take from sbatch
     return [
         f"torchrun --nnodes {nodes} --nproc-per-node {each} --rdzv-backend c10d --rdzv-endpoint FIRST_HOST:29400 "
-        f"--rdzv-id fastssl --no-python {command}",  # with `-m` each rank would import what lies in its folder first
+        f"--rdzv-id fastssl --signals-to-handle {AGENT_SIGNALS} "
+        f"--no-python {command}",  # with `-m` each rank would import what lies in its folder first
         f"sbatch {options} --requeue --wrap {shlex.quote(wrapped)}",
     ]
 

@@ -10,7 +10,6 @@ import time
 import pytest
 import torch
 from click.testing import CliRunner
-from fastssl.launch.slurm import minutes
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from fastssl.commands.main import main
@@ -18,6 +17,7 @@ from fastssl.errors import EXIT_STOPPED, ConfigError, FastsslError, Stopped
 from fastssl.launch.here import _failure
 from fastssl.launch.lines import hosts_for, lines
 from fastssl.launch.ranks import Ranks
+from fastssl.launch.slurm import minutes
 from tests.end_to_end import command, two_hosts
 from tests.interrupted import assert_same_run
 
@@ -202,7 +202,7 @@ def test_64_gpus_are_eight_lines_of_torchrun_or_one_of_sbatch(monkeypatch):
     command_line = "fastssl train paws.rn50_100ep --data imagenet --gpus 64"
     assert lines(Ranks(64, "cuda"), typed) == [
         "torchrun --nnodes 8 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint FIRST_HOST:29400 --rdzv-id fastssl "
-        f"--no-python {command_line}",
+        f"--signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 --no-python {command_line}",
         "sbatch --nodes 8 --ntasks-per-node 8 --gpus-per-node 8 --cpus-per-task 10 --open-mode append "
         f"--signal USR1@120 --requeue --wrap 'srun --cpus-per-task 10 {command_line} || "
         "{ code=$?; [ $code != 85 ] || scontrol requeue $SLURM_JOB_ID; exit $code; }'",

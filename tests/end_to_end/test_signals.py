@@ -9,10 +9,11 @@ import time
 import pytest
 
 from fastssl.errors import EXIT_STOPPED
+from fastssl.launch.lines import AGENT_SIGNALS
 from tests.end_to_end import command
 from tests.interrupted import assert_same_run
 
-LAST_STEP = 12  # of command.TINY
+LAST_STEP = 24
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +28,32 @@ def whole(tmp_path_factory):
     return found
 
 
+LENGTH = ("--set", f"length={LAST_STEP}steps", "--set", "checkpoint_every=100steps")
+# As `--gpus 64` prints it, for two ranks of this host; the agent passes all of these on.
+TORCHRUN = (
+    *(
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes",
+        "1",
+        "--nproc-per-node",
+        "2",
+        "--rdzv-backend",
+        "c10d",
+    ),
+    *("--rdzv-endpoint", "127.0.0.1:0", "--signals-to-handle", AGENT_SIGNALS, "--no-python", *command.FASTSSL),
+)
+
+
 def arguments(world):
-    return ("train", "--out", "run", "--cpu-ranks", str(world), *command.CHANGES, "--set", "checkpoint_every=100steps")
+    return ("train", "--out", "run", "--cpu-ranks", str(world), *command.CHANGES, *LENGTH)
 
 
-def ask_to_stop(folder, world, signum, to):
+def ask_to_stop(folder, world, signum, to, program=command.FASTSSL):
     """Run until `signum`, sent at a step in the middle to the process that `to` chooses from launcher and workers; the
     exit code, the log, and the step that was saved."""
-    with command.running(folder, *arguments(world)) as process:
+    with command.running(folder, *arguments(world), program=program) as process:
         before = command.steps_logged(folder / "run")
         command.wait_until(lambda: process.poll() is not None or command.steps_logged(folder / "run") > before)
         if process.poll() is None:
@@ -53,28 +72,44 @@ def last_worker(pid, workers):
     return max(workers)  # started last; the first child is Python's own
 
 
-@pytest.mark.timeout(900)
+def last_rank(pid, workers):
+    """Of torchrun's: a rank has no children."""
+    return max(worker for worker in workers if not command.children(worker))
+
+
+ALL = ("SIGUSR1", "SIGUSR2", "SIGTERM")
+
+
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize(
-    ("world", "signals"),
-    [(1, {"SIGUSR1": launcher, "SIGUSR2": launcher}), (2, {"SIGTERM": launcher, "SIGUSR1": last_worker})],
-    ids=["alone", "two ranks"],
+    ("program", "world", "to"),
+    [
+        (command.FASTSSL, 1, launcher),
+        (command.FASTSSL, 2, launcher),
+        (command.FASTSSL, 2, last_worker),
+        (TORCHRUN, 2, launcher),
+        (TORCHRUN, 2, last_rank),
+    ],
+    ids=["alone", "the command", "its rank", "torchrun", "torchrun's rank"],
 )
-def test_a_signal_saves_at_a_step_between_and_the_same_command_continues_bitwise(world, signals, whole, tmp_path):
-    """Catches a request that waits for the next scheduled checkpoint, that one of the ranks misses, or whose checkpoint
-    differs from a scheduled one. checkpoint_every is beyond the end: what is saved, the request saved."""
-    step = 0
-    for name, to in signals.items():
-        code, log, saved = ask_to_stop(tmp_path, world, signal.Signals[name], to)
+def test_a_signal_saves_at_a_step_between_and_the_same_command_continues_bitwise(program, world, to, whole, tmp_path):
+    """Catches a request that waits for the next scheduled checkpoint, that one of the ranks misses, that a launcher
+    dies of, or whose checkpoint differs from a scheduled one. checkpoint_every is beyond the end: what is saved, the
+    request saved."""
+    step, asked = 0, 0
+    for name in ALL:
+        code, log, saved = ask_to_stop(tmp_path, world, signal.Signals[name], to, program)
         if (tmp_path / "run" / "result.json").exists():
             break  # a busy machine let it finish first
-        assert code == EXIT_STOPPED, log
+        assert code == (1 if program is TORCHRUN else EXIT_STOPPED), log
         assert step < saved < LAST_STEP and command.steps_logged(tmp_path / "run") == saved
         says = f"saved and stopped after step {saved} of {LAST_STEP}, as {name} asked; the same command continues"
-        assert log.rstrip().splitlines()[-1] == says
-        step = saved
-    assert step > 0, "it always finished before it was stopped"
-    code, log = command.run(tmp_path, *arguments(world))
-    assert code == 0, log
+        assert log.count(says) == 1 and (program is TORCHRUN or log.rstrip().splitlines()[-1] == says), log
+        step, asked = saved, asked + 1
+    assert asked >= 2, "it always finished before it was stopped"
+    if not (tmp_path / "run" / "result.json").exists():
+        with command.running(tmp_path, *arguments(world), program=program) as process:
+            assert process.wait(timeout=400) == 0, (tmp_path / "log").read_text()
     assert_same_run(whole[world], tmp_path / "run")
 
 

@@ -11,7 +11,7 @@ TOO_OLD = "The NVIDIA driver on your system is too old (found version 12080). Pl
 
 
 def test_a_driver_too_old_for_torchs_cuda_is_said_at_the_door(monkeypatch):
-    """Catches the traceback of the first tensor on a GPU: the driver counts its GPUs whatever CUDA torch is built for."""
+    """Catches the traceback of the first tensor on a GPU: the driver counts its GPUs whatever torch is built for."""
 
     def fail():
         raise RuntimeError(TOO_OLD)
