@@ -29,7 +29,7 @@ from benchmarks.machine import commit, cpu_model
 ROOT = Path(__file__).parents[1]
 SCRATCH = "run"  # in an environment's folder: where its checks work
 CHECK_S = 3600.0
-ONE_PROCESS = ("-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-o", "addopts=--strict-markers")
+ONE_PROCESS = ("-p", "no:xdist", "-p", "no:cacheprovider", "-o", "addopts=--strict-markers")
 
 
 @dataclass(frozen=True)
@@ -70,18 +70,21 @@ class Missing(Exception):
 
 
 def make(environment: Environment, folder: Path) -> Path:
-    """The environment's Python; made where it is not whole yet. Raises Missing."""
+    """The environment's Python; made where it is not whole, brought up to date where something else is asked for by
+    now. Raises Missing."""
     home = folder / environment.name
     python, whole = home / "bin" / "python", home / "whole"
-    if whole.exists():
+    asked = f"{ROOT}\n{(ROOT / 'setup.cfg').read_text()}\n{_constraints(environment)}"
+    if whole.exists() and whole.read_text() == asked:
         return python
-    shutil.rmtree(home, ignore_errors=True)
-    _succeed([_interpreter(environment.python), "-m", "venv", str(home)])
+    if not whole.exists():
+        shutil.rmtree(home, ignore_errors=True)
+        _succeed([_interpreter(environment.python), "-m", "venv", str(home)])
     constraints = home / "constraints.txt"
     constraints.write_text(_constraints(environment))
     wanted = [f"torch=={environment.torch}", f"numpy=={environment.numpy}", *environment.beside, "-e", f"{ROOT}[test]"]
     _succeed([str(python), "-m", "pip", "install", "-q", "--no-cache-dir", "-c", str(constraints), *wanted])
-    whole.touch()
+    whole.write_text(asked)
     return python
 
 
@@ -182,20 +185,35 @@ def compiled(python: Path, out: Path) -> str:
 
 def unit(python: Path, out: Path) -> str:
     """The unit tests: how many passed and were skipped."""
-    report = _pytest(python, out, "tests/unit")
+    return _counted(_pytest(python, out, "tests/unit"))
+
+
+def touching(python: Path, out: Path) -> str:
+    """Tests of what torch, torchvision and timm do for us: the unit and parity tests that import one of them, compiled
+    steps, and exports; in as many processes as there are CPUs."""
+    folders = (ROOT / "tests" / "unit", ROOT / "tests" / "parity")
+    imports = re.compile(r"^(?:import|from) torch|importorskip\(.(?:torch|timm)", re.MULTILINE)
+    files = [f for folder in folders for f in sorted(folder.glob("test_*.py")) if imports.search(f.read_text())]
+    files += [ROOT / "tests" / "ranks" / "test_step.py", ROOT / "tests" / "end_to_end" / "test_export.py"]
+    return _counted(_pytest(python, out, *map(str, files), how=("-n", str(len(os.sched_getaffinity(0))))))
+
+
+def _counted(report: ET.Element) -> str:
     (suite,) = report.iter("testsuite")
     skipped = int(suite.get("skipped", "0"))
     return f"{int(suite.get('tests', '0')) - skipped} passed, {skipped} skipped"
 
 
-def _pytest(python: Path, out: Path, *arguments: str) -> ET.Element:
+def _pytest(python: Path, out: Path, *arguments: str, how: Sequence[str] = ONE_PROCESS) -> ET.Element:
     """What pytest reports of tests that must pass."""
     file = out / "report.xml"
-    command = [str(python), "-m", "pytest", *ONE_PROCESS, f"--junitxml={file}", *arguments]
+    command = [str(python), "-m", "pytest", "-q", *how, f"--junitxml={file}", *arguments]
     with (out / "pytest.log").open("w") as log:
         done = subprocess.run(command, cwd=ROOT, env=_environment(), stdout=log, stderr=log, timeout=CHECK_S)
     if done.returncode:
-        failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", (out / "pytest.log").read_text(), re.MULTILINE)
+        text = (out / "pytest.log").read_text()
+        failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.MULTILINE)
+        print(text[-20_000:], file=sys.stderr)
         raise AssertionError(f"{len(failed)} failed: {', '.join(failed[:5])}" if failed else f"see {out}/pytest.log")
     return ET.parse(file).getroot()
 
@@ -206,7 +224,9 @@ CHECKS: dict[str, Callable[[Path, Path], str]] = {
     "64 GPUs": dry_run,
     "compiled": compiled,
     "unit": unit,
+    "touching torch": touching,
 }
+DEFAULT = [name for name in CHECKS if name != "touching torch"]  # whose larger part the unit tests are
 
 
 # ----------------------------------------------------------------------------------------------------- results
@@ -276,7 +296,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", nargs="+", choices=[e.torch for e in ENVIRONMENTS], help="versions of torch")
-    parser.add_argument("--checks", nargs="*", choices=list(CHECKS), default=list(CHECKS))
+    parser.add_argument("--checks", nargs="*", choices=list(CHECKS), default=DEFAULT)
     parser.add_argument("--drop", action="store_true", help="remove an environment when its checks are done")
     parser.add_argument("--table", type=Path, help="write the table here, too")
     given = parser.parse_args()
