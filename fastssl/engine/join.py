@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,7 +40,7 @@ class Joined:
     here: Here
     stage: Stage
     folder: Path
-    method: Method
+    method: Method[Any, Any]
     bound: Bound
 
     @property
@@ -74,7 +75,7 @@ def join(here: Here, stage: Stage, artefacts: Mapping[str, Artefact]) -> Joined:
     return Joined(here, stage, here.job.folder(stage), method, bound)
 
 
-def joined(job: Job, stage: Stage, data: DataSets, inputs: Mapping[str, Artefact]) -> tuple[Method, Bound]:
+def joined(job: Job, stage: Stage, data: DataSets, inputs: Mapping[str, Artefact]) -> tuple[Method[Any, Any], Bound]:
     """`stage`'s method, and its plan joined with `data`; nothing in `inputs` is opened, none need be there. Raises
     FastsslError or LoaderError where method, data and number of ranks do not fit."""
     method = stage.method.build(facts_of(data, job.seed), inputs)

@@ -39,7 +39,7 @@ class FirstNotFinite:
         self._values = torch.where(fine | (self.step < self.total_steps), seen, values)
         self.step = torch.where(fine, self.step, self.step.clamp(max=step))
 
-    def note_weights(self, step: int, nets: Nets) -> None:
+    def note_weights(self, step: int, nets: Nets[Any]) -> None:
         """Remember `step`, which was the last, where weights are not finite after it."""
         finite = torch.stack([p.isfinite().all() for p in nets.online.parameters()]).all()
         self.step = torch.where(finite, self.step, self.step.clamp(max=step))
@@ -56,7 +56,7 @@ class LeftOut:
     averages, queues and momenta are put back. Copies and choices are made on the device; they cost two passes over that
     memory a step, and as much memory again."""
 
-    def __init__(self, nets: Nets, optimizer: Optimizer, device: torch.device):
+    def __init__(self, nets: Nets[Any], optimizer: Optimizer, device: torch.device):
         self.nets, self.optimizer = nets, optimizer
         self.num_steps = torch.zeros((), dtype=torch.int64, device=device)  # 0 or 1
         self._before: dict[str, Tensor] = {}

@@ -35,7 +35,7 @@ def produce(at: Joined) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _fill(rows: RowsSoFar, at: Joined, nets: Nets) -> None:
+def _fill(rows: RowsSoFar, at: Joined, nets: Nets[Any]) -> None:
     """Add the rows of every batch that is not in them yet."""
     stream = at.bound.plan.plan.streams[0].name
     total = at.bound.plan.num_steps(stream)

@@ -56,7 +56,7 @@ def open_run(
     return subject, state["step"]
 
 
-def open_method(run: Path, data: tuple[str, ...]) -> tuple[Method, DataSets]:
+def open_method(run: Path, data: tuple[str, ...]) -> tuple[Method[Any, Any], DataSets]:
     """The method of `run`'s last stage beside `data` (default: what the run was trained on). Needs no checkpoint.
     Raises as `open_run` does."""
     written = read_run(run)

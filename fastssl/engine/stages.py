@@ -81,7 +81,8 @@ def _result_of(stage: Stage, artefacts: dict[str, Artefact], here: Here) -> dict
     """What `stage` said when it was done, or says now."""
     path = here.job.folder(stage) / RESULT
     # One rank looks, so that none misses the barrier below because another was faster.
-    if (result := dist.broadcast_object(read_json(path) if path.exists() else None)) is not None:
+    result: dict[str, Any] | None = dist.broadcast_object(read_json(path) if path.exists() else None)
+    if result is not None:
         return result
     at = join(here, stage, artefacts)
     result = produce(at) if stage.do == "produce" else train(at)

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,8 +73,8 @@ class TrainingStep:
         self,
         stage: Stage,
         how: How,
-        method: Method,
-        nets: Nets,
+        method: Method[Any, Any],
+        nets: Nets[Any],
         optimizer: Optimizer,
         device: torch.device,
         keeps_all: bool = False,

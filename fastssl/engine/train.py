@@ -47,7 +47,7 @@ class Trainer:
     def __init__(
         self,
         stage: Stage,
-        method: Method,
+        method: Method[Any, Any],
         loader: Loader,
         checkpoints: Checkpoints,
         device: torch.device,

@@ -29,7 +29,8 @@ def load_protocol(name: str) -> EvaluationProtocol:
     """The protocol that users call `name`. Raises ConfigError where there is none."""
     if name not in _module_names() or not hasattr(_module(name), "evaluate"):
         raise ConfigError(f"unknown protocol {name!r}{suggest(name, protocol_names())}")
-    return _module(name)
+    protocol: EvaluationProtocol = _module(name)
+    return protocol
 
 
 def protocol_names() -> list[str]:

@@ -51,8 +51,8 @@ class Subject:
 
     def __init__(
         self,
-        method: Method,
-        nets: Nets,
+        method: Method[Any, Any],
+        nets: Nets[Any],
         data: DataSets,
         *,
         device: torch.device | str = "cpu",
@@ -243,7 +243,7 @@ def _on_the_way(rows_BD: Tensor, marks_B2: Tensor) -> tuple[Tensor, Tensor, torc
 
 
 @contextmanager
-def eval_mode(nets: Nets) -> Iterator[None]:
+def eval_mode(nets: Nets[Any]) -> Iterator[None]:
     """Every module in eval mode; afterwards each one back in the mode it was in (a frozen part stays frozen)."""
     modes = {part: part.training for module in nets.modules().values() for part in module.modules()}
     try:

@@ -64,7 +64,8 @@ class Artefact:
 
     def load(self) -> dict[str, Any]:
         """The stored tensors and plain values, on the CPU."""
-        return torch.load(self.path, map_location="cpu", weights_only=True)
+        content: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
+        return content
 
     def made_of(self) -> dict[str, Any]:
         """Of what a stage that produces made this file, as is noted beside it: {"sha256": of the file, "inputs": {name:
@@ -72,7 +73,7 @@ class Artefact:
         are}. Empty where nothing is noted. Raises ConfigError where what is noted is not of this file."""
         noted = self.path.parent / "result.json"
         try:
-            made = json.loads(noted.read_text()).get("made_of", {})
+            made: dict[str, Any] = json.loads(noted.read_text()).get("made_of", {})
         except FileNotFoundError:
             return {}
         if made and made.get("sha256") != self.sha256:
@@ -133,7 +134,7 @@ class Config(ABC):
         refuse_negative(self)
 
     @abstractmethod
-    def build(self, facts: Facts, inputs: Mapping[str, Artefact]) -> Method:
+    def build(self, facts: Facts, inputs: Mapping[str, Artefact]) -> Method[Any, Any]:
         """The method of this configuration."""
 
 

@@ -86,7 +86,7 @@ class DistilConfig(Config):
         if not 0 <= self.alpha <= 1:
             raise ConfigError(f"alpha {self.alpha}: a share between 0 and 1")
 
-    def build(self, facts: Facts, inputs: Mapping[str, Artefact]) -> Method:
+    def build(self, facts: Facts, inputs: Mapping[str, Artefact]) -> Distil:
         return Distil(self, facts, inputs)
 
 

@@ -123,7 +123,7 @@ class PawsConfig(Config):
         if not 0 <= self.label_smoothing <= 1:
             raise ConfigError(f"label_smoothing {self.label_smoothing}: a share between 0 and 1")
 
-    def build(self, facts: Facts, inputs: Mapping[str, Artefact]) -> Method:
+    def build(self, facts: Facts, inputs: Mapping[str, Artefact]) -> Paws:
         return Paws(self, facts, inputs)
 
 

@@ -188,7 +188,7 @@ class S4lConfig(Config):
         terms = (self.rotation, self.exemplar, self.vat)
         return any(term is not None for term in terms) or self.entropy_weight > 0
 
-    def build(self, facts: Facts, inputs: Mapping[str, Artefact]) -> Method:
+    def build(self, facts: Facts, inputs: Mapping[str, Artefact]) -> S4l:
         return S4l(self, facts, inputs)
 
 
@@ -199,7 +199,7 @@ class LabelConfig(S4lConfig):
 
     label_view: View = EVAL
 
-    def build(self, facts: Facts, inputs: Mapping[str, Artefact]) -> Method:
+    def build(self, facts: Facts, inputs: Mapping[str, Artefact]) -> Labeller:
         return Labeller(self, facts, inputs)
 
 
@@ -251,11 +251,13 @@ class S4lNet(nn.Module):
     def features(self, x: Tensor, num_images: int) -> Tensor:
         """[views * num_images, C, H, W], of whatever streams, -> [views * num_images, D]."""
         if self.num_cores is None or self.num_cores == 1:
-            return self.trunk(x)
+            rows: Tensor = self.trunk(x)
+            return rows
         # What a core holds must stand together: its images of the first view, of the second, ...
         views = [view.chunk(self.num_cores) for view in x.split(num_images)]
         rows = self.trunk(torch.cat([share for core in zip(*views, strict=True) for share in core]))
-        return rows.unflatten(0, (self.num_cores, len(views), -1)).transpose(0, 1).flatten(0, 2)
+        features: Tensor = rows.unflatten(0, (self.num_cores, len(views), -1)).transpose(0, 1).flatten(0, 2)
+        return features
 
     def _perturbation(self, x: Tensor, noise: Tensor, num_images: int) -> Tensor:
         """The adversarial perturbation of each row, without gradient, in full precision."""
@@ -263,7 +265,8 @@ class S4lNet(nn.Module):
         assert vat is not None
 
         def classify(x: Tensor) -> Tensor:
-            return self.fc(self.features(x, num_images))
+            logits: Tensor = self.fc(self.features(x, num_images))
+            return logits
 
         with full_float32(x.device):
             d = unit(noise)
@@ -447,4 +450,5 @@ def _pseudo_labels(facts: Facts, inputs: Mapping[str, Artefact]) -> Tensor:
             f"{labels.path} does not hold the labels of images 0 to {made['num_images'] - 1} in this order, which are "
             "all training images: make it anew"
         )
-    return found["pseudo_label"]
+    labels_N: Tensor = found["pseudo_label"]
+    return labels_N

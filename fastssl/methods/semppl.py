@@ -173,7 +173,7 @@ class SempplConfig(Config):
     def num_large(self) -> int:
         return self.odd_view.copies + self.even_view.copies
 
-    def build(self, facts: Facts, inputs: Mapping[str, Artefact]) -> Method:
+    def build(self, facts: Facts, inputs: Mapping[str, Artefact]) -> Semppl:
         return Semppl(self, facts, inputs)
 
 

@@ -227,7 +227,7 @@ class Simclrv2Config(Config):
                 f"memory.size {self.memory.size}: both views of a batch of {self.batch_global} have to find room"
             )
 
-    def build(self, facts: Facts, inputs: Mapping[str, Artefact]) -> Method:
+    def build(self, facts: Facts, inputs: Mapping[str, Artefact]) -> Simclrv2:
         return Simclrv2(self, facts, inputs)
 
 

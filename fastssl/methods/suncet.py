@@ -86,7 +86,7 @@ class SuncetConfig(Config):
         if self.images_per_class * self.view.copies < 2:
             raise ConfigError("images_per_class is 1, but a row needs another one of its class")
 
-    def build(self, facts: Facts, inputs: Mapping[str, Artefact]) -> Method:
+    def build(self, facts: Facts, inputs: Mapping[str, Artefact]) -> Suncet:
         return Suncet(self, facts, inputs)
 
 

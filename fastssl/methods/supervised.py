@@ -83,7 +83,7 @@ class SupervisedConfig(Config):
     def head_rate(self) -> Rate:
         return self.rate if self.head_peak is None else self.rate.with_peak(self.head_peak)
 
-    def build(self, facts: Facts, inputs: Mapping[str, Artefact]) -> Method:
+    def build(self, facts: Facts, inputs: Mapping[str, Artefact]) -> Supervised:
         return Supervised(self, facts, inputs)
 
 
@@ -105,7 +105,8 @@ class Classifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [N, C, H, W] -> logits [N, num_classes]."""
-        return self.fc(self.first(self.trunk(x)))
+        logits: Tensor = self.fc(self.first(self.trunk(x)))
+        return logits
 
 
 class Supervised(Method[SupervisedConfig, Classifier]):

@@ -240,7 +240,8 @@ def _decay_and_ratio(segment: _Segment, group: dict[str, Any]) -> Tensor:
     # A zero weight has nothing to decay, so a ratio of 1 passes its raw gradient through. A zero gradient asks for no
     # step at all: in the paws form that must also silence the decay, in the others there is nothing left to scale.
     ratio_T.masked_fill_(weight_norm_T == 0, 1.0).masked_fill_(grad_norm_T == 0, 0.0)
-    return ratio_T.take(segment.tensor_of_row_R1)
+    ratio_R1: Tensor = ratio_T.take(segment.tensor_of_row_R1)
+    return ratio_R1
 
 
 def _num_rows(p: Tensor) -> int:

@@ -16,7 +16,7 @@ class LiveMemory(TorchDispatchMode):
     how often each operator was called."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self.calls: Counter[Any] = Counter()
         self._seen: set[int] = set()

@@ -10,6 +10,7 @@ import io
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,13 +63,13 @@ def colours(x: np.ndarray, pixels: Pixels) -> np.ndarray:
     return np.broadcast_to((values * 255).round().clip(0, 255).astype(np.uint8), (*x.shape[:2], 3))
 
 
-def contact_sheet(method: Method, data: DataSets) -> Html:
+def contact_sheet(method: Method[Any, Any], data: DataSets) -> Html:
     """A few images of each stream: as they are evaluated, then every view that one training step makes of them."""
     plan = method.plan()
     return element("div", *(_sheet(stream, method, plan.seed, data) for stream in plan.streams), class_="sheets")
 
 
-def _sheet(stream: Stream, method: Method, seed: int, data: DataSets) -> Html:
+def _sheet(stream: Stream, method: Method[Any, Any], seed: int, data: DataSets) -> Html:
     source = data.get(stream.source)
     num_images = min(SHEET_IMAGES, resolve(stream.ids, source, data.search).count)
     as_evaluated = replace(method.config.eval_view, name="as evaluated")
@@ -104,7 +105,7 @@ def _image(crop: np.ndarray, alt: str) -> Html:
 # ----------------------------------------------------------------------------------------------------------- classes
 
 
-def class_histograms(method: Method, data: DataSets) -> Html:
+def class_histograms(method: Method[Any, Any], data: DataSets) -> Html:
     """How many images of each class every stream draws from, and the validation images."""
     plan, sets = method.plan(), []
     for stream in plan.streams:
