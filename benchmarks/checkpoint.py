@@ -83,7 +83,7 @@ def measured(recipe: str, num_images: int, size: int, num_steps: int, pairs: int
                 window(trainer, batches, 2, saves)
             windows = [[window(trainer, batches, num_steps, saves) for saves in (False, True)] for _ in range(pairs)]
             num_bytes = (trainer.checkpoints.newest() / STATE).stat().st_size
-    streams = trainer.loader.bound.plan.plan.streams
+    streams = trainer.loader.bound.plan.asked.streams
     num_crops = sum(stream.batch_global * view.copies for stream in streams for view in stream.views)
     step_s = statistics.median(without["wall"] for without, _ in windows) / num_steps
     step_cpu_s = statistics.median(without["cpu"] for without, _ in windows) / num_steps

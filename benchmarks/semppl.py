@@ -30,7 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.machine import commit, cpu_model
-from fastssl.losses.draws import random_bits
+from fastssl.losses.keyed_draws import random_bits
 from fastssl.losses.queues import LabelledQueues
 from fastssl.methods.base import Facts
 from fastssl.methods.semppl import Semppl, SempplConfig, vote

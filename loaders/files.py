@@ -10,10 +10,13 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+Progress = Callable[[str, int, int], None]
+"""Is told how far something that takes long is: (what it is, done, in all)."""
 
 
 @contextmanager

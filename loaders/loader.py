@@ -40,7 +40,7 @@ from loaders.renderers.turbo import TurboRenderer
 from loaders.store.data import VALIDATION, DataSets
 from loaders.store.masks import Masks
 from loaders.store.source import ArraySource, Source, is_encoded
-from loaders.timing import FINISH, PLAN, Prepared, StageTimes, now
+from loaders.timing import FINISH, PLAN, PhaseTimes, Prepared, now
 
 _DONE = object()
 _CPU = torch.device("cpu")
@@ -131,11 +131,11 @@ class Loader:
         self.bound, self.rank, self.world = bound, rank, world
         self.device = numbered(device)
         self.prefetch, self.replace_damaged = prefetch, replace_damaged
-        self.replaced: dict[str, dict[int, int]] = {stream.name: {} for stream in bound.plan.plan.streams}
+        self.replaced: dict[str, dict[int, int]] = {stream.name: {} for stream in bound.plan.asked.streams}
         num_cpus = len(os.sched_getaffinity(0))
         self.threads = min(threads or num_cpus, num_cpus)
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="fastssl-render")
-        self._times = {name: StageTimes() for name in bound.sources}
+        self._times = {name: PhaseTimes() for name in bound.sources}
         self._elapsed_s = {name: np.zeros(2) for name in bound.sources}  # rendering, finishing
         self.history: deque[Prepared] = deque(maxlen=_HISTORY)
         self._renderers = {
@@ -155,7 +155,7 @@ class Loader:
 
     def _cache_recurring(self, renderer: str, cache_bytes: int) -> None:
         """Class-balanced streams come back to the same images many times an epoch: keep these decoded."""
-        recurring = [s.name for s in self.bound.plan.plan.streams if isinstance(s.order, Balanced)]
+        recurring = [s.name for s in self.bound.plan.asked.streams if isinstance(s.order, Balanced)]
         for name in recurring if cache_bytes else ():
             source = self.bound.sources[name]
             if is_encoded(source):
@@ -265,7 +265,7 @@ class Loader:
     def _batch(self, step: int) -> tuple[Batch, torch.cuda.Event | None]:
         slot = self._slot()
         with torch.cuda.stream(self._ahead):
-            parts = {stream.name: self._part(stream.name, step, slot) for stream in self.bound.plan.plan.streams}
+            parts = {stream.name: self._part(stream.name, step, slot) for stream in self.bound.plan.asked.streams}
             batch = Batch(parts, torch.tensor(step)).to(self.device)
         if self._ahead is None:
             batch.release = self._taking_back(slot)
@@ -347,7 +347,7 @@ class Loader:
             positions=torch.from_numpy(rows.positions),
         )
 
-    def _finished(self, rows: ViewRows, crops: np.ndarray, out: np.ndarray, times: StageTimes) -> Tensor:
+    def _finished(self, rows: ViewRows, crops: np.ndarray, out: np.ndarray, times: PhaseTimes) -> Tensor:
         """Crops uint8 [M, S, S, C] -> `out` float32 [turns, M, S, S, C]."""
         numba_cpu.finish(crops, rows.view.ops, rows.tables, rows.view.pixels, out[0], _Timed(self._pool, times))
         _turn(out, rows.view.turns, np.rot90)
@@ -386,7 +386,7 @@ class _Kept:
 class _Timed:
     """The pool, counting what its threads are given as the stage `finish`."""
 
-    def __init__(self, pool: ThreadPoolExecutor, times: StageTimes):
+    def __init__(self, pool: ThreadPoolExecutor, times: PhaseTimes):
         self.pool, self.times = pool, times
 
     def map(self, task: Callable[[int], None], starts: Iterable[int]) -> Iterator[None]:
@@ -411,7 +411,7 @@ def make_renderer(
     pool: ThreadPoolExecutor,
     threads: int,
     device: torch.device = _CPU,
-    times: StageTimes | None = None,
+    times: PhaseTimes | None = None,
     masks: Masks | None = None,
 ) -> Renderer:
     """The renderer named `kind` over `source`; `auto` takes `turbo`. DALI decodes on

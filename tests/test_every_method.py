@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fastssl import dist
 from fastssl.commands import dry_run
 from fastssl.commands.main import main
-from fastssl.costs import memory
+from fastssl.costs import memory_model
 from fastssl.costs.trace import Untraceable
 from fastssl.engine import stages
 from fastssl.engine.job import Job
@@ -404,7 +404,7 @@ def test_recipe_resolves_and_dry_runs_without_data_or_devices(name, tmp_path, mo
     """Catches a recipe whose batches 64 ranks cannot share, and one that reads its data to say what it would do."""
     monkeypatch.chdir(tmp_path)
     if re.search(r"rn(101|152|200)|rn50w|^(semppl|relicv2|byol).*rn50|s4l.(?!supervised$|(?!vat_ent)\w+_cifar)", name):
-        for module in (dry_run, memory):
+        for module in (dry_run, memory_model):
             monkeypatch.setattr(module, "trace_step", _not_traced)
     assert recipes()[name].__doc__
     config = resolve(name)[0].method

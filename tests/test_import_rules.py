@@ -97,7 +97,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "numpy"},
     ),
     "fastssl.export": (
-        CONTRACT | {"fastssl.evaluation.summary", "fastssl.nn", "fastssl.run_dir", "fastssl.weights"},
+        CONTRACT | {"fastssl.evaluation.accuracies", "fastssl.nn", "fastssl.run_dir", "fastssl.weights"},
         {"torch", "safetensors"},
     ),
     "fastssl.costs": (CONTRACT | {"fastssl.engine", "fastssl.recipes"}, {"torch"}),

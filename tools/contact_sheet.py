@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--out", default="contact_sheet.png")
     arguments = parser.parse_args()
     bound = bound_to(arguments.recipe, arguments.changes, arguments.data, arguments.stream, arguments.images)
-    stream = bound.plan.plan.epoch_of
+    stream = bound.plan.asked.epoch_of
     by_renderer = {
         renderer: [
             [crop for _, crop in image] for image in crops(bound, stream, arguments.step, renderer, arguments.images)

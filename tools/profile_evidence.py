@@ -42,7 +42,7 @@ from loaders.plan.views import Shuffled, Stream
 from loaders.renderers import pil
 from loaders.store.data import DataSets
 from loaders.store.folder import FolderSource
-from loaders.timing import STAGES, StageTimes
+from loaders.timing import PHASES, PhaseTimes
 
 BATCH, BATCHES, SKIP = 32, 8, 2
 
@@ -89,7 +89,7 @@ def cpu_s(window: Window, phase: str) -> float:
 
 
 def cpu_s_an_image(window: Window) -> float:
-    return sum(cpu_s(window, phase) for phase in STAGES)
+    return sum(cpu_s(window, phase) for phase in PHASES)
 
 
 def cost_of(window: Window, bytes_read: float = 0.0) -> whatif.LoaderCost:
@@ -142,16 +142,16 @@ def sleeps(bench: Bench) -> None:
     # About half of the time: after pauses of 20 ms cores were so cold that the stages that do not sleep took up to 40 %
     # longer, which is rightly blamed on them. A finish has eight crops an image.
     for stage, pause_s in (("fetch", 0.003), ("decode", 0.003), ("finish", 0.0004)):
-        truths, blamed = [], {name: [] for name in STAGES}  # type: tuple[list[float], dict[str, list[float]]]
+        truths, blamed = [], {name: [] for name in PHASES}  # type: tuple[list[float], dict[str, list[float]]]
         for _ in range(bench.rounds):
             short = bench.window(renderer="pil")
             with slower(stage, pause_s, bench.source):
                 long = bench.window(renderer="pil")
             truths.append(1 - short.wall_s / long.wall_s)
-            for name in STAGES:
+            for name in PHASES:
                 blamed[name].append((long.by_phase_s[name] - short.by_phase_s[name]) / long.wall_s)
         spread = (max(truths) - min(truths)) / 2
-        others = ", ".join(f"{name} {100 * median(blamed[name]):+.1f}" for name in STAGES if name != stage)
+        others = ", ".join(f"{name} {100 * median(blamed[name]):+.1f}" for name in PHASES if name != stage)
         print(
             f"sleep in {stage}: blamed {100 * median(blamed[stage]):.1f} points, true {100 * median(truths):.1f} "
             f"± {100 * spread:.1f}; others {others}"
@@ -211,7 +211,7 @@ def disk(bench: Bench) -> None:
 
 
 def overhead(bench: Bench) -> None:
-    def silent(self: StageTimes, stage: int, since: Any) -> Any:
+    def silent(self: PhaseTimes, stage: int, since: Any) -> Any:
         return since
 
     bench.window()
@@ -219,7 +219,7 @@ def overhead(bench: Bench) -> None:
     for k in range(2 * bench.rounds):
         spent: dict[bool, float] = {}
         for timed in (True, False) if k % 2 else (False, True):
-            without = nullcontext() if timed else patch.object(StageTimes, "add", silent)
+            without = nullcontext() if timed else patch.object(PhaseTimes, "add", silent)
             with without:
                 begin = time.process_time()
                 bench.window()
@@ -236,7 +236,7 @@ def baselines(bench: Bench) -> None:
             speed.append(bench.probe.run(2, 0.1).cpu_s_per_call)
             with slow_finish() if slow else nullcontext():
                 window = bench.window()
-            for stage in STAGES:
+            for stage in PHASES:
                 values.setdefault(stage, []).append(cpu_s(window, stage))
         noise = {"speed": speed, "cpu": values, "wall": {}, "counts": {}}
         return {"noise": noise, "machine": {"quiet": False}}

@@ -20,7 +20,7 @@ from benchmarks.gpu.calls import Found, Run, Skipped
 from benchmarks.gpu.ranks import group_of_one
 from benchmarks.gpu.right import ROOT, toy_problem
 from benchmarks.step import Build, Contender, Measured, Problem, noise_batch, ours, stepping, summary
-from fastssl.costs.memory import memory_of
+from fastssl.costs.memory_model import memory_of
 from fastssl.costs.trace import trace_step
 from fastssl.methods.base import Stage, Steps
 

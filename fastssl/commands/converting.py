@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from fastssl.errors import ConfigError
-from loaders.convert.conversion import Plan
-from loaders.convert.conversion import Progress as Report
+from loaders.convert.conversion import Conversion
 from loaders.convert.judge import Reencode
+from loaders.files import Progress as Report
 
 PLAIN_EVERY_S = 10.0
 MAX_SHOWN = 25  # odd files; the manifest has all
@@ -30,7 +30,7 @@ def parse_reencode(text: str) -> Reencode:
     return Reencode(int(quality), int(max_side))
 
 
-def described(plan: Plan, out: Path) -> str:
+def described(plan: Conversion, out: Path) -> str:
     """What would be converted, and whether there is room for it."""
     lines = list(plan.said)
     for name, split in plan.splits.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastssl.costs import memory
+from fastssl.costs import memory_model
 from fastssl.costs.cost import StepCost, ours
 from fastssl.costs.trace import Untraceable, trace_step
 from fastssl.engine.job import Job
@@ -31,7 +31,7 @@ def describe(job: Job) -> str:
     told += [f"  {'launch' if not i else 'or':12} {line}" for i, line in enumerate(ways)]
     if job.device == "cuda":
         try:
-            memory.refuse_job(job, None)
+            memory_model.refuse_job(job, None)
         except ConfigError as error:
             warnings.append(str(error))
     told += [f"warning: {text}" for text in warnings]
@@ -86,7 +86,7 @@ def _describe_cost(stage: Stage, facts: Facts, world: int) -> list[str]:
         trace = trace_step(stage, facts, world)
     except Untraceable as error:
         return [f"  memory       not estimated: {error}"]
-    needs, cards = memory.describe(memory.memory_of(trace))
+    needs, cards = memory_model.describe(memory_model.memory_of(trace))
     return [
         f"  a step       {_arithmetic(ours(trace))}",
         *([f"  messages     {_messages(ours(trace))}"] if world > 1 else []),

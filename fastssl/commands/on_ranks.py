@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastssl.costs import memory
+from fastssl.costs import memory_model
 from fastssl.engine.job import Job
 from fastssl.engine.stages import run
 from fastssl.launch.ranks import Ranks
@@ -21,7 +21,7 @@ def on_ranks(job: Job, work: Callable[[Job], Any] = run) -> Any:
     `fastssl.launch.start` does, and ConfigError where a GPU cannot hold its share of the step."""
     if job.device == "cuda" and torch.cuda.is_available():
         card_bytes = torch.cuda.get_device_properties(0).total_memory
-        job = replace(job, with_room=memory.stages_with_room(job, card_bytes))
+        job = replace(job, with_room=memory_model.stages_with_room(job, card_bytes))
     return start(Ranks(job.world, job.device), partial(work, job), job.command, partial(_check_memory, job))
 
 
@@ -29,4 +29,4 @@ def _check_memory(job: Job) -> None:
     """At the door rather than in the first step."""
     if job.device == "cuda":
         here = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
-        memory.refuse_job(job, here)
+        memory_model.refuse_job(job, here)

@@ -17,7 +17,7 @@ PROFILED_RECIPE = "paws.rn50_100ep"
 @command()
 @click.argument("recipe", default=PROFILED_RECIPE)
 @DATA
-@click.option("--stage", "what", type=click.Choice(["loader", "step", "all"]), default="all", show_default=True)
+@click.option("--only", "what", type=click.Choice(["loader", "step", "all"]), default="all", show_default=True)
 @out_option("Folder for what is written [runs/RECIPE-profile].")
 @click.option("--baseline", type=click.Path(path_type=Path), metavar="FILE", help="A profile.json; exit 1 if slower.")
 @GPUS

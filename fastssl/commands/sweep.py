@@ -24,7 +24,7 @@ import numpy as np
 from fastssl.config.plain import differences
 from fastssl.engine.job import Job
 from fastssl.errors import ConfigError, FastsslError, Hung, Stopped
-from fastssl.evaluation.summary import accuracy_cell, mean_and_spread
+from fastssl.evaluation.accuracies import accuracy_cell, mean_and_spread
 from fastssl.methods.base import Config, Epochs, Stage
 from fastssl.recipes.resolve import resolve
 from fastssl.record.trackers import WANDB_RUN_ID

@@ -184,7 +184,7 @@ def _submit(jobs: list[Job], submission: dict[str, Any]) -> None:
 
 def _train(jobs: list[Job], on_ranks: Callable[[Job], Any]) -> None:
     """One after the other; of several the mean and spread, which are kept beside the runs."""
-    from fastssl.evaluation.summary import accuracy_cell, spread_over_seeds
+    from fastssl.evaluation.accuracies import accuracy_cell, spread_over_seeds
     from loaders.files import write_file
 
     results = [on_ranks(job) for job in jobs]

@@ -105,12 +105,12 @@ def describe(folder: Path, step: int, found: FirstNotFinite, stage: Stage, plan:
         content = {
             "stage": stage.name,
             "step": step,  # of the plan: as many are done before it
-            "seed": plan.plan.seed,
+            "seed": plan.asked.seed,
             "checkpoint": saved.path(before[-1]).name if before else None,
             "ranks": dist.world_size(),
             "device": found.step.device.type,
             "loss_by_rank": losses,
-            "ids": {stream.name: plan.rows(stream.name, step).ids.tolist() for stream in plan.plan.streams},
+            "ids": {stream.name: plan.rows(stream.name, step).ids.tolist() for stream in plan.asked.streams},
             "config": to_plain(stage),
         }
         write_file(path, json.dumps(content, indent=2) + "\n")

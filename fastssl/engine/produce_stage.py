@@ -37,7 +37,7 @@ def produce(at: Joined) -> dict[str, Any]:
 @torch.no_grad()
 def _fill(rows: RowsSoFar, at: Joined, nets: Nets[Any]) -> None:
     """Add the rows of every batch that is not in them yet."""
-    stream = at.bound.plan.plan.streams[0].name
+    stream = at.bound.plan.asked.streams[0].name
     total = at.bound.plan.num_steps(stream)
     every = max(1, min(at.stage.checkpoint_every.steps(at.bound.plan.steps_per_epoch), total // _NUM_KEPT))
     start, agreement = rows.resume(), Agreement()
@@ -72,7 +72,7 @@ def _origin(at: Joined) -> dict[str, Any]:
 def _stored(at: Joined, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Write what was produced of the images of the first stream, in its order; the stage's result. The row of a damaged
     image that was replaced is its substitute's."""
-    stream = at.bound.plan.plan.streams[0]
+    stream = at.bound.plan.asked.streams[0]
     assert isinstance(stream.order, Sequential), "rows must be in the images' order"
     facts = at.bound.plan.facts[stream.name]
     ids = torch.arange(facts.num_images) if facts.ids is None else torch.from_numpy(facts.ids)

@@ -59,7 +59,7 @@ class Trainer:
         self.device = device
         plan = loader.bound.plan
         self.horizon = Horizon(plan.steps_per_epoch, stage.length.steps(plan.steps_per_epoch))
-        self.images_per_step = plan.plan.stream(plan.plan.epoch_of).batch_global
+        self.images_per_step = plan.asked.stream(plan.asked.epoch_of).batch_global
         self.nets = method.nets()
         method.load_inputs(self.nets)
         for name, module in self.nets.modules().items():
@@ -228,7 +228,7 @@ class Trainer:
         if step >= self.horizon.total_steps:
             return
         plan = self.loader.bound.plan
-        rows = [plan.rows(stream.name, step) for stream in plan.plan.streams]
+        rows = [plan.rows(stream.name, step) for stream in plan.asked.streams]
         ids = "; ".join(f"{r.stream} {', '.join(map(str, r.ids[:8].tolist()))}, ..." for r in rows)
         self._finish_saving()
         saved = self.checkpoints.steps()

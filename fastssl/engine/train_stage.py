@@ -14,7 +14,7 @@ from fastssl.engine.join import Joined, weights_file
 from fastssl.engine.settings import How
 from fastssl.engine.step import default_how
 from fastssl.engine.train import Trainer
-from fastssl.engine.watchdog import Progress, Watchdog
+from fastssl.engine.watchdog import Standing, Watchdog
 from fastssl.evaluation import load_protocol
 from fastssl.evaluation.subject import Subject
 from fastssl.machine import versions
@@ -43,7 +43,7 @@ def train(at: Joined) -> dict[str, Any]:
             _announce(recorder, at, trainer)
             if at.stage.evaluate and not at.protocols:
                 recorder.warn("no validation images, so nothing is evaluated: give --data validation=PATH")
-            with Watchdog(job.out, job.watchdog_s, lambda: Progress(trainer.step, clock.doing)):
+            with Watchdog(job.out, job.watchdog_s, lambda: Standing(trainer.step, clock.doing)):
                 trainer.run(recorder, evaluate if at.protocols else None, clock, at.here.stop)
             scores = evaluations[-1] if evaluations else evaluate() if at.protocols else {}
             result = _result(at, trainer, scores)
@@ -147,7 +147,7 @@ def _announce(recorder: Recorder, at: Joined, trainer: Trainer) -> None:
 def _streams(at: Joined) -> dict[str, object]:
     """Of which images each stream is, and how many."""
     world, table = at.here.job.world, {}  # type: int, dict[str, object]
-    for stream in at.bound.plan.plan.streams:
+    for stream in at.bound.plan.asked.streams:
         source, subset = at.bound.sources[stream.name], at.bound.subsets[stream.name]
         table[stream.name] = (
             f"{source.name}: {subset.name}, {subset.count:,} images; {stream.batch_global:,} a step"

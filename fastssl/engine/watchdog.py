@@ -35,7 +35,7 @@ _VERDICT = "verdict"
 
 
 @dataclass(frozen=True)
-class Progress:
+class Standing:
     """How far a rank is."""
 
     step: int  # optimiser steps done
@@ -49,7 +49,7 @@ class Seen:
 
     host: str
     beat: int
-    progress: Progress
+    progress: Standing
     answered_s: float  # when its beat last changed
     moved_s: float  # when its progress last changed
 
@@ -79,7 +79,7 @@ class Watchdog:
     """Watches within its context, where there are several ranks and `limit_s` is not 0. `progress` is asked from
     another thread, and need not count collectives."""
 
-    def __init__(self, run_dir: Path, limit_s: float, progress: Callable[[], Progress]):
+    def __init__(self, run_dir: Path, limit_s: float, progress: Callable[[], Standing]):
         self.run_dir, self.limit_s, self.progress = run_dir, limit_s, progress
         self.beat_s = min(BEAT_S, limit_s / 8)
         self._done = threading.Event()
@@ -163,7 +163,7 @@ def _updated(before: list[Seen], heard: list[dict[str, Any]], now_s: float) -> l
     """What is now known of the ranks: clocks of other hosts are not trusted, only that something has changed."""
     found = []
     for rank, told in enumerate(heard):
-        progress = Progress(**told["progress"])
+        progress = Standing(**told["progress"])
         was = before[rank] if before else Seen(told["host"], -1, progress, now_s, now_s)
         answered_s = now_s if told["beat"] != was.beat else was.answered_s
         moved_s = now_s if progress != was.progress else was.moved_s

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fastssl.errors import ConfigError
+from fastssl.evaluation.accuracies import wilson
 from fastssl.evaluation.subject import Subject
-from fastssl.evaluation.summary import wilson
 from loaders.store.data import VALIDATION
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastssl.evaluation.accuracies import wilson
 from fastssl.evaluation.cosine import cosine_blocks, full_fp32
 from fastssl.evaluation.subject import Subject
-from fastssl.evaluation.summary import wilson
 
 TEMPERATURE = 0.07
 KS = (10, 20, 100, 200)

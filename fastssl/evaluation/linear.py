@@ -28,9 +28,9 @@ from torch.nn import functional as F
 
 from fastssl import dist
 from fastssl.errors import ConfigError
+from fastssl.evaluation.accuracies import wilson
 from fastssl.evaluation.cosine import full_fp32
 from fastssl.evaluation.subject import Subject
-from fastssl.evaluation.summary import wilson
 from loaders.plan.draws import mix, tag
 
 Solver = Literal["l-bfgs", "sgd"]

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from fastssl import dist
 from fastssl.errors import ConfigError
+from fastssl.evaluation.accuracies import wilson
 from fastssl.evaluation.linear import choose_head, held_out
 from fastssl.evaluation.progress import tell
 from fastssl.evaluation.subject import Subject
-from fastssl.evaluation.summary import wilson
 from loaders.plan.views import Whole
 from loaders.published.robustness import ALEXNET_ERROR, SEVERITIES, SHIFTS, V2_FOLDERS, Shift, ShiftedSet
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastssl.evaluation import collapse
+from fastssl.evaluation.accuracies import wilson
 from fastssl.evaluation.cosine import cosine_blocks, full_fp32
 from fastssl.evaluation.subject import Subject
-from fastssl.evaluation.summary import wilson
 
 TAU = 0.1  # as in training
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from fastssl import dist
+from fastssl.evaluation.accuracies import wilson
 from fastssl.evaluation.linear import choose_head, top1
 from fastssl.evaluation.progress import tell
 from fastssl.evaluation.subject import Subject
-from fastssl.evaluation.summary import wilson
 from loaders.plan.views import Centre, Crop, View
 from loaders.published.transfer import TRANSFERS, Metric, TransferSet
 

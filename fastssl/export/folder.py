@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastssl.config.plain import to_plain
 from fastssl.errors import ConfigError, FastsslError
-from fastssl.evaluation.summary import accuracy_cell, mean_and_spread
+from fastssl.evaluation.accuracies import accuracy_cell, mean_and_spread
 from fastssl.export.architecture import architecture
 from fastssl.methods.base import About, about_of
 from fastssl.nn.encoders.encoder import Encoder

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastssl.losses.draws import below
+from fastssl.losses.keyed_draws import below
 
 
 class LabelledQueues(nn.Module):
@@ -66,7 +66,7 @@ class LabelledQueues(nn.Module):
     def draw(self, label_B: Tensor, bits_BM: Tensor, without_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Slots of entries of each row's label, uniform and with replacement: (slot [B, M], whether there is one [B]).
 
-        bits_BM    draws of `fastssl.losses.draws.random_bits`
+        bits_BM    draws of `fastssl.losses.keyed_draws.random_bits`
         without_B  a slot of the row's label that is left out, -1 for none
 
         Where a label has no entry, or is -1, slots are of any kind.

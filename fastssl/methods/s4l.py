@@ -51,7 +51,7 @@ from fastssl.losses.adversarial import (
     unit,
     unit_unless_small,
 )
-from fastssl.losses.draws import normals
+from fastssl.losses.keyed_draws import normals
 from fastssl.losses.triplet import exemplar_loss
 from fastssl.methods.base import (
     Artefact,

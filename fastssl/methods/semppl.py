@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from fastssl.dist import gather_rows, gather_rows_together, mean_over_ranks, rank, world_size
 from fastssl.errors import ConfigError
-from fastssl.losses.draws import distinct, random_bits
+from fastssl.losses.keyed_draws import distinct, random_bits
 from fastssl.losses.nearest import Majority, Ties, majority, nearest
 from fastssl.losses.queues import LabelledQueues
 from fastssl.losses.semppl import Base, Byol, Positives, Relic, SimClr, semppl_loss

@@ -18,7 +18,7 @@ from fastssl.profiling.windows import COLD, ONE_THREAD, WARM, Found, Kind, Spent
 from loaders.loader import Bound, Loader
 from loaders.store.data import DataSets
 from loaders.store.source import is_encoded
-from loaders.timing import STAGES
+from loaders.timing import PHASES
 
 WARM_UP = 2  # batches of a loader's window that do not count: buffers are touched, code is compiled
 WINDOW_S = 0.5  # at least, of a loader
@@ -103,16 +103,16 @@ def loader_window(loader: Loader, skip: int) -> Window:
     which it waited for somebody to take a batch."""
     history = list(loader.history)
     assert skip
-    counted, plan, last, before = history[skip:], loader.bound.plan.plan, history[-1], history[skip - 1]
+    counted, plan, last, before = history[skip:], loader.bound.plan.asked, history[-1], history[skip - 1]
     totals = last.totals - before.totals
     by_stream = {s.name: s.batch_global // loader.world * len(counted) for s in plan.streams}
     return Window(
         images=by_stream[plan.epoch_of],
         by_stream=by_stream,
         prepare_s=[one.wall_s for one in counted],
-        by_phase_s=dict(zip(STAGES, last.by_stage(before).tolist(), strict=True)),
+        by_phase_s=dict(zip(PHASES, last.by_phase(before).tolist(), strict=True)),
         spent={
-            name: {phase: Spent(*row) for phase, row in zip(STAGES, totals[k].tolist(), strict=True)}
+            name: {phase: Spent(*row) for phase, row in zip(PHASES, totals[k].tolist(), strict=True)}
             for k, name in enumerate(by_stream)
         },
         threads=loader.threads,

@@ -26,7 +26,7 @@ from fastssl.errors import ConfigError, FastsslError
 from fastssl.methods.base import Facts, Stage
 from fastssl.profiling import baseline as baselines
 from fastssl.profiling import measure
-from fastssl.profiling.page import as_text, write_page
+from fastssl.profiling.presentation import as_text, write_page
 from fastssl.profiling.summary import Before, summarise
 from fastssl.profiling.windows import Found
 from fastssl.profiling.workload import LOADER_IMAGES, SIZED, fitting, sized, stand_ins

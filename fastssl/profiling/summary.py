@@ -27,7 +27,7 @@ from fastssl.profiling.windows import (
     without,
 )
 from fastssl.recipes.datasets import KNOWN_SETS
-from loaders.timing import STAGES
+from loaders.timing import PHASES
 
 FORMAT = 1  # of profile.json
 DECODED_BYTES = 607e3  # of an ImageNet photograph on average
@@ -97,18 +97,18 @@ def summarise(before: Before, everyone: Sequence[Found], complete: bool) -> dict
 
 
 def _loader(before: Before, everyone: Sequence[Found]) -> dict[str, Any]:
-    """Rates of all ranks together; stages by stream of the first."""
+    """Rates of all ranks together; phases by stream of the first."""
     warm, kept = everyone[0].loader[WARM], everyone[0].probes.still_cached
-    stages = {stage: _stage_row(warm, stage, before.streams, before.epoch_of) for stage in STAGES}
+    phases = {phase: _phase_row(warm, phase, before.streams, before.epoch_of) for phase in PHASES}
     return {
         "images_per_s": _rates(everyone, WARM),
         "one_thread_images_per_s": _rates(everyone, ONE_THREAD),
         "cold_images_per_s": _rates(everyone, COLD),
         "cold": _cold_words(kept) if kept else "nothing is read from a disk" if before.in_memory else "not measured",
         "threads": warm[0].threads * before.world,
-        "cpu_s_per_image": sum(row["cpu_s_per_image"] for row in stages.values()),
-        "stages": stages,
-        "by_stream": {name: {stage: _cpu_s(warm, stage, name) for stage in STAGES} for name in before.streams},
+        "cpu_s_per_image": sum(row["cpu_s_per_image"] for row in phases.values()),
+        "stages": phases,
+        "by_stream": {name: {phase: _cpu_s(warm, phase, name) for phase in PHASES} for name in before.streams},
     }
 
 
@@ -127,14 +127,14 @@ def _cold_words(kept: Sequence[float | None]) -> str:
     return "dropped before each window" if most < 0.1 else f"the system kept {most:.0%} in memory: not a cold cache"
 
 
-def _wall_s(windows: Sequence[Window], stage: str, stream: str) -> float:
+def _wall_s(windows: Sequence[Window], phase: str, stream: str) -> float:
     """Of a thread, for an image of `stream`."""
-    return _over_images([w.spent[stream][stage].wall_s for w in windows], windows, stream)
+    return _over_images([w.spent[stream][phase].wall_s for w in windows], windows, stream)
 
 
-def _cpu_s(windows: Sequence[Window], stage: str, stream: str) -> float:
+def _cpu_s(windows: Sequence[Window], phase: str, stream: str) -> float:
     """For an image of `stream`."""
-    return _over_images([w.spent[stream][stage].cpu_s for w in windows], windows, stream)
+    return _over_images([w.spent[stream][phase].cpu_s for w in windows], windows, stream)
 
 
 def _over_images(spent_s: Sequence[float], windows: Sequence[Window], stream: str) -> float:
@@ -142,12 +142,12 @@ def _over_images(spent_s: Sequence[float], windows: Sequence[Window], stream: st
     return sum(spent_s) / images if images else 0.0
 
 
-def _stage_row(
-    windows: Sequence[Window], stage: str, streams: Mapping[str, int], epoch_of: str
+def _phase_row(
+    windows: Sequence[Window], phase: str, streams: Mapping[str, int], epoch_of: str
 ) -> dict[str, float | None]:
-    """A stage of all streams for one image of the epoch's, in the recipe's proportions."""
+    """A phase of all streams for one image of the epoch's, in the recipe's proportions."""
     wall_s, cpu_s = (
-        sum(seconds(windows, stage, name) * n for name, n in streams.items()) / streams[epoch_of]
+        sum(seconds(windows, phase, name) * n for name, n in streams.items()) / streams[epoch_of]
         for seconds in (_wall_s, _cpu_s)
     )
     return {
@@ -158,9 +158,9 @@ def _stage_row(
 
 
 def _loader_cost(before: Before, windows: Sequence[Window]) -> whatif.LoaderCost:
-    def total(stages: Sequence[str], streams: Sequence[str]) -> float:
+    def total(phases: Sequence[str], streams: Sequence[str]) -> float:
         return sum(
-            _cpu_s(windows, stage, name) * before.streams[name] for stage in stages for name in streams
+            _cpu_s(windows, phase, name) * before.streams[name] for phase in phases for name in streams
         ) / before.streams[before.epoch_of]  # fmt: skip
 
     names = list(before.streams)
@@ -169,7 +169,7 @@ def _loader_cost(before: Before, windows: Sequence[Window]) -> whatif.LoaderCost
     files = before.files_bytes
     mean_bytes = sum(files) / len(files) if files else 0.0
     return whatif.LoaderCost(
-        cpu_s=total(STAGES, names),
+        cpu_s=total(PHASES, names),
         serial_s=total(["plan"], names),
         bytes_read=images * mean_bytes,
         decode_s=total(["fetch", "decode"], before.recurring),
@@ -245,25 +245,25 @@ def _stall(everyone: Sequence[Found]) -> dict[str, Any]:
         copies.append(((copied_s or ready_s) - ready_s) / loaded_s)
     share = max(0.0, median(shares))
     copy = min(share, max(0.0, median(copies)))
-    spent = stage_seconds(everyone[0].loader[BESIDE_THE_STEP])
+    spent = phase_seconds(everyone[0].loader[BESIDE_THE_STEP])
     total = sum(spent.values()) or 1.0
-    by_stage = {stage: (share - copy) * s / total for stage, s in spent.items()}
+    by_phase = {phase: (share - copy) * s / total for phase, s in spent.items()}
     steps = everyone[0].steps[LOADED]
     waited = sum(sum(w.wait_s) for w in steps) / (sum(sum(w.step_s) for w in steps) or 1.0)
     return {
         "share": share,
         "spread": (max(shares) - min(shares)) / 2,
-        "prepare": sum(v for stage, v in by_stage.items() if stage != "fetch"),
-        "fetch": by_stage["fetch"],
+        "prepare": sum(v for phase, v in by_phase.items() if phase != "fetch"),
+        "fetch": by_phase["fetch"],
         "copy": copy,
-        "by_stage": by_stage,
+        "by_stage": by_phase,
         "waited_share": min(share, waited) if share else 0.0,
     }
 
 
-def stage_seconds(windows: Sequence[Window]) -> dict[str, float]:
-    """What the loader spent by stage, in seconds that add up to the windows' own."""
-    return {stage: sum(w.by_phase_s[stage] for w in windows) for stage in STAGES}
+def phase_seconds(windows: Sequence[Window]) -> dict[str, float]:
+    """What the loader spent by phase, in seconds that add up to the windows' own."""
+    return {phase: sum(w.by_phase_s[phase] for w in windows) for phase in PHASES}
 
 
 def _communication(before: Before, everyone: Sequence[Found]) -> dict[str, Any]:
@@ -289,17 +289,17 @@ def _communication(before: Before, everyone: Sequence[Found]) -> dict[str, Any]:
 def _binding(
     before: Before, loader: Mapping[str, Any] | None, step: Mapping[str, Any] | None, cost: whatif.LoaderCost | None
 ) -> dict[str, Any]:
-    """The resource that limits the rate, the loader's dearest stage, and both in a sentence."""
+    """The resource that limits the rate, the loader's dearest phase, and both in a sentence."""
     prepared = loader["images_per_s"]["median"] if loader else None
     trained = step["images_per_s"] if step else None
     if loader is None and step is None:
         return {"resource": None, "stage": None, "cores_needed": None, "sentence": "nothing was measured yet"}
-    stage = max(STAGES, key=lambda s: loader["stages"][s]["wall_s_per_image"]) if loader else None
+    phase = max(PHASES, key=lambda s: loader["stages"][s]["wall_s_per_image"]) if loader else None
     cores = cost.cores_for(trained) if cost and trained else None
     threads = f"{loader['threads']} core{'s' * (loader['threads'] > 1)}" if loader else ""
     if trained is None:
-        sentence = f"the loader by itself: {threads} prepare {_n(prepared)} images/s, most of it {stage}"
-        return {"resource": "loader", "stage": stage, "cores_needed": None, "sentence": sentence}
+        sentence = f"the loader by itself: {threads} prepare {_n(prepared)} images/s, most of it {phase}"
+        return {"resource": "loader", "stage": phase, "cores_needed": None, "sentence": sentence}
     assert step is not None
     limit = _limit_of(step)
     if prepared is None:
@@ -311,14 +311,14 @@ def _binding(
     if prepared < trained:
         assert loader is not None
         row = loader["stages"]["fetch"]
-        disk = stage == "fetch" and row["wall_s_per_image"] > 2 * row["cpu_s_per_image"]
+        disk = phase == "fetch" and row["wall_s_per_image"] > 2 * row["cpu_s_per_image"]
         sentence = (
-            f"the {'disk' if disk else 'loader'}: {threads} prepare {_n(prepared)} images/s, most of it {stage}; "
+            f"the {'disk' if disk else 'loader'}: {threads} prepare {_n(prepared)} images/s, most of it {phase}; "
             f"the step could take {_n(trained)}; {'a faster disk or a cache' if disk else would}"
         )
-        return {"resource": "disk" if disk else "loader", "stage": stage, "cores_needed": cores, "sentence": sentence}
+        return {"resource": "disk" if disk else "loader", "stage": phase, "cores_needed": cores, "sentence": sentence}
     sentence = f"the step: it takes {_n(trained)} images/s, {limit}; {threads} prepare {_n(prepared)}, {would}"
-    return {"resource": "step", "stage": stage, "cores_needed": cores, "sentence": sentence}
+    return {"resource": "step", "stage": phase, "cores_needed": cores, "sentence": sentence}
 
 
 def _limit_of(step: Mapping[str, Any]) -> str:
@@ -438,9 +438,9 @@ def _noise(before: Before, main: Found) -> dict[str, Any]:
     for window in main.loader.get(WARM, ()):
         assert window.probe is not None
         kept["speed"].append(window.probe.cpu_s_per_call)
-        for stage in STAGES:
-            cpu_s = sum(of[stage].cpu_s for of in window.spent.values())
-            kept["cpu"].setdefault(stage, []).append(cpu_s / window.images)
+        for phase in PHASES:
+            cpu_s = sum(of[phase].cpu_s for of in window.spent.values())
+            kept["cpu"].setdefault(phase, []).append(cpu_s / window.images)
         kept["wall"].setdefault("loader", []).append(window.wall_s / window.images)
     for name, kind in (("synthetic", READY), ("full", LOADED)):
         kept["wall"][f"step, {name}"] = [w.mean_s for w in main.steps.get(kind, ())]

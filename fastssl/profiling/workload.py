@@ -17,7 +17,7 @@ from PIL import Image
 
 from fastssl.config.changes import has_path
 from fastssl.costs.cost import ours
-from fastssl.costs.memory import memory_of
+from fastssl.costs.memory_model import memory_of
 from fastssl.costs.trace import Trace, trace_step
 from fastssl.engine.settings import How
 from fastssl.errors import ConfigError

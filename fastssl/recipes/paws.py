@@ -156,8 +156,9 @@ def rn50w4_200ep_1pct() -> Stages:
 
 
 def _on_fewer_gpus(batch_global: int, classes_global: int, images_per_class: int) -> Stages:
-    """rn50_100ep with what 80 GB hold of its batch, by `fastssl.costs.memory`: classes rather than images of each,
-    since the authors found few classes to hurt (suncet#11); rates by the square root of the batch, as SimCLRv2's."""
+    """rn50_100ep with what 80 GB hold of its batch, by `fastssl.costs.memory_model`: classes rather than images of each
+    class, since the authors found few classes to hurt (suncet#11); rates by the square root of the batch, as
+    SimCLRv2's."""
     (stage,) = rn50_100ep()
     paper = PawsConfig("imagenet", stage.method.eval_view).rate
     assert isinstance(paper, WarmupCosine)

@@ -45,7 +45,7 @@ MATRIX_CLASSES = 20  # beyond, a table of what is confused most
 def crops(bound: Bound, stream: str, step: int, renderer: str, num_images: int) -> list[list[tuple[str, np.ndarray]]]:
     """[image][crop] (view name, uint8 [S, S, 3]): every row of every view of the batch's first images, normalisation
     undone."""
-    views = {view.name: view for view in bound.plan.plan.stream(stream).views}
+    views = {view.name: view for view in bound.plan.asked.stream(stream).views}
     images: list[list[tuple[str, np.ndarray]]] = [[] for _ in range(num_images)]
     with Loader(bound, renderer=renderer) as loader, closing(loader.batches(step, step + 1)) as batches:
         part = next(batches).parts[stream]

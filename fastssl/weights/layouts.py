@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-Nets = dict[str, Mapping[str, Tensor]]  # "online", "target" -> a state dict in our names
+Tensors = dict[str, Mapping[str, Tensor]]  # "online", "target" -> a state dict in our names
 
 CHECKPOINT, EXPORT = "fastssl checkpoint", "fastssl export"  # the latter is recognised by its metadata
 PAWS, TORCHVISION = "checkpoint of PAWS's authors", "torchvision's or timm's ResNet"
@@ -24,7 +24,7 @@ AVERAGE_COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel
 
 
 @dataclass(frozen=True)
-class Found:
+class Recognised:
     """What a file turned out to hold.
 
     layout  its name
@@ -34,12 +34,12 @@ class Found:
     """
 
     layout: str
-    nets: Nets
+    nets: Tensors
     entry: str = ""
     left: tuple[str, ...] = ()
 
 
-def recognise(state: Mapping[str, Any]) -> Found | None:
+def recognise(state: Mapping[str, Any]) -> Recognised | None:
     """What `state`, the content of a file, holds; None where no layout fits."""
     return next(filter(None, (in_our_names(state) for in_our_names in _LAYOUTS.values())), None)
 
@@ -49,14 +49,14 @@ def entry_of(state: Mapping[str, Any]) -> str:
     return next((key for key in ENTRIES if _is_state_dict(state.get(key))), "")
 
 
-def _of_checkpoint(state: Mapping[str, Any]) -> Found | None:
+def _of_checkpoint(state: Mapping[str, Any]) -> Recognised | None:
     nets = state.get("nets")
     if not isinstance(nets, dict) or not all(_is_state_dict(net) for net in nets.values()):
         return None
-    return Found(CHECKPOINT, nets)
+    return Recognised(CHECKPOINT, nets)
 
 
-def _of_paws(state: Mapping[str, Any]) -> Found | None:
+def _of_paws(state: Mapping[str, Any]) -> Recognised | None:
     """facebookresearch/suncet: under `encoder`, trunk and heads in one module, `module.` before each name where several
     GPUs trained it. The projection head is `fc` (fc1, bn1, fc2, bn2, fc3) and the prediction head `pred`. A fine-tuned
     network has the first projection layer in `fc.fc1` and `fc.bn1`, and its classifier in `fc.fc2`. A Wide ResNet has
@@ -70,14 +70,14 @@ def _of_paws(state: Mapping[str, Any]) -> Found | None:
     return _found(PAWS, encoder, heads, "encoder", state)
 
 
-def _of_torchvision(state: Mapping[str, Any]) -> Found | None:
+def _of_torchvision(state: Mapping[str, Any]) -> Recognised | None:
     """One flat state dict, or a training script's checkpoint around it; the classifier is `fc`."""
     entry = entry_of(state)
     net = _unwrapped(state[entry] if entry else state)
     return None if net is None else _found(TORCHVISION, net, {"fc.": "fc."}, entry, state)
 
 
-_LAYOUTS: dict[str, Callable[[Mapping[str, Any]], Found | None]] = {
+_LAYOUTS: dict[str, Callable[[Mapping[str, Any]], Recognised | None]] = {
     CHECKPOINT: _of_checkpoint,
     PAWS: _of_paws,
     TORCHVISION: _of_torchvision,
@@ -86,9 +86,9 @@ _LAYOUTS: dict[str, Callable[[Mapping[str, Any]], Found | None]] = {
 
 def _found(
     layout: str, net: Mapping[str, Tensor], heads: Mapping[str, str], entry: str, state: Mapping[str, Any]
-) -> Found:
+) -> Recognised:
     left = tuple(str(key) for key in state if key != entry) if entry else ()
-    return Found(layout, {"online": {_in_parts(key, heads): tensor for key, tensor in net.items()}}, entry, left)
+    return Recognised(layout, {"online": {_in_parts(key, heads): tensor for key, tensor in net.items()}}, entry, left)
 
 
 def _unwrapped(net: object) -> Mapping[str, Tensor] | None:

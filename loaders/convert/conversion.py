@@ -30,7 +30,7 @@ import PIL
 from loaders.convert.journal import RECORD, Journal, write_all
 from loaders.convert.judge import MAX_BYTES, SAID, Outcome, Reencode, Verdict, judge
 from loaders.errors import StoreError
-from loaders.files import partial_of, put, write_file
+from loaders.files import Progress, partial_of, put, write_file
 from loaders.labels.subsets import Resolved, listed
 from loaders.store.beton import PAGE_SIZE, BetonFile, Stored, data_start, place, write_tables
 from loaders.store.data import VALIDATION, described
@@ -48,9 +48,6 @@ _CHUNK = 16  # images a thread takes at once
 _HASH_DIGITS = 8  # of each image's sha256 in the manifest: enough to find the damaged one
 _COPY_BYTES = 1 << 24
 
-Progress = Callable[[str, int, int], None]
-"""(what, number done, number in all), called from the caller's thread."""
-
 
 @dataclass(frozen=True)
 class Options:
@@ -60,7 +57,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Conversion:
     """What will be converted; `subset` is the list that chose the training images, `said` what the source was found to
     hold."""
 
@@ -87,7 +84,7 @@ class Plan:
         return digest([FORMAT, json.dumps(self.described())], parts)
 
 
-def prepare(source: Path, options: Options) -> Plan:
+def prepare(source: Path, options: Options) -> Conversion:
     """Look at the source: names, classes and sizes. Raises StoreError where something is missing or unclear."""
     opened = open_path(str(source))
     splits = {name: _listing(part, source) for name, part in ((TRAIN, opened.train), (VAL, opened.validation)) if part}
@@ -99,7 +96,7 @@ def prepare(source: Path, options: Options) -> Plan:
             raise StoreError(f"{source}: has no training images, of which --subset {options.subset} is a list")
         chosen = listed(splits[TRAIN], options.subset, (source,))
         splits[TRAIN] = splits[TRAIN].subset(chosen.ids)  # type: ignore[arg-type]  # a list has ids
-    return Plan(source, splits, options, chosen, tuple(said))
+    return Conversion(source, splits, options, chosen, tuple(said))
 
 
 def _listing(part: Source, source: Path) -> Listing:
@@ -121,7 +118,7 @@ def _number_classes(val: Listing, class_names: tuple[str, ...]) -> None:
         val.labels, val.class_names = table[val.labels], class_names
 
 
-def convert(plan: Plan, out: Path, progress: Progress = lambda what, done, total: None) -> dict[str, Any]:
+def convert(plan: Conversion, out: Path, progress: Progress = lambda what, done, total: None) -> dict[str, Any]:
     """Write the splits and return the manifest. Continues what a kill left; finished, it only returns the manifest.
 
     Raises StoreError: no space, a source that changed, another conversion's files in `out`. The same call continues.
@@ -135,7 +132,7 @@ def convert(plan: Plan, out: Path, progress: Progress = lambda what, done, total
         raise StoreError(f"{what}; put that right and run the same command: it continues") from e
 
 
-def _convert(plan: Plan, out: Path, progress: Progress) -> dict[str, Any]:
+def _convert(plan: Conversion, out: Path, progress: Progress) -> dict[str, Any]:
     inside = next((li.path for li in plan.splits.values() if out.resolve().is_relative_to(li.path.resolve())), None)
     if inside:
         raise StoreError(f"{out}: lies among the images of {inside}; choose a folder elsewhere")
@@ -210,7 +207,7 @@ def read_manifest(out: Path) -> dict[str, Any]:
 class _Split:
     """One split's files: final, and while it is made the partial one, the spill and the journal."""
 
-    def __init__(self, plan: Plan, name: str, out: Path):
+    def __init__(self, plan: Conversion, name: str, out: Path):
         self.name, self._options, self._out = name, plan.options, out
         self._listing = plan.splits[name]
         self._final, self._spill, self._journal_path = (
@@ -425,7 +422,7 @@ def _tables_sha256(path: Path, data: list[int]) -> str:
     return sha.hexdigest()
 
 
-def _check_space(plan: Plan, out: Path) -> None:
+def _check_space(plan: Conversion, out: Path) -> None:
     used = sum(f.stat().st_blocks * 512 for f in out.iterdir() if f.is_file())
     needed, free = sum(map(plan.bytes_needed, plan.splits)), shutil.disk_usage(out).free
     if needed > free + used:

@@ -93,7 +93,7 @@ class BoundPlan:
     """A plan that knows its data."""
 
     def __init__(self, plan: Plan, facts: Mapping[str, StreamFacts]):
-        self.plan, self.facts = plan, dict(facts)
+        self.asked, self.facts = plan, dict(facts)
         self._keys = {s.name: mix(plan.seed, tag(s.name)) for s in plan.streams}
         self._class_index: dict[str, ClassIndex] = {}
         for stream in plan.streams:
@@ -101,17 +101,17 @@ class BoundPlan:
 
     @property
     def steps_per_epoch(self) -> int:
-        return self.num_steps(self.plan.epoch_of)
+        return self.num_steps(self.asked.epoch_of)
 
     def num_steps(self, stream_name: str) -> int:
         """Steps in which the stream passes over its images once (a sequential stream's last one may be short)."""
-        stream, facts = self.plan.stream(stream_name), self.facts[stream_name]
+        stream, facts = self.asked.stream(stream_name), self.facts[stream_name]
         whole, rest = divmod(facts.num_images, stream.batch_global)
         return whole + (rest > 0 and isinstance(stream.order, Sequential))
 
     def check_world(self, world: int) -> None:
         """Raises PlanError where `world` ranks cannot share the batches evenly; names the nearest counts that can."""
-        counts = [s.batch_global for s in self.plan.streams if not isinstance(s.order, Sequential)]
+        counts = [s.batch_global for s in self.asked.streams if not isinstance(s.order, Sequential)]
         check_world(world, counts)
 
     def rows(
@@ -119,7 +119,7 @@ class BoundPlan:
     ) -> Rows:
         """This rank's contiguous share of the stream's global batch at `step`; `instead` maps ids of images that cannot
         be had to those that stand in for them."""
-        stream, facts, key = self.plan.stream(stream_name), self.facts[stream_name], self._keys[stream_name]
+        stream, facts, key = self.asked.stream(stream_name), self.facts[stream_name], self._keys[stream_name]
         batch = stream.batch_global
         if isinstance(stream.order, Sequential):
             batch = max(0, min(batch, facts.num_images - step * batch))
@@ -152,7 +152,7 @@ class BoundPlan:
     def masked_share(self, step: int, rank: int = 0, world: int = 1) -> float | None:
         """The share of this rank's copies at `step`, of views with a mask, that are masked; None where no view has
         one."""
-        streams = [s.name for s in self.plan.streams if any(view.mask is not None for view in s.views)]
+        streams = [s.name for s in self.asked.streams if any(view.mask is not None for view in s.views)]
         views = [v for name in streams for v in self.rows(name, step, rank, world).views]
         greys = [v.greys for v in views if v.greys is not None]
         return float((np.concatenate(greys) >= 0).mean()) if greys else None

@@ -18,7 +18,7 @@ from loaders.renderers.resample import CODES, over_grey, resize_boxes
 from loaders.renderers.spread import spread
 from loaders.store.masks import Masks, mask_of
 from loaders.store.source import EncodedSource
-from loaders.timing import CROP, FETCH, StageTimes, now
+from loaders.timing import CROP, FETCH, PhaseTimes, now
 
 _IMAGES_A_TASK = 4
 _ONLY = np.zeros(1, np.int64)
@@ -66,10 +66,10 @@ class CachedRenderer:
         source: EncodedSource,
         pool: ThreadPoolExecutor,
         budget_bytes: int,
-        times: StageTimes | None = None,
+        times: PhaseTimes | None = None,
         masks: Masks | None = None,
     ):
-        self.source, self.pool, self.times, self.masks = source, pool, times or StageTimes(), masks
+        self.source, self.pool, self.times, self.masks = source, pool, times or PhaseTimes(), masks
         pil = PilRenderer(source, pool, self.times)
         self.cache = DecodedCache(lambda i: np.array(pil.decode(i)), budget_bytes)
 

@@ -28,7 +28,7 @@ from loaders.renderers.pil import PilRenderer
 from loaders.store.images import MAX_PIXELS
 from loaders.store.jpeg import jpeg_header, orientation_of
 from loaders.store.source import EncodedSource
-from loaders.timing import DECODE, FETCH, StageTimes, now
+from loaders.timing import DECODE, FETCH, PhaseTimes, now
 
 _FILTERS = {
     Filter.BILINEAR: {"interp_type": types.INTERP_LINEAR, "antialias": True},
@@ -50,9 +50,9 @@ class DaliRenderer:
         pool: ThreadPoolExecutor,
         threads: int,
         device_id: int | None = None,
-        times: StageTimes | None = None,
+        times: PhaseTimes | None = None,
     ):
-        self.source, self.threads, self.device_id, self.times = source, threads, device_id, times or StageTimes()
+        self.source, self.threads, self.device_id, self.times = source, threads, device_id, times or PhaseTimes()
         self._pil = PilRenderer(source, pool, self.times)
         self._pipeline: Pipeline | None = None
         self._copied: torch.cuda.Event | None = None  # the end of the last copies out of DALI's buffers

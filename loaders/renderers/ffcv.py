@@ -40,7 +40,7 @@ from loaders.store.images import MAX_PIXELS
 from loaders.store.jpeg import orientation_of
 from loaders.store.masks import Masks, mask_of
 from loaders.store.source import EncodedSource
-from loaders.timing import CROP, DECODE, FETCH, StageTimes, now
+from loaders.timing import CROP, DECODE, FETCH, PhaseTimes, now
 
 _IMAGES_A_TASK = 4  # about 6 ms
 _KEPT_PIXELS = 1 << 22  # a decoder's own buffer; larger images get one for the moment
@@ -183,10 +183,10 @@ class FfcvRenderer:
         self,
         source: EncodedSource,
         pool: ThreadPoolExecutor,
-        times: StageTimes | None = None,
+        times: PhaseTimes | None = None,
         masks: Masks | None = None,
     ):
-        self.source, self.pool, self.times, self.masks = source, pool, times or StageTimes(), masks
+        self.source, self.pool, self.times, self.masks = source, pool, times or PhaseTimes(), masks
         self._pil = PilRenderer(source, pool, self.times, masks)
         self._idle: list[_Decoder] = []  # append and pop are atomic
 

@@ -13,7 +13,7 @@ from loaders.renderers.resample import CODES, resize_boxes
 from loaders.renderers.spread import spread
 from loaders.store.masks import Masks, mask_of
 from loaders.store.source import ArraySource
-from loaders.timing import CROP, StageTimes, now
+from loaders.timing import CROP, PhaseTimes, now
 
 _IMAGES_A_TASK = 64
 _ONLY = np.zeros(1, np.int64)
@@ -29,10 +29,10 @@ class MemoryRenderer:
         self,
         source: ArraySource,
         pool: ThreadPoolExecutor,
-        times: StageTimes | None = None,
+        times: PhaseTimes | None = None,
         masks: Masks | None = None,
     ):
-        self.source, self.pool, self.times, self.masks = source, pool, times or StageTimes(), masks
+        self.source, self.pool, self.times, self.masks = source, pool, times or PhaseTimes(), masks
 
     def render(self, rows: Rows, out: Mapping[str, np.ndarray]) -> None:
         """Fill out[view name], uint8 [copies * B, S, S, C], with the crops that `rows` describes, copy-major."""

@@ -16,7 +16,7 @@ from loaders.renderers.spread import spread
 from loaders.store.images import ImageError, decode
 from loaders.store.masks import Masks, mask_of
 from loaders.store.source import EncodedSource
-from loaders.timing import CROP, DECODE, FETCH, StageTimes, now
+from loaders.timing import CROP, DECODE, FETCH, PhaseTimes, now
 
 _RESAMPLING = {Filter.BILINEAR: Image.Resampling.BILINEAR, Filter.BICUBIC: Image.Resampling.BICUBIC}
 _IMAGES_A_TASK = 2
@@ -38,10 +38,10 @@ class PilRenderer:
         self,
         source: EncodedSource,
         pool: ThreadPoolExecutor,
-        times: StageTimes | None = None,
+        times: PhaseTimes | None = None,
         masks: Masks | None = None,
     ):
-        self.source, self.pool, self.times, self.masks = source, pool, times or StageTimes(), masks
+        self.source, self.pool, self.times, self.masks = source, pool, times or PhaseTimes(), masks
 
     def render(self, rows: Rows, out: Mapping[str, np.ndarray]) -> None:
         """Fill out[view name], uint8 [copies * B, S, S, 3], with the crops that `rows` describes, copy-major.

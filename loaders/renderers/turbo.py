@@ -28,7 +28,7 @@ from loaders.store.images import MAX_PIXELS
 from loaders.store.jpeg import jpeg_facts
 from loaders.store.masks import Masks, mask_of
 from loaders.store.source import EncodedSource
-from loaders.timing import CROP, DECODE, FETCH, StageTimes, now
+from loaders.timing import CROP, DECODE, FETCH, PhaseTimes, now
 
 _IMAGES_A_TASK = 4  # about 6 ms
 _KEPT_BYTES = 3 << 22  # a thread's own buffer; larger images get one for the moment
@@ -85,10 +85,10 @@ class TurboRenderer:
         self,
         source: EncodedSource,
         pool: ThreadPoolExecutor,
-        times: StageTimes | None = None,
+        times: PhaseTimes | None = None,
         masks: Masks | None = None,
     ):
-        self.source, self.pool, self.times, self.masks = source, pool, times or StageTimes(), masks
+        self.source, self.pool, self.times, self.masks = source, pool, times or PhaseTimes(), masks
         self._pil = PilRenderer(source, pool, self.times, masks)
         self._idle: list[np.ndarray] = []  # buffers; append and pop are atomic
 

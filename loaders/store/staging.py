@@ -11,17 +11,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 from loaders.errors import StoreError
-from loaders.files import partial_of, sha256_of, whole_file, write_file
+from loaders.files import Progress, partial_of, sha256_of, whole_file, write_file
 from loaders.store.data import MASKS, DataSpec
 
 _CHUNK_BYTES = 1 << 24
-
-Progress = Callable[[str, int, int], None]
-"""(file name, bytes done, bytes in all)"""
 
 
 def stage(specs: tuple[str, ...], folder: Path, progress: Progress) -> tuple[str, ...]:

@@ -72,7 +72,7 @@ def test_bad_input_is_one_line(tmp_path):
 
 
 def test_two_ranks_show_their_messages(tmp_path):
-    code, text = run(tmp_path, *SHORT, *SMALL, "--cpu-ranks", "2", "--stage", "step", "--trace")
+    code, text = run(tmp_path, *SHORT, *SMALL, "--cpu-ranks", "2", "--only", "step", "--trace")
     assert code == 0, text
     profile = json.loads((tmp_path / "p" / "profile.json").read_text())
     found = profile["communication"]

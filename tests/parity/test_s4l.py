@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from fastssl import dist
 from fastssl.commands import dry_run
 from fastssl.commands.main import main
-from fastssl.costs import memory
+from fastssl.costs import memory_model
 from fastssl.costs.trace import Untraceable
 from fastssl.errors import ConfigError
 from fastssl.losses.adversarial import curvature_product, divergence, entropy, unit
@@ -582,7 +582,7 @@ def test_the_header_s_sweeps_are_accepted(monkeypatch):
     def not_traced(stage, facts, world):
         raise Untraceable("too large for a test")
 
-    for module in (dry_run, memory):
+    for module in (dry_run, memory_model):
         monkeypatch.setattr(module, "trace_step", not_traced)
     text = recipes.__doc__.replace("\\\n", "")
     commands = re.findall(r"^ +fastssl (train s4l.rotation .*--sweep.*)$", text, re.MULTILINE)

@@ -12,7 +12,7 @@ from fastssl.losses.adversarial import (
     unit,
     unit_unless_small,
 )
-from fastssl.losses.draws import normals
+from fastssl.losses.keyed_draws import normals
 from fastssl.nn.encoders.resnet import S4lResNet
 from fastssl.nn.norm.group_batch_norm import GroupBatchNorm
 from fastssl.nn.norm.running_stats import frozen_running_stats

@@ -16,11 +16,11 @@ def test_a_sheet_shows_every_crop_of_every_renderer(tmp_path, monkeypatch):
     page = np.asarray(Image.open(out))
     bound = contact_sheet.bound_to("paws.digits", [], ["digits"], None, 2)
     with Loader(bound) as loader:
-        part = next(loader.batches(0, 1)).parts[bound.plan.plan.epoch_of]
+        part = next(loader.batches(0, 1)).parts[bound.plan.asked.epoch_of]
     num_crops = sum(len(x) for x in part.x.values()) // 2
     tile = contact_sheet.HEIGHT + contact_sheet.GAP
     assert page.shape[:2] == (2 * 3 * tile, contact_sheet.LABEL + num_crops * tile)
-    view = bound.plan.plan.streams[0].views[0]
+    view = bound.plan.asked.streams[0].views[0]
     x = next(iter(part.x.values()))[1].permute(1, 2, 0).numpy()  # first copy, second image
     crop = colours(x, view.pixels)
     shown = page[3 * tile :, contact_sheet.LABEL :][: contact_sheet.HEIGHT, : contact_sheet.HEIGHT]

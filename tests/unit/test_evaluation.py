@@ -16,7 +16,7 @@ from torch import nn
 from fastssl import dist
 from fastssl.commands import main as cli
 from fastssl.errors import ConfigError, FastsslError
-from fastssl.evaluation import collapse, cosine, load_protocol, protocol_names, summary
+from fastssl.evaluation import accuracies, collapse, cosine, load_protocol, protocol_names
 from fastssl.evaluation.embed import embed
 from fastssl.evaluation.knn import knn
 from fastssl.evaluation.subject import Subject, eval_mode
@@ -106,19 +106,19 @@ def test_wilson_against_published_values():
     """Would catch the normal approximation, which gives an empty interval at 0 of 10. (Brown, Cai & DasGupta 2001:
     the score interval at 0 of n ends at z^2 / (n + z^2).)"""
     z2 = 1.959964**2
-    assert summary.wilson(0, 10) == pytest.approx([0, z2 / (10 + z2)])
-    assert summary.wilson(10, 10) == pytest.approx([10 / (10 + z2), 1])
-    assert summary.wilson(81, 263) == pytest.approx([0.2553, 0.3662], abs=1e-4)  # Newcombe 1998, table I
+    assert accuracies.wilson(0, 10) == pytest.approx([0, z2 / (10 + z2)])
+    assert accuracies.wilson(10, 10) == pytest.approx([10 / (10 + z2), 1])
+    assert accuracies.wilson(81, 263) == pytest.approx([0.2553, 0.3662], abs=1e-4)  # Newcombe 1998, table I
 
 
 def test_spread_over_seeds_is_the_samples_and_one_seed_has_none():
     """Would catch the population's standard deviation, and a claim of zero spread from one seed."""
-    spread = summary.mean_and_spread([0.9, 0.92, 0.97])
+    spread = accuracies.mean_and_spread([0.9, 0.92, 0.97])
     assert spread["mean"] == pytest.approx(0.93) and spread["std"] == pytest.approx(math.sqrt(0.0026 / 2))
-    assert summary.accuracy_cell(spread) == "93.0 ± 3.6 (3 seeds)"
-    single = summary.mean_and_spread([0.955])
+    assert accuracies.accuracy_cell(spread) == "93.0 ± 3.6 (3 seeds)"
+    single = accuracies.mean_and_spread([0.955])
     assert single["std"] is None
-    assert summary.accuracy_cell(single, [0.9411, 0.9658]) == "95.5 [94.1, 96.6] (single seed)"
+    assert accuracies.accuracy_cell(single, [0.9411, 0.9658]) == "95.5 [94.1, 96.6] (single seed)"
 
 
 def test_only_accuracies_are_summed_up_over_seeds():
@@ -127,7 +127,7 @@ def test_only_accuracies_are_summed_up_over_seeds():
         {"knn_top1": 0.8, "soft_nn_top1": 0.7, "effective_rank": 2.0, "seed": 0},
         {"knn_top1": 0.9, "effective_rank": 3.0, "seed": 1},
     ]
-    spreads = summary.spread_over_seeds(runs)
+    spreads = accuracies.spread_over_seeds(runs)
     assert list(spreads) == ["knn_top1"]
     assert spreads["knn_top1"]["values"] == [0.8, 0.9] and spreads["knn_top1"]["mean"] == pytest.approx(0.85)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastssl.losses.draws import below, distinct, random_bits
+from fastssl.losses.keyed_draws import below, distinct, random_bits
 from loaders.plan.draws import mix, tag, uniforms
 
 KEYS = mix(7, np.arange(40_000))

@@ -7,11 +7,11 @@ from click.testing import CliRunner
 
 from fastssl.commands import dry_run
 from fastssl.commands.main import main
-from fastssl.costs.memory import (
+from fastssl.costs.memory_model import (
     BYTES_PER_PARAMETER,
     DRIVER_BYTES,
     KEPT_PER_OUTPUT,
-    Memory,
+    MemoryNeeded,
     describe,
     memory_of,
     refuse_what_cannot_fit,
@@ -76,7 +76,7 @@ def test_cards_hold_what_they_are_known_to():
 
 def test_description_names_every_setting_and_stops_at_the_card_that_holds_all():
     eager = {"eager": 30e9, **dict.fromkeys(KEPT_PER_OUTPUT, 10e9)}
-    needs, cards = describe(Memory(state_bytes=1e9, batch_bytes=1e9, workspace_bytes=0, activations=eager))
+    needs, cards = describe(MemoryNeeded(state_bytes=1e9, batch_bytes=1e9, workspace_bytes=0, activations=eager))
     assert needs == (
         "a GPU needs, by --step: 36 GB eager, 16 GB eager-recompute, 16 GB compiled, 17 GB graphed (modelled)"
     )

@@ -28,7 +28,7 @@ from loaders.plan.views import UNIT, Rrc, Shuffled, Stream, View
 from loaders.renderers import pil
 from loaders.store.data import DataSets
 from loaders.store.folder import FolderSource
-from loaders.timing import STAGES, StageTimes, now, stamp_s
+from loaders.timing import PHASES, PhaseTimes, now, stamp_s
 
 BATCH, BATCHES = 8, 4
 SLEEP_S = 0.004  # in every stage of every image: long beside the work itself, on a busy machine too
@@ -93,7 +93,7 @@ def blamed_and_true(slow, stage, sleep_s):
     """Five windows without and with a sleep in `stage`, in turns: the share of a step's wall time it took, and what
     the profiler adds to each stage as such a share."""
     source, bound, pauses = slow
-    truths, blamed = [], {name: [] for name in STAGES}
+    truths, blamed = [], {name: [] for name in PHASES}
     for _ in range(5):
         windows = []
         for extra_s in (0.0, 2 * sleep_s):
@@ -103,7 +103,7 @@ def blamed_and_true(slow, stage, sleep_s):
             windows.append(steps(bound, 0.001))
         (short_s, short), (long_s, long) = windows
         truths.append((long_s - short_s) / long_s)
-        for name in STAGES:
+        for name in PHASES:
             added_s = (long.by_phase_s[name] - short.by_phase_s[name]) / BATCHES
             blamed[name].append(added_s / long_s)
     return truths, blamed
@@ -120,7 +120,7 @@ def test_a_sleep_is_blamed_on_its_stage(slow, stage):
         if spread < 0.05:
             break
     assert median(blamed[stage]) == pytest.approx(median(truths), abs=0.02 + spread)
-    assert max(abs(median(blamed[name])) for name in STAGES if name != stage) < 0.02 + spread
+    assert max(abs(median(blamed[name])) for name in PHASES if name != stage) < 0.02 + spread
     assert median(truths) > 0.3
 
 
@@ -135,7 +135,7 @@ def test_seconds_by_stage_add_up_to_what_batches_took(slow):
 def test_threads_count_for_themselves_and_nothing_is_lost():
     from concurrent.futures import ThreadPoolExecutor
 
-    times = StageTimes()
+    times = PhaseTimes()
 
     def work(_):
         for _ in range(500):

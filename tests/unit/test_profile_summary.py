@@ -9,7 +9,7 @@ import pytest
 
 from fastssl.costs.cost import StepCost
 from fastssl.profiling import baseline
-from fastssl.profiling.page import as_page, rows
+from fastssl.profiling.presentation import as_page, rows
 from fastssl.profiling.probes import Speed
 from fastssl.profiling.summary import Before, summarise
 from fastssl.profiling.windows import (
@@ -30,7 +30,7 @@ from fastssl.profiling.windows import (
     rendered_by,
     without,
 )
-from loaders.timing import STAGES
+from loaders.timing import PHASES
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "profile.json"
 COST = StepCost(
@@ -57,13 +57,13 @@ def window(level, k, threads, probe=True):
         images=64,
         by_stream={"unlabelled": 64, "support": 24},
         prepare_s=[varied(level * 3.75, k + b) for b in range(4)],
-        by_phase_s={phase: varied(level * (i + 1), k + i) for i, phase in enumerate(STAGES)},
+        by_phase_s={phase: varied(level * (i + 1), k + i) for i, phase in enumerate(PHASES)},
         spent={
             stream: {
                 phase: Spent(
                     varied(level * (i + 1) * (j + 1), k), varied(level * (i + 1) * (j + 1) * 0.9, k + 1), 64.0 + i
                 )
-                for i, phase in enumerate(STAGES)
+                for i, phase in enumerate(PHASES)
             }
             for j, stream in enumerate(("unlabelled", "support"))
         },

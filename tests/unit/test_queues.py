@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastssl.losses.draws import random_bits
+from fastssl.losses.keyed_draws import random_bits
 from fastssl.losses.queues import LabelledQueues
 from fastssl.methods.base import Facts
 from fastssl.recipes.resolve import resolve

@@ -2,13 +2,13 @@
 
 from dataclasses import replace
 
-from fastssl.engine.watchdog import PAUSE_GRACE, Progress, Seen, _updated, verdict
+from fastssl.engine.watchdog import PAUSE_GRACE, Seen, Standing, _updated, verdict
 
 LIMIT_S = 10.0
 
 
 def seen(host, moved_s, collectives, doing="stepping", answered_s=100.0):
-    return Seen(host, 7, Progress(4, doing, collectives), answered_s, moved_s)
+    return Seen(host, 7, Standing(4, doing, collectives), answered_s, moved_s)
 
 
 def test_nobody_is_blamed_while_the_slowest_moves():

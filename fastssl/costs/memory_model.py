@@ -40,7 +40,7 @@ CARDS_GB = (16, 40, 80, 141)  # V100, A100, A100 or H100, H200; in 10^9 bytes, a
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryNeeded:
     """Bytes of one rank. `activations` by setting; `workspace_bytes` is what the backward pass needs beyond them."""
 
     state_bytes: float
@@ -68,12 +68,12 @@ class Memory:
         return [how for how in PREFERENCE if self.needed(how) <= card_bytes]
 
 
-def memory_of(trace: Trace) -> Memory:
+def memory_of(trace: Trace) -> MemoryNeeded:
     """What a rank of the traced step needs."""
     inputs_bytes, outputs_bytes = trace.conv_io_bytes
     rest = max(0, trace.saved_bytes - inputs_bytes - outputs_bytes)  # heads and loss keep theirs in any case
     recomputed = {how: rest + kept * outputs_bytes for how, kept in KEPT_PER_OUTPUT.items()}
-    return Memory(
+    return MemoryNeeded(
         state_bytes=trace.num_parameters * BYTES_PER_PARAMETER + trace.fixed_bytes,
         batch_bytes=trace.batch_bytes,
         workspace_bytes=trace.peak_bytes - trace.saved_bytes,
@@ -121,10 +121,10 @@ def _of_stages(job: Job) -> Iterator[tuple[Stage, Facts]]:
         yield stage, facts
 
 
-_KNOWN: dict[str, tuple[Memory, Plan] | None] = {}
+_KNOWN: dict[str, tuple[MemoryNeeded, Plan] | None] = {}
 
 
-def _traced(stage: Stage, facts: Facts, world: int) -> tuple[Memory, Plan] | None:
+def _traced(stage: Stage, facts: Facts, world: int) -> tuple[MemoryNeeded, Plan] | None:
     """Traced once a process, which takes seconds; None where it cannot be."""
     key = repr((stage, facts, world))
     if key not in _KNOWN:
@@ -155,7 +155,7 @@ def refuse_what_cannot_fit(stage: Stage, facts: Facts, world: int, how: str, car
     )
 
 
-def _ranks_that_fit(memory: Memory, plan: Plan, world: int, card_bytes: float) -> int | None:
+def _ranks_that_fit(memory: MemoryNeeded, plan: Plan, world: int, card_bytes: float) -> int | None:
     """The fewest ranks that divide the batches and fit; what depends on the batch shrinks in proportion."""
     batches = [s.batch_global for s in plan.streams if not isinstance(s.order, Sequential)]
     how = PREFERENCE[0]
@@ -172,7 +172,7 @@ def _gb(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:.0f} GB" if num_bytes >= 10e9 else f"{num_bytes / 1e9:.1f} GB"
 
 
-def describe(memory: Memory) -> tuple[str, str]:
+def describe(memory: MemoryNeeded) -> tuple[str, str]:
     """In words: what each setting needs, and which settings fit which card."""
     needs = ", ".join(f"{_gb(memory.needed(how))} {how}" for how in ("eager", *KEPT_PER_OUTPUT))
     fits = []
