@@ -62,18 +62,17 @@ def _changed(stages: Stages, key: str, text: str) -> Stages:
     """`key` is a field of the stage or of its method, or either after `STAGE.`; it must exist in one stage at least."""
     first, _, rest = key.partition(".")
     named = [stage for stage in stages if stage.name == first and rest]
-    changed = tuple(
-        _stage_with(stage, rest if named else key, text) if not named or stage in named else stage for stage in stages
-    )
-    if all(stage is None for stage in changed):
-        for stage in named or stages:
-            if (now := REPLACED.get(type_name(type(stage.method)), {}).get(rest if named else key)) is not None:
+    field, asked = (rest, named) if named else (key, list(stages))
+    changed = {stage.name: _stage_with(stage, field, text) for stage in asked}
+    if not any(changed.values()):
+        for stage in asked:
+            if (now := REPLACED.get(type_name(type(stage.method)), {}).get(field)) is not None:
                 raise ConfigError(f"{key} is {now} now: --set {f'{first}.' if named else ''}{now}={text}")
         names = {"epochs", "steps"}
-        for stage in stages:
+        for stage in asked:
             names |= vars(stage).keys() | vars(stage.method).keys()
-        raise ConfigError(f"unknown key {key!r}{suggest(key, names - _FIXED)}")
-    return tuple(new or old for new, old in zip(changed, stages, strict=True))
+        raise ConfigError(f"unknown key {key!r}{suggest(field, names - _FIXED)}")
+    return tuple(changed.get(stage.name) or stage for stage in stages)
 
 
 def _stage_with(stage: Stage, key: str, text: str) -> Stage | None:
