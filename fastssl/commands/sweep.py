@@ -21,6 +21,7 @@ from urllib.parse import quote
 
 import numpy as np
 
+from fastssl.config.calls import split
 from fastssl.config.plain import differences
 from fastssl.engine.job import Job
 from fastssl.errors import ConfigError, FastsslError, Hung, Stopped
@@ -128,8 +129,8 @@ def _grid(swept: tuple[str, ...], changes: tuple[str, ...]) -> dict[str, tuple[s
     taken = {change.partition("=")[0].strip() for change in changes}
     for text in swept:
         key, _, rest = text.partition("=")
-        key, values = key.strip(), tuple(value.strip() for value in rest.split(","))
-        if not key or not all(values):
+        key, values = key.strip(), tuple(split(rest))
+        if not key or not values or not all(values):
             raise ConfigError(f"--sweep {text!r}: write KEY=V1,V2,...")
         if key in grid:
             raise ConfigError(f"--sweep {key}: given twice; write all its values in one, separated by commas")
