@@ -108,6 +108,8 @@ def test_statistics_stay_and_affine_parameters_are_trained(pretrained):
     norms = [layer for layer in nets.online.modules() if isinstance(layer, GlobalBatchNorm)]
     before = [{name: t.clone() for name, t in layer.state_dict().items()} for layer in norms]
     optimizer = method.optimizer(nets)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
     class_N = torch.arange(3).repeat_interleave(4)
     nothing = torch.zeros(12, dtype=torch.int64)
     x = torch.randn(24, 3, 16, 16, generator=torch.Generator().manual_seed(2)).double()
