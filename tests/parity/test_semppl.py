@@ -290,7 +290,7 @@ def slow_step(state, batch, rate, c):
         for (name, w), g in zip(named.items(), torch.autograd.grad(loss, list(named.values())), strict=True):
             ratio = 1.0
             if w.ndim > 1:
-                g = g + c.weight_decay * w
+                g = g + c.optimizer.weight_decay * w
                 ratio = 1e-3 * w.norm() / g.norm() if w.norm() and g.norm() else 1.0
             momenta[name] = 0.9 * momenta.get(name, 0.0) + ratio * g
             w -= rate * momenta[name]

@@ -132,7 +132,7 @@ class Mine(fakes.TinyConfig):
 def mine() -> Stages:
     (stage,) = fakes.stages("paws")
     tiny = stage.method
-    return (replace(stage, method=Mine(tiny.dataset, tiny.eval_view, tiny.labels, tiny.precision, tiny.family)),)
+    return (replace(stage, method=Mine(tiny.dataset, tiny.eval_view, tiny.labels, tiny.precision, family=tiny.family)),)
 """
 
 
