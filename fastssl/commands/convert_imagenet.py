@@ -16,7 +16,10 @@ from fastssl.errors import ConfigError
 @click.argument("out", required=False, type=click.Path(path_type=Path))
 @click.option("--no-decode-check", is_flag=True, help="Trust that every file decodes; headers are read all the same.")
 @click.option("--subset", metavar="LIST", help="Only these training images: a list's name or path.")
-@click.option("--reencode", metavar="QUALITY,MAX_SIDE", help="Write every image anew, no longer side than that.")
+@click.option("--max-side", type=click.IntRange(1), help="Write every image anew, no side longer than that in pixels.")
+@click.option("--quality", type=click.IntRange(1, 100), help="Of JPEGs that --max-side writes (default 90).")
+@click.option("--pixels", type=click.Choice(["jpeg", "raw"]), default="jpeg", help="raw: store images decoded.")
+@click.option("--reencode", hidden=True)
 @click.option("--dry-run", is_flag=True, help="Print what would be done and the disk it needs.")
 @click.option("--verify", type=click.Path(path_type=Path), metavar="OUT", help="Read OUT again, against its manifest.")
 def convert_imagenet(
@@ -24,6 +27,9 @@ def convert_imagenet(
     out: Path | None,
     no_decode_check: bool,
     subset: str | None,
+    max_side: int | None,
+    quality: int | None,
+    pixels: str,
     reencode: str | None,
     dry_run: bool,
     verify: Path | None,
@@ -43,8 +49,10 @@ def convert_imagenet(
         return
     if src is None or out is None:
         raise ConfigError("convert-imagenet takes SRC and OUT, or --verify OUT")
-    anew = converting.parse_reencode(reencode) if reencode is not None else None
-    plan = convert.prepare(src, convert.Options(not no_decode_check, anew, subset))
+    if reencode is not None:
+        raise ConfigError("--reencode QUALITY,MAX_SIDE is now --max-side N [--quality Q]")
+    anew = converting.reencoded(max_side, quality)
+    plan = convert.prepare(src, convert.Options(not no_decode_check, anew, pixels == "raw", subset))
     click.echo(converting.described(plan, out))
     if not dry_run:
         with converting.reporting() as report:

@@ -19,15 +19,15 @@ from loaders.convert.judge import Reencode
 from loaders.files import Progress as Report
 
 PLAIN_EVERY_S = 10.0
+DEFAULT_QUALITY = 90  # FFCV's
 MAX_SHOWN = 25  # odd files; the manifest has all
 
 
-def parse_reencode(text: str) -> Reencode:
-    """`QUALITY,MAX_SIDE`. Raises ConfigError."""
-    quality, _, max_side = text.partition(",")
-    if not (quality.isdecimal() and max_side.isdecimal() and 1 <= int(quality) <= 100 and int(max_side) >= 1):
-        raise ConfigError(f"--reencode {text!r}: write QUALITY,MAX_SIDE, for example 90,512; quality is 1 to 100")
-    return Reencode(int(quality), int(max_side))
+def reencoded(max_side: int | None, quality: int | None) -> Reencode | None:
+    """What --max-side and --quality ask for. Raises ConfigError."""
+    if max_side is None and quality is not None:
+        raise ConfigError(f"--quality {quality} is that of images that are written anew: give --max-side too")
+    return None if max_side is None else Reencode(quality or DEFAULT_QUALITY, max_side)
 
 
 def described(plan: Conversion, out: Path) -> str:
@@ -37,9 +37,12 @@ def described(plan: Conversion, out: Path) -> str:
         lines.append(f"{name}: {len(split):,} images, {len(split.class_names):,} classes, from {split.path}")
         if split.ignored.count:
             lines.append(f"  ignored: {split.ignored.count:,} other things there, first {split.ignored.listed[0][0]}")
+    if plan.options.reencode:
+        anew = plan.options.reencode
+        lines.append(f"pixels change: no side longer than {anew.max_side}, JPEG of quality {anew.quality}")
     existing = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
     needed, free = sum(map(plan.bytes_needed, plan.splits)), shutil.disk_usage(existing).free
-    verdict = "" if needed <= free else ": too little"
+    verdict = "" if needed <= free else f": {(needed - free) / 2**30:.2f} GiB too little"
     lines.append(f"needs {needed / 2**30:.2f} GiB in {out}, {free / 2**30:.2f} GiB are free{verdict}")
     return "\n".join(lines)
 

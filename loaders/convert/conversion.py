@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,13 +28,14 @@ import numpy as np
 import PIL
 
 from loaders.convert.journal import RECORD, Journal, write_all
-from loaders.convert.judge import MAX_BYTES, SAID, Outcome, Reencode, Verdict, judge
+from loaders.convert.judge import MAX_BYTES, SAID, Outcome, Reencode, Verdict, judge, scaled
 from loaders.errors import StoreError
 from loaders.files import Progress, partial_of, put, write_file
 from loaders.labels.subsets import Resolved, listed
 from loaders.store.beton import PAGE_SIZE, BetonFile, Stored, data_start, place, write_tables
 from loaders.store.data import VALIDATION, described
 from loaders.store.folder import ListedSource
+from loaders.store.images import ImageError, decode
 from loaders.store.listing import Listing
 from loaders.store.openers import open_path
 from loaders.store.source import Source, digest
@@ -53,6 +54,7 @@ _COPY_BYTES = 1 << 24
 class Options:
     decode_check: bool = True
     reencode: Reencode | None = None
+    raw: bool = False  # store decoded pixels: those of the JPEG that would be stored
     subset: str | None = None  # a list of training images, by name or path
 
 
@@ -66,21 +68,39 @@ class Conversion:
     options: Options
     subset: Resolved | None
     said: tuple[str, ...] = ()
+    sides: dict[str, np.ndarray] = field(default_factory=dict)  # of a raw store: int64 [N, 2], height and width
+
+    def slots(self, split: str) -> np.ndarray:
+        """int64 [N]: the bytes that are set aside for each image before any is read: none where nobody knows."""
+        if self.options.raw:
+            sizes: np.ndarray = 3 * self.sides[split].prod(1)
+            return sizes
+        sizes = np.where(self.splits[split].sizes > MAX_BYTES, 0, self.splits[split].sizes)
+        return np.zeros_like(sizes) if self.options.reencode else sizes
+
+    def page_size(self, split: str) -> int:
+        sizes = self.slots(split) if self.options.raw else self.splits[split].sizes
+        return _page_size(np.where(sizes > MAX_BYTES, 0, sizes) if not self.options.raw else sizes)
 
     def bytes_needed(self, split: str) -> int:
         """Of disk, at most, as long as images keep their bytes; re-encoding takes about as much twice, for a while."""
         sizes = self.splits[split].sizes
+        if self.options.raw:
+            start = data_start(len(sizes), self.page_size(split))
+            return place(self.slots(split), start, self.page_size(split))[1] + 300 * len(sizes)
         return int(sizes.sum() * (2 if self.options.reencode else 1)) + 200 * len(sizes) + 2 * _page_size(sizes)
 
     def described(self) -> dict[str, Any]:
         """The options as the manifest has them."""
         reencode = self.options.reencode and asdict(self.options.reencode)
         subset = self.subset and {"name": self.subset.name, "sha256": self.subset.sha256, "count": self.subset.count}
-        return {"decode_check": self.options.decode_check, "reencode": reencode, "subset": subset}
+        pixels = {"pixels": "raw"} if self.options.raw else {}
+        return {"decode_check": self.options.decode_check, "reencode": reencode, "subset": subset, **pixels}
 
     def sha256(self) -> str:
         """Of what decides the result, but for the images' pixels: names, labels, sizes and options."""
         parts = [(s, li.class_names, digest(li.labels, li.sizes, li.names)) for s, li in self.splits.items()]
+        parts += [(s, (), digest(sides)) for s, sides in self.sides.items()]
         return digest([FORMAT, json.dumps(self.described())], parts)
 
 
@@ -96,7 +116,21 @@ def prepare(source: Path, options: Options) -> Conversion:
             raise StoreError(f"{source}: has no training images, of which --subset {options.subset} is a list")
         chosen = listed(splits[TRAIN], options.subset, (source,))
         splits[TRAIN] = splits[TRAIN].subset(chosen.ids)  # type: ignore[arg-type]  # a list has ids
-    return Conversion(source, splits, options, chosen, tuple(said))
+    sides = {name: _sides(listing, options.reencode) for name, listing in splits.items()} if options.raw else {}
+    return Conversion(source, splits, options, chosen, tuple(said), sides)
+
+
+def _sides(listing: Listing, reencode: Reencode | None) -> np.ndarray:
+    """Height and width, int64 [N, 2], of every image as it will be stored, from the headers; 0 of what has none."""
+    source = ListedSource(listing)
+    sides = source.sizes.astype(np.int64)
+    if reencode:
+        for i in np.flatnonzero(sides.max(1) > reencode.max_side).tolist():
+            height, width = sides[i].tolist()
+            sides[i] = scaled(width, height, reencode.max_side)[::-1]
+    sides[list(source.unreadable)] = 0
+    sides[listing.sizes > MAX_BYTES] = 0
+    return sides
 
 
 def _listing(part: Source, source: Path) -> Listing:
@@ -215,9 +249,8 @@ class _Split:
         )
         self._partial = partial_of(self._final)
         self._identity = digest([plan.sha256(), PIL.__version__], self._listing.numbers[:, 1])
-        sizes = np.where(self._listing.sizes > MAX_BYTES, 0, self._listing.sizes)
-        self._page_size = _page_size(sizes)
-        slots = np.zeros_like(sizes) if plan.options.reencode else sizes
+        self._page_size, self._sides = plan.page_size(name), plan.sides.get(name)
+        slots = plan.slots(name)
         self._data_start = data_start(len(slots), self._page_size)
         self._ptrs, self._slots_end = place(slots, self._data_start, self._page_size)
 
@@ -237,6 +270,8 @@ class _Split:
             self._partial.unlink(missing_ok=True)
             self._partial.touch()
         with open(self._partial, "r+b") as file:
+            if self._options.raw:  # a file system that takes no file of this size says so now
+                file.truncate(self._slots_end)
             self._convert_images(file.fileno(), progress)
             self._finish(file)
         put(self._partial, self._final)
@@ -282,7 +317,7 @@ class _Split:
         records = np.zeros(len(ids), RECORD)
         for i, record in zip(ids.tolist(), records, strict=True):
             verdict, stored = self._one(i)
-            if verdict.outcome is Outcome.KEPT:
+            if verdict.outcome is Outcome.KEPT or (self._options.raw and verdict.outcome.in_set):
                 write_all(fd, stored, int(self._ptrs[i]))
             elif verdict.outcome.in_set:
                 with self._spill_lock:
@@ -304,12 +339,33 @@ class _Split:
         if len(data) != self._listing.sizes[i]:
             where = f"{self._listing.path}: {self._listing.where(i)}"
             raise StoreError(f"{where} changed while it was converted; run the same command again")
+        if self._options.raw:
+            return self._decoded(i, data)
         verdict = judge(data, self._options.decode_check, self._options.reencode)
         if verdict.anew is None:
             return verdict, data
         if len(verdict.anew) > self._page_size:
             return Verdict(Outcome.TOO_LARGE_ANEW), data
         return replace(verdict, anew=None), verdict.anew
+
+    def _decoded(self, i: int, data: bytes) -> tuple[Verdict, bytes]:
+        """`_one` of a raw store: the pixels of the JPEG that would have been stored."""
+        verdict = judge(data, decode_check=False, reencode=self._options.reencode)
+        if not verdict.outcome.in_set:
+            return verdict, data
+        try:
+            image = decode(verdict.anew or data)
+        except ImageError:
+            return Verdict(Outcome.DAMAGED), data
+        assert self._sides is not None
+        if (image.height, image.width) != tuple(self._sides[i].tolist()):
+            return Verdict(Outcome.DAMAGED), data  # its header, which made room for it, said otherwise
+        return replace(verdict, anew=None), image.tobytes()
+
+    def _anew(self, records: np.ndarray) -> np.ndarray:
+        """Which images of the set wait in the spill file."""
+        waits = _in_set(records) & (records["outcome"] != Outcome.KEPT)
+        return np.flatnonzero(waits & (not self._options.raw))
 
     # The end
 
@@ -319,7 +375,7 @@ class _Split:
         kept = np.flatnonzero(_in_set(records))
         if not len(kept):
             raise StoreError(f"{self._listing.path}: none of its {len(records)} images can be used")
-        anew = kept[records["outcome"][kept] != Outcome.KEPT]
+        anew = self._anew(records)
         ptrs = self._ptrs.copy()
         ptrs[anew], end = place(records["size"][anew].astype(np.int64), self._slots_end, self._page_size)
         with open(self._spill, "rb") as spill:
@@ -334,6 +390,7 @@ class _Split:
             ptrs=ptrs[kept],
             sizes=records["size"][kept],
             names=[self._listing.names[i] for i in kept.tolist()],
+            raw=self._options.raw,
         )
         write_tables(file, stored, self._listing.class_names, end, self._page_size)
 
@@ -341,7 +398,7 @@ class _Split:
         """The split as the manifest has it."""
         listing, records = self._listing, self._journal.records
         kept = np.flatnonzero(_in_set(records))
-        anew = kept[records["outcome"][kept] != Outcome.KEPT]
+        anew = self._anew(records)
         places, end = place(records["size"][anew].astype(np.int64), self._slots_end, self._page_size)
         data = [self._data_start, end]
         order = np.argsort(listing.labels[kept], kind="stable")
@@ -407,7 +464,7 @@ def _in_chunks(ids: np.ndarray, work: Callable[[np.ndarray], Any]) -> Iterator[t
 
 
 def _digests(beton: BetonFile, ids: np.ndarray) -> list[bytes]:
-    return [hashlib.sha256(beton.jpeg(int(i))).digest() for i in ids]
+    return [hashlib.sha256(beton.stored(int(i))).digest() for i in ids]
 
 
 def _tables_sha256(path: Path, data: list[int]) -> str:
@@ -426,7 +483,8 @@ def _check_space(plan: Conversion, out: Path) -> None:
     used = sum(f.stat().st_blocks * 512 for f in out.iterdir() if f.is_file())
     needed, free = sum(map(plan.bytes_needed, plan.splits)), shutil.disk_usage(out).free
     if needed > free + used:
-        raise StoreError(f"{out}: {needed:,} bytes are needed, {free + used:,} are free")
+        missing = needed - free - used
+        raise StoreError(f"{out}: {needed:,} bytes are needed, {free + used:,} are free: {missing:,} are missing")
 
 
 def _version() -> str:

@@ -89,6 +89,12 @@ class Verdict:
     anew: bytes | None = None
 
 
+def scaled(width: int, height: int, max_side: int) -> tuple[int, int]:
+    """(width, height) of an image that is made smaller until no side is longer than `max_side`."""
+    scale = max_side / max(width, height)
+    return (max(1, round(width * scale)), max(1, round(height * scale))) if scale < 1 else (width, height)
+
+
 def judge(data: bytes, decode_check: bool = True, reencode: Reencode | None = None) -> Verdict:
     """Never raises: what cannot be used has an outcome. Without `decode_check` a file that needs no change is judged
     by its headers and its end marker alone."""
@@ -144,9 +150,8 @@ def _write_anew(data: bytes, outcome: Outcome, reencode: Reencode | None) -> Ver
         return Verdict(Outcome.NOT_AN_IMAGE)
     except ImageError:
         return Verdict(Outcome.DAMAGED)
-    scale = reencode.max_side / max(rgb.size) if reencode else 1.0
-    if scale < 1:
-        size = max(1, round(rgb.width * scale)), max(1, round(rgb.height * scale))
+    size = scaled(rgb.width, rgb.height, reencode.max_side) if reencode else rgb.size
+    if size != rgb.size:
         rgb = rgb.resize(size, Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     rgb.save(buffer, "JPEG", quality=reencode.quality if reencode else QUALITY, comment=b"")

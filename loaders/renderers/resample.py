@@ -28,10 +28,12 @@ _PRECISION = 22  # bits of a weight; Pillow's: 32 less 8 of a pixel and 2 for a 
 _HALF = 1 << (_PRECISION - 1)
 _GROUP = 4  # taps summed in one sweep
 _BAND = 128  # source rows turned at a time: they stay in the second-level cache
+# of a function that only compiled code calls: without wrappers for Python it compiles sooner
+_INNER: dict[str, Any] = {"nogil": True, "cache": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 _BLOCK = 16  # bytes of a vector register that every CPU has
 
 
-@njit(nogil=True, cache=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+@njit(nogil=True, cache=True)
 def resize_box(src, box, clip, size, filter, out):
     """Scale the part `box` of `src` to `size` x `size` pixels.
 
@@ -89,7 +91,7 @@ def resize_boxes(images, ids, boxes, cut_first, filter, out):
             resize_box(images[ids[m]], (x0, y0, x1, y1), clip, size, filter, out[m])
 
 
-@njit(nogil=True, cache=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+@njit(**_INNER)
 def _copy(image, left, top, out):
     """out[y, x] = image[top + y, left + x]. (Spelt out: numba's assignment of slices compiles, for seconds, what words
     its error message.)"""
@@ -112,7 +114,7 @@ def resize_copies(image, mask, boxes, greys, cut_first, filter, first, step, out
         resize_boxes(shown, only, boxes[part], cut_first, filter, out[part])
 
 
-@njit(nogil=True, cache=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+@njit(nogil=True, cache=True)
 def over_grey(image, mask, grey, box, cut_first):
     """image uint8 [1, H, W, C] with the level `grey` wherever `mask`, bool [H, W], does not hold: a new image, for
     `resize_boxes` to cut `box` from with the same `cut_first`. If that is set nothing beyond the box will be looked at,
@@ -129,7 +131,7 @@ def over_grey(image, mask, grey, box, cut_first):
     return masked
 
 
-@njit(nogil=True, cache=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+@njit(**_INNER)
 def _kernel(x, filter):
     x = abs(x)
     if filter == _BILINEAR:
@@ -141,7 +143,7 @@ def _kernel(x, filter):
     return 0.0
 
 
-@njit(nogil=True, cache=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+@njit(**_INNER)
 def _taps(start, end, low, high, size, filter):
     """Which source pixels make each output pixel along one axis, and how much of each.
 
@@ -173,7 +175,7 @@ def _taps(start, end, low, high, size, filter):
     return first, weights[:, : -(-widest // _GROUP) * _GROUP]
 
 
-@njit(nogil=True, cache=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+@njit(**_INNER)
 def _along_y(rows, first, weights, out):
     """rows uint8 [n, L] -> out uint8 [size, L]."""
     sums = np.empty(rows.shape[1], np.int32)
@@ -181,7 +183,7 @@ def _along_y(rows, first, weights, out):
         _sum_rows(rows, first[o], weights[o], sums, out[o])
 
 
-@njit(nogil=True, cache=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+@njit(**_INNER)
 def _along_x(rows, first, weights, channels, out):
     """rows uint8 [n, W * C] -> out uint8 [n, size * C]."""
     num_bands = -(-len(rows) // _BAND)
@@ -198,7 +200,7 @@ def _along_x(rows, first, weights, channels, out):
         _turn(columns_out[:, :height], out[y : y + height])
 
 
-@njit(nogil=True, cache=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+@njit(**_INNER)
 def _sum_rows(rows, first, weights, sums, out):
     """out[i] = the rounded, clipped sum over k of weights[k] * rows[first + k, i]; `sums` is scratch."""
     last = len(rows) - 1
@@ -221,12 +223,12 @@ def _sum_rows(rows, first, weights, sums, out):
                 out[i] = _byte(np.int32(sums[i] + a[i] * p + b[i] * q + c[i] * r + d[i] * s))
 
 
-@njit(nogil=True, cache=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+@njit(**_INNER)
 def _byte(total):
     return np.uint8(min(max(total >> _PRECISION, 0), 255))
 
 
-@njit(nogil=True, cache=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+@njit(**_INNER)
 def _turn(rows, columns):
     """rows uint8 [n, m] -> columns[:m, :n], its transpose; the bytes of a row are adjacent in both. The last blocks
     overlap those before them."""

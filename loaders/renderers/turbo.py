@@ -5,6 +5,8 @@ smooth upsampling that Pillow also asks for, so decoded pixels are Pillow's to t
 does not decode without complaint as an RGB or grey image of the expected size, upright (PNG, CMYK, damage), goes to the
 `pil` renderer, which renders it or names it in its error.
 
+Images that are stored decoded are cut from the buffer that they are read into, and from nothing else.
+
 Between two images stand a few tens of microseconds of Python (`benchmarks.loader` reports them): they are all that
 many threads wait for each other.
 """
@@ -27,7 +29,7 @@ from loaders.renderers.spread import spread
 from loaders.store.images import MAX_PIXELS
 from loaders.store.jpeg import jpeg_facts
 from loaders.store.masks import Masks, mask_of
-from loaders.store.source import EncodedSource
+from loaders.store.source import EncodedSource, holds_pixels
 from loaders.timing import CROP, DECODE, FETCH, PhaseTimes, now
 
 _IMAGES_A_TASK = 4  # about 6 ms
@@ -104,10 +106,14 @@ class TurboRenderer:
             for b in range(begin, end):
                 height, width = sizes[b]
                 start = now()
-                file = self._file(ids[b])
-                start = self.times.add(FETCH, start)
-                image = _decoded(file, height, width, buffer)
-                start = self.times.add(DECODE, start)
+                image = self._pixels(ids[b], buffer)
+                if image is None:
+                    file = self._file(ids[b])
+                    start = self.times.add(FETCH, start)
+                    image = _decoded(file, height, width, buffer)
+                    start = self.times.add(DECODE, start)
+                else:
+                    start = self.times.add(FETCH, start)
                 if image is None:
                     self._pil.render_image(rows, b, out)
                 else:
@@ -116,6 +122,14 @@ class TurboRenderer:
             self._idle.append(buffer)
 
         spread(self.pool, work, len(ids), _IMAGES_A_TASK)
+
+    def _pixels(self, i: int, buffer: np.ndarray) -> np.ndarray | None:
+        """Image `i` where it is stored decoded; None also where it cannot be read, so that the `pil` renderer says
+        why."""
+        try:
+            return self.source.read_pixels(i, buffer) if holds_pixels(self.source) else None
+        except StoreError:
+            return None
 
     def _file(self, i: int) -> bytes:
         """The bytes of image `i`; nothing where it cannot be read, so that the `pil` renderer says why."""

@@ -13,8 +13,10 @@ Ours has three fields: `image` (RGBImageField, JPEG mode), `label` (IntField) an
 all of them does not touch the images' pages. Class names are a JSON list after the names; the label field's
 arguments, which FFCV ignores, say where.
 
-Source: FFCV 1.0.2, types.py, memory_allocator.py, fields/. Files written by FFCV itself are read too, if their images
-are stored as JPEG; they have no class names, and names only if there is a bytes or JSON field called `name`.
+Images may also be stored decoded (FFCV's raw mode): RGB, row by row, as many bytes as the image's sizes ask for.
+
+Source: FFCV 1.0.2, types.py, memory_allocator.py, fields/. Files written by FFCV itself are read too, in any of its
+write modes; they have no class names, and names only if there is a bytes or JSON field called `name`.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ import numpy as np
 
 from loaders.errors import StoreError
 from loaders.files import whole_file
+from loaders.store.images import as_tiff
 from loaders.store.jpeg import jpeg_header, orientation_of
 from loaders.store.open_file import OpenFile
 from loaders.store.source import digest
@@ -42,7 +45,7 @@ MAX_CLASSES = 1 << 20  # a label beyond this is damage, not a class
 
 _MIN_PAGE_SIZE, _MAX_PAGE_SIZE = 1 << 21, 1 << 31  # FFCV's writer: 2 MiB; below 2**32
 _MAX_FIELDS = 64
-_JPEG_MODE = 0
+_JPEG_MODE, _RAW_MODE = 0, 1
 _CLASS_NAMES_TAG = b"fastssl class names"
 
 _HEADER = np.dtype(
@@ -109,6 +112,7 @@ class Stored:
     ptrs: np.ndarray
     sizes: np.ndarray
     names: Sequence[str]
+    raw: bool = False  # decoded, not JPEG
 
 
 def write_tables(
@@ -142,7 +146,7 @@ def write_tables(
     fields["arguments"][1, : where.nbytes] = np.frombuffer(where.tobytes(), np.uint8)
     table = np.zeros(num_images, _table_type([_IMAGES, _INT, _JSON]))
     image, label, name = (table[f] for f in ("f0", "f1", "f2"))
-    image["mode"] = _JPEG_MODE
+    image["mode"] = _RAW_MODE if stored.raw else _JPEG_MODE
     image["width"], image["height"], image["data_ptr"] = stored.widths, stored.heights, stored.ptrs
     label[:] = stored.labels
     name["ptr"], name["size"] = text_ptrs, text_sizes
@@ -255,7 +259,28 @@ class BetonFile(OpenFile):
         return self.name_of(i) if label < 0 else f"{self.class_names[label]}/{self.name_of(i)}"
 
     def jpeg(self, i: int) -> bytes:
+        """The bytes of an image file: as stored, or of one that is stored decoded a TIFF."""
+        if not self._raw[i]:
+            return self.stored(i)
+        height, width = self.sizes[i].tolist()
+        return as_tiff(self.stored(i), height, width)
+
+    def stored(self, i: int) -> bytes:
+        """Image `i` as it lies in the file."""
         return self._pread(int(self._jpeg_ptr[i]), int(self._jpeg_size[i]), f"image {i}")
+
+    def read_pixels(self, i: int, buffer: np.ndarray) -> np.ndarray | None:
+        if not self._raw[i]:
+            return None
+        size = int(self._jpeg_size[i])
+        pixels = buffer[:size] if size <= len(buffer) else np.empty(size, np.uint8)
+        try:
+            num_read = self._read_into(int(self._jpeg_ptr[i]), pixels)
+        except OSError as e:
+            raise StoreError(f"{self.path}: image {i} cannot be read: {e.strerror}") from e
+        if num_read < size:
+            raise StoreError(f"{self.path}: the file became shorter while it was open: image {i} is gone")
+        return pixels.reshape(*self.sizes[i].tolist(), 3)
 
     def name_of(self, i: int) -> str:
         """The bare file name; the index in files without names."""
@@ -310,14 +335,21 @@ class BetonFile(OpenFile):
 
     def _read_images(self, fields: np.ndarray, table: np.ndarray, regions: np.ndarray) -> None:
         images = table[f"f{self._column(fields, _IMAGES, 'image')}"]
-        if (images["mode"] != _JPEG_MODE).any():
-            i = _first(images["mode"] != _JPEG_MODE)
-            raise StoreError(f"{self.path}: image {i} is not stored as JPEG; write it with FFCV's write_mode='jpg'")
+        self._raw = images["mode"] == _RAW_MODE
+        odd = ~self._raw & (images["mode"] != _JPEG_MODE)
+        if odd.any():
+            i = _first(odd)
+            raise self._damaged(f"image {i} is stored in mode {images['mode'][i]}; 0 (JPEG) and 1 (raw) are read")
         self.sizes = np.stack([images["height"], images["width"]], axis=1).astype(np.int32)
         if (self.sizes == 0).any():
             raise self._damaged(f"image {_first((self.sizes == 0).any(1))} has no pixels")
         self._jpeg_ptr = images["data_ptr"].copy()
         self._jpeg_size = self._region_sizes(self._jpeg_ptr, regions, "image")
+        wrong = self._raw & (self._jpeg_size != 3 * self.sizes.astype(np.uint64).prod(1))
+        if wrong.any():
+            i = _first(wrong)
+            height, width = self.sizes[i]
+            raise self._damaged(f"raw image {i} of {width} x {height} has {self._jpeg_size[i]} bytes, not 3 a pixel")
 
     def _read_labels(self, fields: np.ndarray, table: np.ndarray) -> None:
         column = self._column(fields, _INT, "label")

@@ -4,6 +4,7 @@ them what the project trains on: upright RGB of 8 bits."""
 from __future__ import annotations
 
 import io
+import struct
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ _READ = "JPEG, PNG, WebP, TIFF, BMP or GIF"
 _HEAD_BYTES = 1 << 13  # holds the headers of most JPEGs; the rest is read where it does not
 _DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
 _MAX_CHANNELS = 4  # colours and alpha, or CMYK
+_TIFF_BITS = 10 + 9 * 12 + 4  # where `as_tiff` says how many bits a sample has: after header, nine tags and an end
 _UPRIGHT = {  # EXIF orientation -> what turns the stored pixels upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -141,6 +143,16 @@ def _upright(image: Image.Image, keep_grey: bool) -> Image.Image:
     if not (keep_grey and shown.mode == "L"):
         shown = shown.convert("RGB")
     return shown.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else shown
+
+
+def as_tiff(pixels: bytes, height: int, width: int) -> bytes:
+    """RGB pixels of 8 bits, row by row, as an image file that any decoder reads: a TIFF (6.0) in one strip."""
+    tags = (  # number, type (3 short, 4 long), count, value; BitsPerSample's three stand behind the table
+        (256, 4, 1, width), (257, 4, 1, height), (258, 3, 3, _TIFF_BITS), (259, 3, 1, 1), (262, 3, 1, 2),
+        (273, 4, 1, _TIFF_BITS + 6), (277, 3, 1, 3), (278, 4, 1, height), (279, 4, 1, len(pixels)),
+    )  # fmt: skip
+    table = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    return struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + table + struct.pack("<IHHH", 0, 8, 8, 8) + pixels
 
 
 def _orientation(image: Image.Image) -> int:

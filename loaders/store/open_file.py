@@ -7,6 +7,8 @@ import weakref
 from abc import ABC, abstractmethod
 from pathlib import Path
 
+import numpy as np
+
 from loaders.errors import StoreError
 
 
@@ -44,3 +46,13 @@ class OpenFile(ABC):
                 break
             data = data + more if data else more
         return data
+
+    def _read_into(self, start: int, out: np.ndarray) -> int:
+        """Fill `out`, uint8 [n], with what lies from `start` on; how much of it the file had. Raises OSError."""
+        done = 0
+        while done < len(out):
+            more = os.preadv(self._fd, [out.data[done:]], start + done)
+            if not more:
+                break
+            done += more
+        return done

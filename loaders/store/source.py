@@ -73,6 +73,18 @@ class EncodedSource(Source, Protocol):
         """The encoded bytes of image `i`, as stored. Safe to call from several threads."""
 
 
+class DecodedSource(Protocol):
+    """An encoded source of which some images are stored decoded."""
+
+    def read_pixels(self, i: int, buffer: np.ndarray) -> np.ndarray | None:
+        """Image `i`, uint8 [H, W, 3], read into `buffer`, uint8 [n], or into one of its own where that is too small;
+        None where the image is stored encoded. Raises StoreError. Safe to call from several threads."""
+
+
+def holds_pixels(source: object) -> TypeGuard[DecodedSource]:
+    return hasattr(source, "read_pixels")
+
+
 def is_encoded(source: Source) -> TypeGuard[EncodedSource]:
     return hasattr(source, "jpeg")
 
@@ -146,6 +158,10 @@ class Concatenated:
     def _locate(self, i: int) -> tuple[EncodedSource, int]:
         k = int(np.searchsorted(self._ends, i, side="right"))
         return self.sources[k], int(i) - int(self._ends[k]) + len(self.sources[k])
+
+    def read_pixels(self, i: int, buffer: np.ndarray) -> np.ndarray | None:
+        source, j = self._locate(i)
+        return source.read_pixels(j, buffer) if holds_pixels(source) else None
 
     def jpeg(self, i: int) -> bytes:
         source, j = self._locate(i)

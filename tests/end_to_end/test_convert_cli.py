@@ -59,7 +59,7 @@ def test_dry_run_writes_nothing(tree, tmp_path):
 
 def test_archives_and_options(tree, tmp_path):
     archives = official_tree(tmp_path / "archives", folder_tree(tmp_path / "plain", 2))
-    done = typed(archives, tmp_path / "a", "--no-decode-check", "--reencode", "80,16")
+    done = typed(archives, tmp_path / "a", "--no-decode-check", "--quality", "80", "--max-side", "16")
     assert done.exit_code == 0, done.output
     assert open_data((str(tmp_path / "a"),)).get("train").sizes.max() == 16
     (tmp_path / "list.txt").write_text("n01440764_9.JPEG\n")
@@ -71,8 +71,8 @@ def test_archives_and_options(tree, tmp_path):
     ("words", "message"),
     [
         (["{src}"], "takes SRC and OUT, or --verify OUT"),
-        (["{src}", "{out}", "--reencode", "90"], "--reencode '90': write QUALITY,MAX_SIDE, for example 90,512"),
-        (["{src}", "{out}", "--reencode", "0,512"], "quality is 1 to 100"),
+        (["{src}", "{out}", "--reencode", "90,512"], "is now --max-side N [--quality Q]"),
+        (["{src}", "{out}", "--quality", "80"], "give --max-side too"),
         (["{src}", "{out}", "--subset", "mine"], "label list 'mine' was not found"),
         (["{out}", "{src}"], "no such folder; it should hold train/ and val/"),
         (["{src}", "--verify", "{out}"], "--verify OUT stands alone"),

@@ -317,7 +317,7 @@ from pathlib import Path
 import loaders.convert.conversion as c
 import loaders.convert.journal as j
 c.COMMIT_S, c._CHUNK, c._num_threads = 0.0, 2, lambda: 2
-src, out, reencode, left = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "reencode", int(sys.argv[4])
+src, out, reencode, left = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 
 def mortal(call):
     def called(*args, **options):
@@ -331,16 +331,18 @@ def mortal(call):
 os.pwrite, os.replace = mortal(os.pwrite), mortal(os.replace)
 os.fdatasync = os.fsync = mortal(lambda fd: None)  # a kill loses no page that was written
 Path.unlink = mortal(Path.unlink)
-c.convert(c.prepare(src, c.Options(reencode=c.Reencode(80, 20) if reencode else None)), out)
+anew = c.Reencode(80, 20) if reencode == "reencode" else None
+c.convert(c.prepare(src, c.Options(reencode=anew, raw=reencode == "raw")), out)
 """
 
 
-@pytest.mark.parametrize("kind", ["folder", "reencode"])
+@pytest.mark.parametrize("kind", ["folder", "reencode", "raw"])
 def test_killed_at_random_and_run_again_gives_the_same_bytes(odd_tree, tmp_path, kind):
     """SIGKILL before the k-th write, sync, rename or removal, k drawn anew each time, until a run comes through."""
     for k in range(60):
         (odd_tree / "train" / "n01440771" / f"more_{k}.JPEG").write_bytes(encoded(k, 8, 8))
-    run(odd_tree, tmp_path / "whole", reencode=Reencode(80, 20) if kind == "reencode" else None)
+    anew = Reencode(80, 20) if kind == "reencode" else None
+    run(odd_tree, tmp_path / "whole", reencode=anew, raw=kind == "raw")
     out, kills, continued = tmp_path / "out", 0, 0
     rng = random.Random(kind)
     while True:
@@ -418,7 +420,7 @@ def test_full_disk_is_an_error_in_words_and_the_same_command_continues(tmp_path)
 def test_too_small_a_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
     root = folder_tree(tmp_path / "src", 1)
     monkeypatch.setattr(conversion.shutil, "disk_usage", lambda path: type("", (), {"free": 1000}))
-    with pytest.raises(StoreError, match=r"[\d,]+ bytes are needed, 1,000 are free"):
+    with pytest.raises(StoreError, match=r"[\d,]+ bytes are needed, 1,000 are free: [\d,]+ are missing"):
         run(root, tmp_path / "out")
     assert os.listdir(tmp_path / "out") == []
 

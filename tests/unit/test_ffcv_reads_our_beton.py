@@ -7,11 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
+from loaders.convert.conversion import Options, convert, prepare
 from loaders.loader import Loader, bind
 from loaders.plan.plan import Plan
 from loaders.plan.views import Balanced, Rrc, Sequential, Stream, View, Whole
 from loaders.store.beton import BetonReader, BetonWriter
 from loaders.store.data import open_data
+from loaders.store.images import decode
 
 pytest.importorskip("ffcv.libffcv", reason="the extra ffcv is not installed", exc_type=ImportError)
 
@@ -124,7 +126,38 @@ def test_a_file_of_ffcvs_writer_is_read_here(theirs):
         assert np.abs(pixels - np.asarray(photograph(i, HEIGHT + i, WIDTH - i))).mean() < 3
 
 
-@pytest.mark.parametrize("renderer", ["pil", "ffcv"])
+def test_ffcvs_raw_images_are_read_and_ours_by_ffcv(tmp_path):
+    """Half raw, half JPEG, from FFCV's writer under other field names; and a raw file of ours through FFCV's Loader."""
+    path = tmp_path / "mixed.beton"
+    fields = {
+        "picture": RGBImageField(write_mode="smart", smart_threshold=(HEIGHT + 3) * (WIDTH - 3) * 3, jpeg_quality=95)
+    }
+    fields["class"] = IntField()
+    DatasetWriter(str(path), fields, page_size=1 << 21, num_workers=1).from_indexed_dataset(_Images(), chunksize=4)
+    reader, buffer = BetonReader(path), np.empty(1 << 20, np.uint8)
+    raw = [reader.read_pixels(i, buffer) is not None for i in range(NUM)]
+    assert reader.labels.tolist() == LABELS and any(raw) and not all(raw)
+    for i in np.flatnonzero(raw).tolist():
+        assert np.array_equal(reader.read_pixels(i, buffer), np.asarray(photograph(i, HEIGHT + i, WIDTH - i)))
+        assert np.array_equal(decode(reader.jpeg(i)), reader.read_pixels(i, buffer))
+
+    for label in range(3):
+        (tmp_path / "train" / f"class{label}").mkdir(parents=True)
+    for i, file in enumerate(FILES):
+        (tmp_path / "train" / f"class{LABELS[i]}" / f"{i:02}.jpg").write_bytes(file)
+    convert(prepare(tmp_path / "train", Options(raw=True)), tmp_path / "out")
+    ours = BetonReader(tmp_path / "out" / "train.beton")
+    loader = FfcvLoader(
+        str(ours.path), batch_size=1, num_workers=1, order=OrderOption.SEQUENTIAL,
+        pipelines={"image": [SimpleRGBImageDecoder()], "label": [IntDecoder()], "name": [BytesDecoder()]},
+    )  # fmt: skip
+    found = [np.asarray(image)[0].copy() for image, _, _ in loader]
+    assert len(found) == NUM
+    for i, image in enumerate(found):
+        assert np.array_equal(image, decode(ours.jpeg(i)))
+
+
+@pytest.mark.parametrize("renderer", ["pil", "turbo", "ffcv"])
 def test_a_file_of_ffcvs_writer_trains_here(theirs, renderer):
     """A few steps of a linear classifier on labelled batches from it lower the loss."""
     views = (View("crop", 16, Rrc((0.8, 1.0))),)
