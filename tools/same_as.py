@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import sys
 import tempfile
 from collections import Counter
@@ -150,21 +151,38 @@ def _here() -> str:
     return git("rev-parse", "HEAD").decode().strip() + (f" with {len(changed)} files changed" if changed else "")
 
 
+def _with(tree: Path, files: tuple[str, ...], copy: Path) -> Path:
+    """A copy of this checkout in which `files` are those of `tree`."""
+    for folder in ("fastssl", "loaders", "tests", "tools", "examples"):
+        if (ROOT / folder).is_dir():
+            shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in files:
+        if not ((tree / file).is_file() and (copy / file).is_file()):
+            raise click.ClickException(f"--theirs {file}: not a file of both")
+        shutil.copyfile(tree / file, copy / file)
+    return copy
+
+
 @click.command()
 @click.argument("commit", default=REFERENCE)
 @click.option("--paths", default="", metavar="PATH,...", help="Only these.")
-def main(commit: str, paths: str) -> None:
+@click.option(
+    "--theirs", multiple=True, metavar="FILE", help="In this checkout's place use COMMIT's FILE: meant to differ."
+)
+def main(commit: str, paths: str, theirs: tuple[str, ...]) -> None:
     """Compare this checkout's training with COMMIT's [41f6bfd]."""
     chosen = [path for path in paths.split(",") if path]
     try:
         tree, here = tree_of(commit), _here()
     except NoSuchCommit as error:
         raise click.ClickException(str(error)) from None
+    if theirs:
+        here += f", with {', '.join(theirs)} of that commit"
     click.echo(f"this checkout, {here}, against {tree.name}: {NUM_STEPS} steps of each path, one thread each")
     with tempfile.TemporaryDirectory() as name:
-        ours, theirs = Path(name) / "ours", Path(name) / "theirs"
-        trained({ROOT: ours, tree: theirs}, chosen)
-        results = verdicts(ours, theirs, chosen)
+        one, other = Path(name) / "ours", Path(name) / "theirs"
+        trained({_with(tree, theirs, Path(name) / "checkout") if theirs else ROOT: one, tree: other}, chosen)
+        results = verdicts(one, other, chosen)
     libraries = ", ".join(f"{library} {version(library)}" for library in LIBRARIES)
     click.echo(f"python {platform.python_version()}, {libraries}, {platform.machine()}\n\n| path | result |\n|---|---|")
     for path, said in results.items():
