@@ -1,5 +1,6 @@
 """A real SLURM of one node: srun, sbatch with a requeue, and submission through submitit. About 50 s."""
 
+import os
 import shlex
 import signal
 import subprocess
@@ -7,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from fastssl.errors import EXIT_STOPPED
 from fastssl.launch.lines import lines
 from fastssl.launch.ranks import Ranks
 from tests.end_to_end import command, slurm
+from tests.end_to_end.test_signals import TORCHRUN
 from tests.interrupted import assert_same_run
 
 TRAIN = ("train", "--cpu-ranks", "2", "--out", "run", *command.CHANGES, "--set", "length=20steps")
@@ -34,7 +37,7 @@ def whole(tmp_path_factory):
 
 def answer(cluster, folder, *words):
     """The output of a command that must succeed."""
-    result = subprocess.run(words, cwd=folder, env=cluster, capture_output=True, text=True, check=False, timeout=200)
+    result = subprocess.run(words, cwd=folder, env=cluster, capture_output=True, text=True, check=False, timeout=400)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -65,6 +68,61 @@ def test_job_that_is_told_to_leave_twice_continues_bitwise(cluster, whole, tmp_p
         assert log.read_text().count(f"as {asked} asked; the same command continues") == 1, log.read_text()
     assert log.read_text().count("continues   from step ") == 2
     assert_same_run(tmp_path / "run", whole)
+
+
+LONG = ("train", "--cpu-ranks", "2", "--out", "run", *command.CHANGES, "--set", "length=30steps")
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("how", ["srun", "srun torchrun"])
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGUSR2"])
+def test_a_signal_to_srun_saves_and_the_same_command_continues(name, how, cluster, tmp_path):
+    """Catches a launcher, or one below it, that dies of a signal before the ranks have saved."""
+    program = ("srun", "-n2", *command.FASTSSL) if how == "srun" else ("srun", "-n1", *TORCHRUN)
+    environment = {key: value for key, value in cluster.items() if os.environ.get(key) != value}
+    with command.running(tmp_path, *LONG, program=program, **environment) as process:
+        command.wait_until(lambda: process.poll() is not None or command.steps_logged(tmp_path / "run") >= 2)
+        process.send_signal(signal.Signals[name])
+        code = process.wait(timeout=200)
+    log = (tmp_path / "log").read_text()
+    saved = int(sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[-1].name[5:])
+    assert code == (1 if how == "srun torchrun" else EXIT_STOPPED), log
+    assert f"saved and stopped after step {saved} of 30, as {name} asked; the same command continues" in log
+    log = answer(cluster, tmp_path, *program, *LONG)
+    assert log.count(f"continues   from step {saved}") == 1 and (tmp_path / "run" / "result.json").exists()
+
+
+@pytest.mark.timeout(900)
+def test_sigterm_to_srun_itself_is_a_kill_and_the_same_command_continues(cluster, tmp_path):
+    """It is SLURM's srun that kills its tasks with SIGKILL then; what SLURM itself ends gets SIGTERM first."""
+    often = (*LONG, "--set", "checkpoint_every=1steps")
+    environment = {key: value for key, value in cluster.items() if os.environ.get(key) != value}
+    with command.running(tmp_path, *often, program=("srun", "-n2", *command.FASTSSL), **environment) as process:
+        saved = tmp_path / "run" / "checkpoints"
+        command.wait_until(lambda: process.poll() is not None or len(list(saved.glob("step-*"))) >= 2)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=200) not in (0, EXIT_STOPPED), (tmp_path / "log").read_text()
+    assert "saved and stopped" not in (tmp_path / "log").read_text()
+    log = answer(cluster, tmp_path, "srun", "-n2", *command.FASTSSL, *often)
+    assert log.count("continues   from step ") == 1 and (tmp_path / "run" / "result.json").exists()
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", ["USR1", "USR2", "TERM"])
+def test_a_signal_to_the_jobs_shell_saves(name, cluster, tmp_path):
+    """`--signal=B:` and `scancel --batch` signal the shell alone, which dies of it; SLURM then ends what it started."""
+    wrap = f"srun {shlex.join([*command.FASTSSL, *LONG])}"
+    number = answer(
+        cluster, tmp_path, "sbatch", "--parsable", "--ntasks=2", "--output=job.out", f"--wrap={wrap}"
+    ).strip()
+    command.wait_until(lambda: command.steps_logged(tmp_path / "run") >= 2)
+    answer(cluster, tmp_path, "scancel", "--batch", f"--signal={name}", number)
+    log = tmp_path / "job.out"
+    command.wait_until(lambda: "the same command continues" in log.read_text(), timeout_s=100)
+    saved = int(sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[-1].name[5:])
+    assert f"saved and stopped after step {saved} of 30" in log.read_text()
+    log = answer(cluster, tmp_path, "srun", "-n2", *command.FASTSSL, *LONG)
+    assert log.count(f"continues   from step {saved}") == 1
 
 
 def test_submitted_job_is_requeued_by_submitit_and_finishes(cluster, whole, tmp_path):
