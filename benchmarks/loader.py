@@ -13,6 +13,7 @@ pil_dataloader  torch's DataLoader, a worker a CPU; PIL and NumPy transforms as 
 eight_decodes   a stream for each view: every view decodes its images for itself; ours in everything else
 dali_own_ops    NVIDIA DALI on the CPU: one decode, its own random crops, colour twist and blur
 fastssl_*       `loaders.Loader` with each renderer, finished by numba
+fastssl_raw     ... `turbo`, from a `.beton` whose images are stored decoded
 decode_only     the floor: FFCV's libturbojpeg decodes each image, nothing else
 decode_and_crops  ... and cuts and resizes its eight crops, uint8
 """
@@ -46,6 +47,7 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from benchmarks.machine import commit, cpu_model
 from fastssl.methods.paws import GLOBAL_VIEW, SMALL_VIEW
+from loaders.convert.conversion import Options, convert, prepare
 from loaders.loader import Loader, bind
 from loaders.plan.ops import ColourJitter, GaussianBlur, Grayscale
 from loaders.plan.plan import Plan, ViewRows
@@ -220,6 +222,12 @@ def beton_of(folder: Path, path: Path) -> BetonSource:
     return BetonSource(path)
 
 
+def raw_beton_of(folder: Path, out: Path) -> BetonSource:
+    """The folder's images in one `.beton`, stored decoded."""
+    convert(prepare(folder, Options(raw=True)), out)
+    return BetonSource(out / "train.beton")
+
+
 def together() -> tuple[Stream, ...]:
     """One stream: an image's eight views come from one decode."""
     return (Stream("unlabelled", "train", VIEWS, Shuffled(), BATCH),)
@@ -347,11 +355,14 @@ def main() -> None:
     torch.set_num_threads(1)
     paths = sorted(folder.glob("*/*.JPEG"))
     stack = ExitStack()
-    source = beton_of(folder, Path(stack.enter_context(tempfile.TemporaryDirectory())) / "train.beton")
+    made = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    source, raw = beton_of(folder, made / "train.beton"), raw_beton_of(folder, made / "raw")
     contenders: dict[str, Callable[[], Batches]] = {
         "pil_dataloader": lambda: pil_dataloader(paths, threads),
         "eight_decodes": lambda: fastssl(source, threads, "ffcv", apart()),
         "dali_own_ops": lambda: dali_own_ops(paths, threads),
+        "fastssl_turbo": lambda: fastssl(source, threads, "turbo", together()),
+        "fastssl_raw": lambda: fastssl(raw, threads, "turbo", together()),
         "fastssl_ffcv": lambda: fastssl(source, threads, "ffcv", together()),
         "fastssl_dali": lambda: fastssl(source, threads, "dali", together()),
         "fastssl_pil": lambda: fastssl(source, threads, "pil", together()),
