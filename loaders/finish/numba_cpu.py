@@ -43,7 +43,6 @@ _SIGNATURE = types.intp(*[types.CPointer(types.float32)] * 3, *[types.intp] * 4)
 _OPTIONS: dict[str, Any] = {"cache": True, "fastmath": {"nnan", "ninf", "nsz"}, "error_model": "numpy"}
 
 ZERO, ONE, TWO, SIX, BYTE = np.float32(0), np.float32(1), np.float32(2), np.float32(6), np.float32(255)
-LEVEL = np.float32(1 / 255)
 HALF, SQRT_2, LN_2 = np.float32(0.5), np.float32(2**0.5), np.float32(math.log(2))
 LOG_1, LOG_3, LOG_5, LOG_7 = (np.float32(2 / math.log(2) / n) for n in (1, 3, 5, 7))  # series of artanh, of exp:
 EXP_2, EXP_3, EXP_4, EXP_5, EXP_6 = (np.float32(1 / math.factorial(n)) for n in (2, 3, 4, 5, 6))
@@ -646,12 +645,12 @@ def _unpack(crop: Any, planes: Any, channels: Any, size: Any, top: Any, bottom: 
     values = crop[top * size * channels :]
     if channels == 3:
         for i in range(len(r)):
-            r[i] = np.float32(values[3 * i]) * LEVEL
-            g[i] = np.float32(values[3 * i + 1]) * LEVEL
-            b[i] = np.float32(values[3 * i + 2]) * LEVEL
+            r[i] = np.float32(values[3 * i]) / BYTE
+            g[i] = np.float32(values[3 * i + 1]) / BYTE
+            b[i] = np.float32(values[3 * i + 2]) / BYTE
     else:
         for i in range(len(r)):
-            r[i] = np.float32(values[i]) * LEVEL
+            r[i] = np.float32(values[i]) / BYTE
 
 
 @_intrinsic

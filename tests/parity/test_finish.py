@@ -404,6 +404,13 @@ def test_only_the_named_ops_are_compiled(monkeypatch):
     assert named == [numba_cpu._keep, numba_cpu._affine, numba_cpu._noise]
 
 
+def test_every_level_is_divided_by_255():
+    """Catches a product with 1 / 255, which rounds half of the levels otherwise: evaluated again, a run of before
+    would have another accuracy."""
+    levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
+    assert np.array_equal(fast(levels, (), ()), levels.astype(np.float32) / np.float32(255))
+
+
 @pytest.mark.parametrize("offset", (0, 1, 8))
 def test_where_the_output_stands_changes_no_bit(offset):
     """Catches streamed stores that round otherwise than the plain ones, which serve addresses they cannot."""
