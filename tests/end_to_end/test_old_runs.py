@@ -18,7 +18,10 @@ from tools.old_runs import RUNS
 from tools.other_commit import ROOT, NoSuchCommit
 from tools.same_as import REFERENCE, difference
 
-REFUSED: dict[str, str] = {}  # run -> what the one line says where a half-finished one cannot be continued today
+REFUSED = {  # run -> what the one line says where a half-finished one cannot be continued today
+    # The peak of the rate followed the batch; today it is a setting of its own, and `--set batch_global` leaves it.
+    "simclrv2.cifar10_small": "holds another run (stages.0.method.rate.peak: 0.25 -> 2.0)",
+}
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +121,8 @@ def test_it_is_reported(name, old, today, folder):
 def test_a_half_finished_run_ends_as_the_commits_own(name, folder, today):
     answer, run = today[f"{name} train"], folder / name
     if name in REFUSED:
-        assert answer["exit_code"] == 1 and answer["stderr"].count("\n") == 1
-        assert REFUSED[name] in answer["stderr"]
+        (line,) = [line for line in answer["stderr"].splitlines() if not line.startswith("note: ")]
+        assert answer["exit_code"] == 1 and REFUSED[name] in line
         return
     assert re.search(r"continues +from step [1-9]", succeeded(answer))
     assert difference(run / "half", run / "run") is None
