@@ -26,7 +26,7 @@ from fastssl.losses.semppl import Relic
 from fastssl.methods.base import Artefact, Epochs, Facts, Horizon, Ref, Stages, Steps
 from fastssl.methods.paws import Ropaws
 from fastssl.methods.s4l import Vat
-from fastssl.methods.simclrv2 import Memory, peak_rate
+from fastssl.methods.simclrv2 import Memory
 from fastssl.methods.supervised import FirstLayer
 from fastssl.nn.encoders.resnet import ByolResNet, ResNet, SimclrResNet
 from fastssl.nn.encoders.wide_resnet import WideResNet
@@ -112,7 +112,7 @@ def simclrv2(**changes):
     (stage,) = resolve("simclrv2.cifar10_small")
     tiny = {"dataset": "digits", "eval_view": fakes.EVAL, "labels": "per-class=10", "view": fakes.VIEW}
     tiny |= {"encoder": SimclrResNet(10, stem="cifar", base_width=4), "out_features": 8, "batch_global": 32}
-    tiny |= {"tau": 0.2, "rate": replace(stage.method.rate, peak=peak_rate(80.0, 32, "linear"))}
+    tiny |= {"tau": 0.2, "rate": replace(stage.method.rate, peak=80.0)}
     return (replace(stage, method=replace(stage.method, precision="fp32", **tiny | changes)),)
 
 

@@ -122,10 +122,9 @@ def _distil(plain: Plain) -> Plain:
     return plain | {"rate": _cosine(plain), "optimizer": _lars("simclr", "paper", plain.pop("weight_decay"))}
 
 
-@reads("fastssl.methods.simclrv2:Simclrv2Config", **_PEAK, lr_base="rate.peak", lr_rule="rate.peak")
+@reads("fastssl.methods.simclrv2:Simclrv2Config", **_PEAK, lr_base="rate.peak", lr_rule="scaling")
 def _simclrv2(plain: Plain) -> Plain:
-    base, batch = plain.pop("lr_base"), plain["batch_global"]
-    plain["lr_peak"] = base * (batch**0.5 if plain.pop("lr_rule") == "sqrt" else batch / 256)
+    plain["lr_peak"], plain["scaling"] = plain.pop("lr_base"), plain.pop("lr_rule")
     return plain | {"rate": _cosine(plain), "optimizer": _lars("simclr", "paper", plain.pop("weight_decay"))}
 
 

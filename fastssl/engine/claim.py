@@ -19,6 +19,7 @@ from fastssl.record.trackers import WANDB_RUN_ID
 from fastssl.run_dir.files import CHECKPOINTS, PRODUCED, RESOLVED, RESULT, read_json
 from fastssl.run_dir.written import refuse_newer, stages_of, tell
 from loaders.files import write_file
+from loaders.finish import ROUNDING, SAME_BITS
 from loaders.store.data import LABELLED, DataSets
 
 
@@ -72,6 +73,7 @@ def _resolved(job: Job, data: DataSets) -> dict[str, Any]:
         "stages": to_plain(job.stages),
         "data": data.fingerprints(),
         "held_out": job.held_out,
+        "rounding": ROUNDING,
     }
 
 
@@ -103,16 +105,39 @@ def _changes(job: Job, data: DataSets) -> list[str]:
         raise ConfigError(f"{job.out} holds a run, but not its {RESOLVED}: choose another --out, or --resume never")
     there, resolved = read_json(path), _resolved(job, data)
     began = {key: there.get(key) for key in resolved} | {"stages": _stages_begun(job, there)}
+    began["rounding"] = _rounding_begun(there, resolved["stages"])
     changed = differences(began, json.loads(json.dumps(resolved)))
     refused = [change for change in changed if not any(_names(key, change) for key in job.allow_change)]
     if refused:
         more = f" and {len(refused) - 3} more" if len(refused) > 3 else ""
         key = refused[0].partition(": ")[0].rpartition(".")[2]
+        if key == "rounding" and len(refused) == 1:
+            raise ConfigError(
+                f"{job.out} was begun with a fastssl that rounds images otherwise: it would not end as it had there. "
+                "Continue it all the same with --allow-change rounding, or choose another --out"
+            )
         raise ConfigError(
             f"{job.out} holds another run ({'; '.join(refused[:3])}{more}): choose another --out, run the command it "
             f"was made with, or let it change with --allow-change {key}"
         )
     return changed
+
+
+def _rounding_begun(there: dict[str, Any], stages: Any) -> int:
+    """With which rounding of images the run was begun: today's where its ops have the same bits with both."""
+    began = there.get("rounding", 1)
+    return ROUNDING if _ops_of(stages) <= SAME_BITS.get(began, frozenset()) else began
+
+
+def _ops_of(plain: Any) -> set[str]:
+    """The names of the photometric ops in the plain form of stages."""
+    if isinstance(plain, list):
+        return set().union(*map(_ops_of, plain))
+    if not isinstance(plain, dict):
+        return set()
+    kind = plain.get("type")
+    own = {kind.partition(":")[2]} if isinstance(kind, str) and kind.startswith("loaders.plan.ops:") else set()
+    return own.union(*map(_ops_of, plain.values()))
 
 
 def _stages_begun(job: Job, there: dict[str, Any]) -> Any:

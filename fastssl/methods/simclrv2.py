@@ -210,7 +210,8 @@ class Simclrv2Config(Config):
     memory: Memory | None = None
     # The code leaves out of LARS what is called bias or batch_normalization: all that has one axis.
     optimizer: Optimiser = Lars("simclr", weight_decay=1e-4)
-    rate: Rate = WarmupCosine(peak_rate(0.1, 4096), Epochs(40))  # 5 % of 800
+    rate: Rate = WarmupCosine(0.1, Epochs(40))  # 5 % of 800; its peak is `peak_rate`'s base, and follows the batch
+    scaling: Literal["sqrt", "linear"] = "sqrt"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -260,6 +261,11 @@ class Simclrv2(Method[Simclrv2Config, SimclrNet]):
         if c.memory is None:
             return Nets(online)
         return Nets(online, target=copy_of(online), state=KeyMemory(c.memory.size, c.out_features))
+
+    def rates(self, step: int, horizon: Horizon) -> tuple[float, ...]:
+        c = self.config
+        rate = c.rate.with_peak(peak_rate(c.rate.peak, c.batch_global, c.scaling)).at(step, horizon)
+        return rate, rate
 
     def loss(self, nets: Nets[SimclrNet], batch: Batch) -> dict[str, Tensor]:
         c, part = self.config, batch.parts["unlabelled"]

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from fastssl.methods.base import Epochs, Ref, Stage, Stages
 from fastssl.methods.distil import DistilConfig
-from fastssl.methods.simclrv2 import EVAL_VIEW, VIEW, Memory, Simclrv2Config, colours, peak_rate
+from fastssl.methods.simclrv2 import EVAL_VIEW, VIEW, Memory, Simclrv2Config, colours
 from fastssl.methods.supervised import FirstLayer, SupervisedConfig
 from fastssl.nn.encoders.resnet import SimclrResNet
 from fastssl.nn.trunks.resnet import Depth
@@ -57,7 +57,8 @@ def cifar10() -> Stages:
         view=view,
         batch_global=512,
         tau=0.5,
-        rate=WarmupCosine(peak_rate(1.0, 512, "linear"), Epochs(10)),  # the code's default warm-up
+        rate=WarmupCosine(1.0, Epochs(10)),  # the code's default warm-up
+        scaling="linear",
     )
     return (Stage("pretrain", method, Epochs(1000), evaluate=("knn",)),)
 
@@ -69,7 +70,7 @@ def cifar10_small() -> Stages:
         labels="paws-cifar10-4000-split-91",
         encoder=SimclrResNet(10, stem="cifar", base_width=16),
         view=replace(stage.settings("view")["view"], size=24),
-        rate=WarmupCosine(peak_rate(1.0, 512, "linear"), Epochs(4)),
+        rate=WarmupCosine(1.0, Epochs(4)),
     )
     return (replace(small, length=Epochs(80), evaluate_every=Epochs(10)),)
 

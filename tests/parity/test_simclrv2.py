@@ -165,8 +165,17 @@ def test_rates_follow_the_authors_law():
 
 
 def test_peaks_scale_with_the_batch():
-    base = Simclrv2Config("imagenet")
-    assert base.rate.peak == pytest.approx(6.4)  # the paper's .1 times the root of 4,096
+    """Catches a rate that stays where `--set batch_global` changes."""
+    for recipe, batch, peak in (
+        ("simclrv2.rn50_800ep", 4096, 6.4),  # the paper's .1 times the root of 4,096
+        ("simclrv2.rn50_800ep", 1024, 3.2),
+        ("simclrv2.cifar10_small", 512, 2.0),
+        ("simclrv2.cifar10_small", 64, 0.25),
+    ):
+        (stage,) = resolve(recipe, (f"batch_global={batch}",))
+        ours = stage.method.build(Facts(10, 3, 0), {})
+        warmed_up = Horizon(10, 10_000).steps(stage.method.rate.warmup)
+        assert ours.rates(warmed_up, Horizon(10, 10_000)) == pytest.approx((peak, peak))
     assert peak_rate(0.075, 4096) == pytest.approx(4.8)  # the README's, which it says is .3 · 4,096 / 256
     assert peak_rate(0.3, 4096, "linear") == pytest.approx(4.8)
 
