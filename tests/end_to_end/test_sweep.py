@@ -205,7 +205,7 @@ def test_every_combination_is_a_run_with_the_recipes_own_held_out_images():
         ("--sweep rate.peak=", "--sweep 'rate.peak=': write KEY=V1,V2,..."),
         ("--sweep rate.peak=0.1,,0.2", "write KEY=V1,V2,..."),
         ("--sweep rate.peek=0.1", "unknown key 'peek' in WarmupCosine; did you mean 'peak'?"),
-        ("--sweep rate.peak=low", "rate.peak=low: a number is needed"),
+        ("--sweep rate.peak=low", "peak=low: a number is needed"),
         ("--sweep rate.peak=0.1 --sweep rate.peak=0.2", "--sweep rate.peak: given twice"),
         ("--sweep rate.peak=0.1,1e-1", "rate.peak=0.1 and rate.peak=1e-1 are the same run"),
         (
