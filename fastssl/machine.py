@@ -8,6 +8,7 @@ import os
 import platform
 import socket
 import subprocess
+import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -40,9 +41,12 @@ def share_cpus(of_ranks: Sequence[tuple[str, tuple[int, ...]]]) -> None:
 
 
 def compile_threads(num: int) -> None:
-    """Let this process compile with `num` threads, and not with one for each CPU of the host, as each rank would. Says
-    nothing where the user did, and comes too late once torch's compiler is loaded."""
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(num))
+    """Let this process compile with `num` threads, and not with one for each CPU of the host, as each rank would; what
+    the user has said stays."""
+    if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
+        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(num)
+        if (compiler := sys.modules.get("torch._inductor.config")) is not None:  # it has read the environment
+            compiler.compile_threads = num  # type: ignore[attr-defined]
 
 
 def versions() -> dict[str, str]:

@@ -61,3 +61,13 @@ def test_batch_norms_messages_go_first_on_a_gpu(monkeypatch):
     options = SimpleNamespace(is_high_priority_stream=False)
     monkeypatch.setattr(td, "ProcessGroupNCCL", SimpleNamespace(Options=lambda: options), raising=False)
     assert dist._first_in_line("nccl").is_high_priority_stream and dist._first_in_line("gloo") is None
+
+
+def test_a_compiler_that_has_read_the_environment_is_told_too(monkeypatch):
+    """Catches a share that comes after the import that would have read it."""
+    import torch._inductor.config as compiler
+
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
+    monkeypatch.setattr(compiler, "compile_threads", 32)
+    machine.compile_threads(3)
+    assert compiler.compile_threads == 3
