@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import gpu
 from benchmarks import step as benchmark
+from benchmarks.gpu import fast, right
+from benchmarks.gpu.calls import Record, Run, Skipped
 from fastssl.methods.base import Facts
 from fastssl.recipes.paws import digits
 from loaders.plan.views import Rrc
@@ -54,7 +55,7 @@ def test_noise_has_the_form_of_the_loaders_batches():
 
 
 def test_each_contender_gets_the_batch_in_its_own_form():
-    problem = gpu.toy_problem(CPU)
+    problem = right.toy_problem(CPU)
     batch = benchmark.noise_batch(problem)
     views, labels_SK = benchmark.authors(problem, batch).formed(batch)
     assert [tuple(v.shape) for v in views] == 2 * [(8, 3, 32, 32)] + 2 * [(4, 3, 32, 32)] + 6 * [(4, 3, 18, 18)]
@@ -66,7 +67,7 @@ def test_each_contender_gets_the_batch_in_its_own_form():
 
 
 def test_contenders_take_turns_and_the_report_has_its_form():
-    problem = gpu.toy_problem(CPU)
+    problem = right.toy_problem(CPU)
     measured = benchmark.measure(problem, benchmark.noise_batch(problem), EAGER, rounds=3, seconds=0.0)
     assert all(len(m.steps_per_s) == 3 and min(m.steps_per_s) > 0 for m in measured.values())
     result = benchmark.summary(problem, measured)
@@ -79,7 +80,7 @@ def test_contenders_take_turns_and_the_report_has_its_form():
 
 def test_no_contender_settles_how_another_compiles():
     """Catches plain compiled PyTorch that is timed recomputing what only we recompute."""
-    problem, seen, before = gpu.toy_problem(CPU), [], torch._functorch.config.aggressive_recomputation
+    problem, seen, before = right.toy_problem(CPU), [], torch._functorch.config.aggressive_recomputation
 
     def settles(problem, batch):
         seen.append(torch._functorch.config.aggressive_recomputation)
@@ -98,7 +99,7 @@ def test_windows_count_whole_steps():
 
 
 def test_rounds_end_with_the_time_that_there_is():
-    problem = gpu.toy_problem(CPU)
+    problem = right.toy_problem(CPU)
     builds = {"authors": benchmark.authors}
     measured = benchmark.measure(problem, benchmark.noise_batch(problem), builds, 50, 0.0, ends=time.perf_counter())
     assert len(measured["authors"].steps_per_s) == benchmark.MIN_ROUNDS
@@ -109,21 +110,25 @@ def test_rounds_end_with_the_time_that_there_is():
 
 def test_gpu_parts_run_at_toy_size(monkeypatch):
     """What needs a GPU says so; what does not, goes the whole way and compares what it says it compares."""
-    run = gpu.Run(CPU, toy=True, rounds=1, window_s=0.0)
-    for part in (gpu.graph, gpu.eighth):
-        with pytest.raises(gpu.Skipped):
-            part(run)
+
+    def run():
+        return Run(CPU, True, Record(None), rounds=1, window_s=0.0)
+
+    for part in (fast.graph, fast.eighth):
+        with pytest.raises(Skipped):
+            part(run())
     eager = {name: EAGER.get(name, benchmark.fastssl_eager) for name in benchmark.CONTENDERS}
     monkeypatch.setattr(benchmark, "CONTENDERS", eager)
-    found = gpu.sixteenth(run)
+    found = fast.sixteenth(run())
     assert found["over_authors"]["measured"] == found["steps_per_s"]["fastssl"] / found["steps_per_s"]["authors"]
-    monkeypatch.setattr(benchmark, "fastssl", benchmark.fastssl_eager)
-    assert gpu.steps(run)["passed"]
+    for name in ("fastssl", "fastssl_recomputed"):
+        monkeypatch.setattr(benchmark, name, benchmark.fastssl_eager)
+    assert right.steps(run())["passed"]
     monkeypatch.setattr(benchmark, "fastssl", lambda *a: benchmark.authors(replace(a[0], seed=1), a[1]))
-    assert not gpu.steps(run)["passed"]
+    assert not right.steps(run())["passed"]
 
 
 def test_fused_roofline_is_that_of_the_cost_table(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-    assert round(gpu.roofline(torch.device("cuda"))) == 14_035
-    assert gpu.roofline(CPU) is None
+    assert round(fast.roofline(torch.device("cuda"))) == 14_035
+    assert fast.roofline(CPU) is None
