@@ -88,7 +88,7 @@ def facts_of(data: DataSets, seed: int) -> Facts:
     """What a method may know of `data` before it is built."""
     labelled, train = data.get(LABELLED), data.sources.get(TRAIN)
     fingerprint, all_labelled = ("", True) if train is None else (train.fingerprint(), bool((train.labels >= 0).all()))
-    one_set = data.get(LABELLED) is data.get("unlabelled")
+    one_set = not {LABELLED, "unlabelled"} & data.sources.keys()
     return Facts(
         labelled.num_classes, labelled.channels, seed, fingerprint, all_labelled, labelled.class_names, one_set
     )
