@@ -14,7 +14,8 @@ def test_files_that_a_page_names_exist(page):
     named = re.findall(
         r"(?<![\w./-])((?:fastssl|loaders|tests|tools|benchmarks|docs|examples)/[\w./-]*)", page.read_text()
     )
-    assert [name for name in named if not (ROOT / name.rstrip(".")).exists()] == []
+    of_yours = re.compile(r"\bX\.py|test_X")  # stands for a file that a reader will write
+    assert [name for name in named if not (ROOT / name.rstrip(".")).exists() and not of_yours.search(name)] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
