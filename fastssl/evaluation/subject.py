@@ -217,15 +217,16 @@ class Subject:
                 rows_BD = gather(self.method.embed(self.nets, part.x[view], tap).float())
                 marks_B2 = gather(torch.stack([part.labels, part.ids], dim=1))
                 behind.append(_on_the_way(rows_BD, marks_B2))
-                batch.release()
                 if number == 1:
                     values_ND = torch.empty(count, rows_BD.shape[1])
-                while len(behind) > (number < num_batches):  # the device works on a batch while the last one is fetched
+                # A GPU works on a batch while the last is fetched. On a CPU nothing waits: rows may be the batch's own.
+                while len(behind) > (self.device.type == "cuda" and number < num_batches):
                     rows_BD, marks_B2, there = behind.popleft()
                     if there is not None:
                         there.synchronize()
                     values_ND[done : done + len(rows_BD)], marks_N2[done : done + len(rows_BD)] = rows_BD, marks_B2
                     done += len(rows_BD)
+                batch.release()
         assert done == count, f"{done} embeddings of {count} images"
         if not torch.isfinite(values_ND).all():
             raise FastsslError(f"embeddings of the {role} images at {tap!r} are not finite: the training has diverged")
