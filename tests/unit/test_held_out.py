@@ -65,8 +65,7 @@ def folder(tmp_path):
 
 def test_without_validation_nothing_of_it_is_opened(folder, tmp_path):
     """Would catch headers read, or files listed, of images that nobody may look at yet."""
-    with pytest.raises(StoreError, match=r"val/m/x\.png"):
-        open_data((str(folder),))
+    assert "validation" in open_data((str(folder),)).sources
     data = open_data((str(folder), f"validation={folder / 'nowhere'}"), validation=False)
     assert set(data.sources) == {"train"} and len(data.get("train")) == 4
     (tmp_path / "val.beton").write_text("no beton")

@@ -5,6 +5,7 @@ import sys
 
 _FAULTS_OF_TEN_LARGE_TENSORS = """
 import resource, sys, torch
+import fastssl.engine.stages  # as a run has it
 from fastssl.machine import keep_freed_memory
 torch.set_num_threads(1)
 if sys.argv[1] == "keep":
