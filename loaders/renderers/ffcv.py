@@ -20,7 +20,6 @@ import ctypes
 import weakref
 import zlib
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,18 +28,15 @@ import llvmlite.binding as llvm
 import numpy as np
 from numba import njit, types
 
-from loaders.errors import StoreError
 from loaders.plan.plan import Rows
 from loaders.plan.views import RandomCrop
 from loaders.renderers import resample
-from loaders.renderers.pil import PilRenderer
+from loaders.renderers.jpegs import JpegRenderer
 from loaders.renderers.resample import CODES, over_grey, resize_boxes
 from loaders.renderers.spread import spread
 from loaders.store.images import MAX_PIXELS
 from loaders.store.jpeg import orientation_of
-from loaders.store.masks import Masks, mask_of
-from loaders.store.source import EncodedSource
-from loaders.timing import CROP, DECODE, FETCH, PhaseTimes, now
+from loaders.timing import CROP, DECODE, FETCH, now
 
 _IMAGES_A_TASK = 4  # about 6 ms
 _KEPT_PIXELS = 1 << 22  # a decoder's own buffer; larger images get one for the moment
@@ -171,24 +167,11 @@ class _Decoder:
         weakref.finalize(self, _turbojpeg.tjDestroy, self.handle)
 
 
-class FfcvRenderer:
+class FfcvRenderer(JpegRenderer):
     """Renders an encoded source with the threads of `pool`, which it neither owns nor closes.
 
     Every image is decoded once for all its views; pixels are those of `PilRenderer`.
     """
-
-    device_id: int | None = None
-
-    def __init__(
-        self,
-        source: EncodedSource,
-        pool: ThreadPoolExecutor,
-        times: PhaseTimes | None = None,
-        masks: Masks | None = None,
-    ):
-        self.source, self.pool, self.times, self.masks = source, pool, times or PhaseTimes(), masks
-        self._pil = PilRenderer(source, pool, self.times, masks)
-        self._idle: list[_Decoder] = []  # append and pop are atomic
 
     def render(self, rows: Rows, out: Mapping[str, np.ndarray]) -> None:
         """Fill out[view name], uint8 [copies * B, S, S, 3], with the crops that `rows` describes, copy-major.
@@ -204,14 +187,11 @@ class FfcvRenderer:
         def work(begin: int, end: int) -> None:
             ids, start, spent = rows.ids[begin:end], now(), np.zeros((2, 2), np.int64)
             files = [np.frombuffer(self._file(i), np.uint8) for i in ids.tolist()]
-            masks = [self._mask(rows, b) for b in range(begin, end)]
+            masks = [self._mask(rows, b).ravel() for b in range(begin, end)]
             self.times.add(FETCH, start)
             addresses = np.array([file.ctypes.data for file in files])
             lengths = np.array([len(file) for file in files])
-            try:
-                decoder = self._idle.pop()
-            except IndexError:
-                decoder = _Decoder()
+            decoder = self._taken(_Decoder)
             rendered = _render(
                 decoder.handle,
                 addresses,
@@ -233,22 +213,11 @@ class FfcvRenderer:
             self.times.add_ns(DECODE, spent[0], len(ids))
             self.times.add_ns(CROP, spent[1], len(ids))
             for i in np.flatnonzero(~rendered).tolist():
-                self._pil.render_image(rows, begin + i, out)
+                self.render_image(rows, begin + i, out)
 
         spread(self.pool, work, len(rows.ids), _IMAGES_A_TASK)
 
-    def _mask(self, rows: Rows, b: int) -> np.ndarray:
-        """The mask of image `b` of `rows`, bool [H * W]; empty where no copy is masked."""
-        if not rows.is_masked(b):
-            return np.empty(0, bool)
-        assert self.masks is not None
-        return mask_of(self.masks, self.source, int(rows.ids[b])).ravel()
-
     def _file(self, i: int) -> bytes:
-        """The bytes of image `i`; nothing where it cannot be read, so that the `pil` renderer says why, or does not lie
-        upright, so that it turns it."""
-        try:
-            file = self.source.jpeg(i)
-        except (StoreError, OSError):
-            return b""
+        """As for all, and nothing of an image that does not lie upright: `pil` turns it."""
+        file = super()._file(i)
         return file if orientation_of(file) == 1 else b""

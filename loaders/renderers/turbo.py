@@ -14,8 +14,6 @@ many threads wait for each other.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
 
 import numpy as np
 from simplejpeg import decode_jpeg
@@ -23,19 +21,17 @@ from simplejpeg import decode_jpeg
 from loaders.errors import StoreError
 from loaders.plan.plan import Rows
 from loaders.plan.views import RandomCrop
-from loaders.renderers.pil import PilRenderer
+from loaders.renderers.jpegs import NO_MASK, JpegRenderer
 from loaders.renderers.resample import CODES, resize_copies
 from loaders.renderers.spread import spread
 from loaders.store.images import MAX_PIXELS
 from loaders.store.jpeg import jpeg_facts
-from loaders.store.masks import Masks, mask_of
-from loaders.store.source import EncodedSource, holds_pixels
-from loaders.timing import CROP, DECODE, FETCH, PhaseTimes, now
+from loaders.store.source import holds_pixels
+from loaders.timing import CROP, DECODE, FETCH, now
 
 _IMAGES_A_TASK = 4  # about 6 ms
 _KEPT_BYTES = 3 << 22  # a thread's own buffer; larger images get one for the moment
 _UPRIGHT, _BITS, _COLOURS = 1, 8, (1, 3)  # components; not those of CMYK and YCCK
-_NO_MASK = np.empty((0, 0), bool)
 
 
 class Crops:
@@ -54,45 +50,17 @@ class Crops:
             for v in rows.views
         ]
 
-    def cut(self, image: np.ndarray, b: int, mask: np.ndarray = _NO_MASK) -> None:
+    def cut(self, image: np.ndarray, b: int, mask: np.ndarray = NO_MASK) -> None:
         """All crops of image `b` of the step, uint8 [H, W, 3], whose foreground is `mask`, bool [H, W]."""
         for boxes, greys, cut_first, filter, out in self.views:
             resize_copies(image, mask, boxes, greys, cut_first, filter, b, self.num_images, out)
 
 
-class Foregrounds(Protocol):
-    """What finds the masks of a source."""
-
-    source: EncodedSource
-    masks: Masks | None
-
-
-def foreground(renderer: Foregrounds, rows: Rows, b: int) -> np.ndarray:
-    """The mask of image `b` of `rows`, bool [H, W]; of no size where no copy is masked."""
-    if not rows.is_masked(b):
-        return _NO_MASK
-    assert renderer.masks is not None
-    return mask_of(renderer.masks, renderer.source, int(rows.ids[b]))
-
-
-class TurboRenderer:
+class TurboRenderer(JpegRenderer):
     """Renders an encoded source with the threads of `pool`, which it neither owns nor closes.
 
     Every image is decoded once for all its views; pixels are those of `PilRenderer`.
     """
-
-    device_id: int | None = None
-
-    def __init__(
-        self,
-        source: EncodedSource,
-        pool: ThreadPoolExecutor,
-        times: PhaseTimes | None = None,
-        masks: Masks | None = None,
-    ):
-        self.source, self.pool, self.times, self.masks = source, pool, times or PhaseTimes(), masks
-        self._pil = PilRenderer(source, pool, self.times, masks)
-        self._idle: list[np.ndarray] = []  # buffers; append and pop are atomic
 
     def render(self, rows: Rows, out: Mapping[str, np.ndarray]) -> None:
         """Fill out[view name], uint8 [copies * B, S, S, 3], with the crops that `rows` describes, copy-major.
@@ -102,7 +70,7 @@ class TurboRenderer:
         crops, ids, sizes = Crops(rows, out), rows.ids.tolist(), self.source.sizes[rows.ids].tolist()
 
         def work(begin: int, end: int) -> None:
-            buffer = self._idle.pop() if self._idle else np.empty(_KEPT_BYTES, np.uint8)
+            buffer = self._taken(lambda: np.empty(_KEPT_BYTES, np.uint8))
             for b in range(begin, end):
                 height, width = sizes[b]
                 start = now()
@@ -115,9 +83,9 @@ class TurboRenderer:
                 else:
                     start = self.times.add(FETCH, start)
                 if image is None:
-                    self._pil.render_image(rows, b, out)
+                    self.render_image(rows, b, out)
                 else:
-                    crops.cut(image, b, foreground(self, rows, b))
+                    crops.cut(image, b, self._mask(rows, b))
                     self.times.add(CROP, start)
             self._idle.append(buffer)
 
@@ -130,13 +98,6 @@ class TurboRenderer:
             return self.source.read_pixels(i, buffer) if holds_pixels(self.source) else None
         except StoreError:
             return None
-
-    def _file(self, i: int) -> bytes:
-        """The bytes of image `i`; nothing where it cannot be read, so that the `pil` renderer says why."""
-        try:
-            return self.source.jpeg(i)
-        except (StoreError, OSError):
-            return b""
 
 
 def _decoded(file: bytes, height: int, width: int, buffer: np.ndarray) -> np.ndarray | None:
