@@ -11,16 +11,13 @@ from torch import nn
 
 from fastssl.engine import gradient_check
 from fastssl.engine.gradient_check import Compared, Watched, num_few
-from fastssl.engine.join import facts_of
 from fastssl.engine.step import TrainingStep
-from fastssl.methods.base import Horizon
 from fastssl.nn import recompute
 from fastssl.nn.norm import fused, global_batch_norm
 from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm
 from fastssl.profiling.live_memory import LiveMemory
-from loaders.loader import Loader, bind
-from loaders.store.data import open_data
 from tests.card import Card
+from tests.stepped import stepped
 from tests.test_every_method import paws, semppl, simclrv2, supervised
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -39,23 +36,7 @@ def quickly(monkeypatch):
 
 
 def prepared(how, stages, device=CPU, steps=1, watch=None):
-    """A step on digits once it is prepared, what it warned of, and the losses of its first steps."""
-    (stage,) = stages
-    torch.manual_seed(0)
-    data = open_data(("digits",))
-    method = stage.method.build(facts_of(data, 0), {})
-    nets = method.nets()
-    nets.online.to(memory_format=torch.channels_last)
-    step = TrainingStep(stage, how, method, nets, method.optimizer(nets), device)
-    warnings, losses = [], []
-    with Loader(bind(method.plan(), data), threads=1) as loader:
-        for number, batch in enumerate(loader.batches(0, steps)):
-            if number == 0:
-                with watch or nullcontext():
-                    step.prepare(batch, warnings.append)
-            losses.append(float(step(number, Horizon(5, 40), batch)["total"]))
-            batch.release()
-    return step, warnings, losses
+    return stepped(how, stages, device, steps, watch)
 
 
 def plant(monkeypatch, when):

@@ -9,13 +9,11 @@ import torch
 import torch.distributed as td
 
 from fastssl.engine import step as step_module
-from fastssl.engine.join import facts_of
 from fastssl.engine.step import WARM_UP_STEPS, TrainingStep
-from fastssl.methods.base import Epochs, Horizon
+from fastssl.methods.base import Epochs
 from fastssl.optim.rates import WarmupCosine
-from loaders.loader import Loader, bind
-from loaders.store.data import open_data
 from tests.card import Card, Event
+from tests.stepped import stepped
 from tests.test_every_method import paws, supervised
 
 CUDA = torch.device("cuda", 0)
@@ -37,23 +35,8 @@ def one_rank(tmp_path):
     td.destroy_process_group()
 
 
-def losses(how, stages, steps=STEPS, batches=None, step=None):
-    """Of a step on digits, as on a card: (losses, the step, what it warned of)."""
-    (stage,) = stages
-    torch.manual_seed(0)
-    data = open_data(("digits",))
-    method = stage.method.build(facts_of(data, 0), {})
-    nets = method.nets()
-    nets.online.to(memory_format=torch.channels_last)
-    step = TrainingStep(stage, how, method, nets, method.optimizer(nets), CUDA)
-    found, warnings = [], []
-    with Loader(bind(method.plan(), data), threads=1) as loader:
-        for number, batch in enumerate(loader.batches(0, steps)):
-            if number == 0 and step.must_prepare:
-                step.prepare(batch, warnings.append)
-            found.append(float(step(number, Horizon(5, 40), batch)["total"]))
-            batch.release()
-    return found, step, warnings
+def on_a_card(how, stages, steps=STEPS):
+    return stepped(how, stages, CUDA, steps)
 
 
 def slow_paws():
@@ -64,8 +47,8 @@ def slow_paws():
 def test_a_graph_of_either_optimiser_is_captured_and_does_the_eager_steps(card, stages):
     """Catches an optimiser that asks the host for its rate while a graph is captured, a rate that a graph has frozen,
     a batch it does not read, a gradient that adds up from replay to replay."""
-    eager, _, _ = losses("eager", stages())
-    graphed, step, warnings = losses("graphed", stages())
+    _, _, eager = on_a_card("eager", stages())
+    step, warnings, graphed = on_a_card("graphed", stages())
     assert (step.how, warnings) == ("graphed", [])
     assert step._graph is not None and graphed == pytest.approx(eager, rel=1e-3, abs=2e-4)
 
@@ -75,14 +58,14 @@ def test_what_is_captured_with_ddp_was_made_on_the_graphs_own_stream(card, one_r
     cudaErrorStreamCaptureImplicit."""
     averaged = step_module.DistributedDataParallel
     monkeypatch.setattr(TrainingStep, "_averaged", lambda self, online: averaged(online, broadcast_buffers=False))
-    _, step, warnings = losses("graphed", supervised())
+    step, warnings, _ = on_a_card("graphed", supervised())
     assert (step.how, warnings) == ("graphed", []) and step._graph is not None
     assert card.captures[0]["stream"] is step._stream
 
 
 def test_warming_up_for_a_graph_takes_one_stream(card):
     """Catches a stream, and so a pool of memory with all activations, for each of the steps before the capture."""
-    losses("graphed", paws())
+    on_a_card("graphed", paws())
     assert len(card.streams) == 1
 
 
@@ -106,7 +89,7 @@ def test_a_loader_may_allocate_while_a_graph_is_captured(card, monkeypatch):
 
     original = TrainingStep._forward_backward_update
     monkeypatch.setattr(TrainingStep, "_forward_backward_update", allocate_meanwhile)
-    _, step, warnings = losses("graphed", paws())
+    step, warnings, _ = on_a_card("graphed", paws())
     assert failed == [] and (step.how, warnings) == ("graphed", [])
 
 
@@ -120,21 +103,21 @@ def test_a_graph_that_does_another_step_is_not_used(card, monkeypatch):
         graph.graph.calls = graph.graph.calls[:-20]  # of the optimiser's
         return replay(graph, batch)
 
-    eager, _, _ = losses("eager", supervised())
+    _, _, eager = on_a_card("eager", supervised())
     monkeypatch.setattr(Graph, "replay", forgets)
-    same, step, (warning,) = losses("graphed", supervised())
+    step, (warning,), same = on_a_card("graphed", supervised())
     assert step.how == "compiled" and "a replay moves the weights" in warning
     assert same == pytest.approx(eager, rel=1e-4)
 
 
 def test_sgd_under_fp16_waits_for_no_verdict(card):
     """Catches torch's SGD asking, each step, whether a gradient has overflowed."""
-    _, step, _ = losses("eager", supervised(precision="fp16"), steps=2)
+    step, _, _ = on_a_card("eager", supervised(precision="fp16"), steps=2)
     assert step.optimizer._step_supports_amp_scaling and all(g["fused"] for g in step.optimizer.param_groups)
 
 
 def test_the_host_runs_two_steps_ahead_at_most(card):
     """Catches batches that pile up on the card, and clocks that measure how fast work is queued."""
     Event.num_waits = 0
-    losses("eager", paws(), steps=6)
+    on_a_card("eager", paws(), steps=6)
     assert Event.num_waits == 6 - step_module.NUM_AHEAD
