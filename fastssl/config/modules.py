@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.machinery import ModuleSpec, PathFinder
@@ -16,19 +17,21 @@ from fastssl.errors import ConfigError
 OURS = ("fastssl", "loaders")
 
 
+def types_in(plain: Any) -> Iterator[str]:
+    """The full names, `module:Qualname`, of all types in a plain form (`fastssl.config.plain`)."""
+    if isinstance(plain, dict):
+        if isinstance(plain.get("type"), str):
+            yield plain["type"]
+        plain = list(plain.values())
+    for part in plain if isinstance(plain, list) else ():
+        yield from types_in(part)
+
+
 def modules_of(plain: Any) -> dict[str, str]:
-    """Module name -> its file, of all types in a plain form (`fastssl.config.plain`) that are not ours."""
-    if isinstance(plain, list):
-        return {name: file for each in plain for name, file in modules_of(each).items()}
-    if not isinstance(plain, dict):
-        return {}
-    found = {name: file for each in plain.values() for name, file in modules_of(each).items()}
-    kind = plain.get("type")
-    name = kind.partition(":")[0] if isinstance(kind, str) else ""
-    file = file_of(name)
-    if name.partition(".")[0] not in OURS and file is not None:
-        found[name] = file
-    return found
+    """Module name -> its file, of all types in a plain form that are not ours."""
+    names = dict.fromkeys(kind.partition(":")[0] for kind in types_in(plain))
+    files = {name: file_of(name) for name in names if name.partition(".")[0] not in OURS}
+    return {name: file for name, file in files.items() if file is not None}
 
 
 def file_of(module: str) -> str | None:

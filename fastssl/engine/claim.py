@@ -10,7 +10,7 @@ import shutil
 from typing import Any
 
 from fastssl import dist
-from fastssl.config.modules import file_of, modules_of
+from fastssl.config.modules import file_of, modules_of, types_in
 from fastssl.config.plain import Notes, differences, to_plain
 from fastssl.engine.job import Job
 from fastssl.errors import ConfigError
@@ -20,6 +20,7 @@ from fastssl.run_dir.files import CHECKPOINTS, PRODUCED, RESOLVED, RESULT, read_
 from fastssl.run_dir.written import refuse_newer, stages_of, tell
 from loaders.files import write_file
 from loaders.finish import ROUNDING, SAME_BITS
+from loaders.plan import ops
 from loaders.store.data import LABELLED, DataSets
 
 
@@ -35,6 +36,11 @@ def finished(job: Job, data: DataSets) -> dict[str, Any] | None:
         result = read_json(job.out / RESULT) if (job.out / RESULT).exists() else None
         if changed and result is not None:
             raise ConfigError(f"{job.out} is finished, and nothing in it can change: start another with --init-from")
+        if result is None and job.replay is None and _rounding_changed(job) and "rounding" not in job.allow_change:
+            raise ConfigError(
+                f"{job.out} was begun with a fastssl that rounds images otherwise: it would not end as it had there. "
+                "Continue it all the same with --allow-change rounding, or choose another --out"
+            )
     return dist.broadcast_object(result)
 
 
@@ -47,7 +53,7 @@ def claim(job: Job, data: DataSets) -> None:
     if dist.is_main():
         if _continues(job):
             _note_of_ranks(job)
-            if changed := _changes(job, data):
+            if changed := _changes(job, data) + _rounding_changed(job):
                 _note_changes(job, data, changed)
         else:
             if job.resume == "never":
@@ -57,6 +63,7 @@ def claim(job: Job, data: DataSets) -> None:
                 job,
                 {
                     **_resolved(job, data),
+                    "rounding": ROUNDING,
                     "class_names": data.get(LABELLED).class_names,
                     "run": run,
                     "versions": versions(),
@@ -73,7 +80,6 @@ def _resolved(job: Job, data: DataSets) -> dict[str, Any]:
         "stages": to_plain(job.stages),
         "data": data.fingerprints(),
         "held_out": job.held_out,
-        "rounding": ROUNDING,
     }
 
 
@@ -105,17 +111,11 @@ def _changes(job: Job, data: DataSets) -> list[str]:
         raise ConfigError(f"{job.out} holds a run, but not its {RESOLVED}: choose another --out, or --resume never")
     there, resolved = read_json(path), _resolved(job, data)
     began = {key: there.get(key) for key in resolved} | {"stages": _stages_begun(job, there)}
-    began["rounding"] = _rounding_begun(there, resolved["stages"])
     changed = differences(began, json.loads(json.dumps(resolved)))
     refused = [change for change in changed if not any(_names(key, change) for key in job.allow_change)]
     if refused:
         more = f" and {len(refused) - 3} more" if len(refused) > 3 else ""
         key = refused[0].partition(": ")[0].rpartition(".")[2]
-        if key == "rounding" and len(refused) == 1:
-            raise ConfigError(
-                f"{job.out} was begun with a fastssl that rounds images otherwise: it would not end as it had there. "
-                "Continue it all the same with --allow-change rounding, or choose another --out"
-            )
         raise ConfigError(
             f"{job.out} holds another run ({'; '.join(refused[:3])}{more}): choose another --out, run the command it "
             f"was made with, or let it change with --allow-change {key}"
@@ -123,21 +123,13 @@ def _changes(job: Job, data: DataSets) -> list[str]:
     return changed
 
 
-def _rounding_begun(there: dict[str, Any], stages: Any) -> int:
-    """With which rounding of images the run was begun: today's where its ops have the same bits with both."""
-    began = there.get("rounding", 1)
-    return ROUNDING if _ops_of(stages) <= SAME_BITS.get(began, frozenset()) else began
-
-
-def _ops_of(plain: Any) -> set[str]:
-    """The names of the photometric ops in the plain form of stages."""
-    if isinstance(plain, list):
-        return set().union(*map(_ops_of, plain))
-    if not isinstance(plain, dict):
-        return set()
-    kind = plain.get("type")
-    own = {kind.partition(":")[2]} if isinstance(kind, str) and kind.startswith("loaders.plan.ops:") else set()
-    return own.union(*map(_ops_of, plain.values()))
+def _rounding_changed(job: Job) -> list[str]:
+    """Where an op of the job has other bits than when the run in the directory was begun: that, as a change."""
+    began = read_json(job.out / RESOLVED).get("rounding", 1)
+    kinds = (kind.partition(":") for kind in types_in(to_plain(job.stages)))
+    used = {name for module, _, name in kinds if module == ops.__name__}
+    same = began == ROUNDING or used <= SAME_BITS.get(began, frozenset())
+    return [] if same else [f"rounding: {began} -> {ROUNDING}"]
 
 
 def _stages_begun(job: Job, there: dict[str, Any]) -> Any:
@@ -169,7 +161,16 @@ def _note_of_ranks(job: Job) -> None:
 def _note_changes(job: Job, data: DataSets, changed: list[str]) -> None:
     there = read_json(job.out / RESOLVED)
     allowed = [*there.get("allowed", ()), {"command": job.command, "changed": changed}]
-    _write(job, {**there, **_resolved(job, data), "run": there["run"] | _as_typed(job), "allowed": allowed})
+    _write(
+        job,
+        {
+            **there,
+            **_resolved(job, data),
+            "rounding": ROUNDING,
+            "run": there["run"] | _as_typed(job),
+            "allowed": allowed,
+        },
+    )
     print(f"note: continued with other settings: {'; '.join(changed)}", flush=True)
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from fastssl import dist
-from fastssl.engine import same_everywhere, stages
+from fastssl.engine import claim, same_everywhere, stages
 from fastssl.errors import FastsslError
 from fastssl.run_dir import lock as run_lock
 from tests import fakes
@@ -82,6 +82,27 @@ def test_a_setting_may_differ_only_by_name(stopped, tmp_path):
     assert invoke(*drifted).exit_code == 0  # now the command it is made with
     back = refused("train", "--out", run, *SHORT, "--allow-change", "method")
     assert "is finished, and nothing in it can change" in back
+
+
+def test_a_run_of_other_rounding_is_continued_only_where_that_is_said(stopped, tmp_path, monkeypatch):
+    """Catches a run that goes on, in silence, on images of other bits; and one that is finished, or whose ops are the
+    same, and can be looked at no more."""
+    run = shutil.copytree(stopped, tmp_path / "run")
+    again = ("train", "--out", run, *SHORT)
+    resolved = json.loads((run / "resolved.json").read_text())
+    assert resolved.pop("rounding") == claim.ROUNDING
+    (run / "resolved.json").write_text(json.dumps(resolved))  # as it was begun before it was said
+    monkeypatch.setattr(claim, "SAME_BITS", {1: frozenset({"Affine"})})  # so Noise is not
+    assert "rounds images otherwise" in refused(*again)
+    result = invoke(*again, "--allow-change", "rounding")
+    assert result.exit_code == 0 and "note: continued with other settings: rounding: 1 -> " in result.output
+    assert json.loads((run / "resolved.json").read_text())["rounding"] == claim.ROUNDING
+
+    monkeypatch.setattr(claim, "ROUNDING", claim.ROUNDING + 1)
+    assert "finished: " in invoke(*again).output
+    same = shutil.copytree(stopped, tmp_path / "same")
+    monkeypatch.setattr(claim, "SAME_BITS", {claim.ROUNDING - 1: frozenset({"Affine", "Noise"})})
+    assert " from step 3\n" in invoke("train", "--out", same, *SHORT).output
 
 
 def differing(job, what):
