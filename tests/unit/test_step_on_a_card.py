@@ -11,6 +11,7 @@ import torch.distributed as td
 from fastssl.engine import step as step_module
 from fastssl.engine.step import WARM_UP_STEPS, TrainingStep
 from fastssl.methods.base import Epochs
+from fastssl.optim.adamw import AdamW
 from fastssl.optim.rates import WarmupCosine
 from tests.card import Card, Event
 from tests.stepped import stepped
@@ -43,8 +44,12 @@ def slow_paws():
     return paws(rate=WarmupCosine(0.1, Epochs(5), start=0.8, final=0.032))  # fast, it is done before a graph is warm
 
 
-@pytest.mark.parametrize("stages", [slow_paws, supervised], ids=["LARS", "SGD"])
-def test_a_graph_of_either_optimiser_is_captured_and_does_the_eager_steps(card, stages):
+def with_adamw():
+    return supervised(optimizer=AdamW(), rate=WarmupCosine(0.001))
+
+
+@pytest.mark.parametrize("stages", [slow_paws, supervised, with_adamw], ids=["LARS", "SGD", "AdamW"])
+def test_a_graph_of_each_optimiser_is_captured_and_does_the_eager_steps(card, stages):
     """Catches an optimiser that asks the host for its rate while a graph is captured, a rate that a graph has frozen,
     a batch it does not read, a gradient that adds up from replay to replay."""
     _, _, eager = on_a_card("eager", stages())
