@@ -158,7 +158,7 @@ def table():
         "paws of three views, labels for targets": Row(
             paws(global_view=three, label_targets=True, entropy=0.1, me_max=0.5), -0.2, peak=1.6
         ),
-        "paws of RoPAWS's targets": Row(paws(ropaws=Ropaws()), -0.3, peak=1.6),
+        "paws of RoPAWS's targets": Row(paws(ropaws=Ropaws()), -0.3, peak=0.8),
         "supervised": Row(supervised(), 0.22),
         "supervised fine-tuning": Row(fine_tuning(), 0.05),
         "suncet": Row(suncet(), 0.1, warms=False),

@@ -64,7 +64,7 @@ def open_path(path: str, validation: bool = True) -> Splits:
     p = Path(path)
     try:
         if not p.exists():
-            raise StoreError(f"{path}: no such file or folder; --data takes {DIGITS}, a .beton, a table, or a folder")
+            raise StoreError(f"{path}: no such file or folder")
         for opener in OPENERS:
             if opener.looks_like(p):
                 return opener.open(p, validation)

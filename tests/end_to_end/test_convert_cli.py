@@ -74,7 +74,7 @@ def test_archives_and_options(tree, tmp_path):
         (["{src}", "{out}", "--reencode", "90,512"], "is now --max-side N [--quality Q]"),
         (["{src}", "{out}", "--quality", "80"], "give --max-side too"),
         (["{src}", "{out}", "--subset", "mine"], "label list 'mine' was not found"),
-        (["{out}", "{src}"], "no such folder; it should hold train/ and val/"),
+        (["{out}", "{src}"], "out: no such file or folder"),
         (["{src}", "--verify", "{out}"], "--verify OUT stands alone"),
         (["--verify", "{out}"], "manifest.json: cannot be read: No such file or directory"),
     ],

@@ -68,7 +68,7 @@ def test_validation_images_that_cannot_be_opened_stop_nothing_but_the_last_evalu
         "per-class=3 of not:per-class=5",
     )
     line = refused(*arguments)
-    assert "digits/val/0/" in line
+    assert "digits/val: none of its 40 images can be used, e.g. 0/" in line
     done = record()
     assert list(done["runs"]) == ["rate.peak=1e-6", "rate.peak=0.1"] and "final" not in done
     assert done["held_out"]["count"] == 30 and done["runs"]["rate.peak=0.1"]["steps"] == 10

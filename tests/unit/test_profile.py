@@ -25,7 +25,7 @@ from loaders.loader import Loader, bind
 from loaders.plan.ops import Flip
 from loaders.plan.plan import Plan
 from loaders.plan.views import UNIT, Rrc, Shuffled, Stream, View
-from loaders.renderers import pil
+from loaders.store import images
 from loaders.store.data import DataSets
 from loaders.store.folder import FolderSource
 from loaders.timing import PHASES, PhaseTimes, now, stamp_s
@@ -60,18 +60,19 @@ def slow(folder, monkeypatch):
     """A loader of sleeps alone: (its bound plan, the seconds by stage, to be set)."""
     source = Slow(folder, 64, 2)
     pauses = dict.fromkeys(("fetch", "decode", "finish"), SLEEP_S)
-    opened, driven = pil.open_image, numba_cpu._drive
+    opened, drive = images.open_image, numba_cpu._driver()
 
     def open_slowly(file):
         time.sleep(pauses["decode"])
         return opened(file)
 
-    def drive_slowly(crops, *rest):
-        time.sleep(pauses["finish"] * len(crops))
-        driven(crops, *rest)
+    def drive_slowly(*arguments):
+        *_, num_images, _, _, _, _ = arguments
+        time.sleep(pauses["finish"] * num_images)
+        drive(*arguments)
 
-    monkeypatch.setattr(pil, "open_image", open_slowly)
-    monkeypatch.setattr(numba_cpu, "_drive", drive_slowly)
+    monkeypatch.setattr(images, "open_image", open_slowly)
+    monkeypatch.setattr(numba_cpu, "_driver", lambda: drive_slowly)
     view = View("view", 8, Rrc((0.5, 1.0)), (Flip(),), UNIT)
     plan = Plan((Stream("images", "train", (view,), Shuffled(), BATCH),), "images", 0)
     return source, bind(plan, DataSets({"train": source})), pauses

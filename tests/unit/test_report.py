@@ -26,7 +26,9 @@ from fastssl.html.page import element, number, numbers_behind, table
 from fastssl.recipes.resolve import resolve
 from fastssl.report import pictures, training
 from fastssl.report.history import read_history
-from loaders.store import openers as store
+from loaders.store import openers
+from loaders.store.data import open_data
+from loaders.store.digits import open_digits
 from tests import fakes
 from tests.interrupted import run_in_pieces
 
@@ -129,10 +131,8 @@ def test_the_matrix_counts_what_the_evaluation_counted(trained):
 
 def test_names_are_escaped_wherever_they_appear(trained, monkeypatch):
     """A class, recipe or command called <script> that would run."""
-    real = store.open_digits
     names = tuple(f"{HOSTILE}{i}" for i in range(10))
-
-    monkeypatch.setattr(store, "open_digits", lambda: [replace(source, class_names=names) for source in real()])
+    monkeypatch.setattr(openers, "open_digits", lambda: [replace(source, class_names=names) for source in open_digits()])
     resolved = json.loads((trained / "resolved.json").read_text())
     resolved |= {"recipe": HOSTILE, "run": resolved["run"] | {"command": HOSTILE}}
     (trained / "resolved.json").write_text(json.dumps(resolved))
@@ -195,8 +195,8 @@ def test_data_that_is_gone_and_a_method_that_is_gone_are_sentences(trained):
 
 
 def test_no_validation_images(trained, monkeypatch):
-    (training_set, _) = store.open_digits()
-    monkeypatch.setattr(store, "open_digits", lambda: (training_set, None))
+    (training_set, _) = open_digits()
+    monkeypatch.setattr(openers, "open_digits", lambda: (training_set, None))
     page = report(trained)
     assert "no validation images, so nothing can be confused" in page.text
     assert "60 labelled training images" in page.text
@@ -340,7 +340,7 @@ def test_many_classes_and_images_as_files(tmp_path):
             for i in range(count):
                 Image.fromarray(rng.integers(0, 256, (36, 40, 3), np.uint8)).save(folder / f"{i}.png")
     (stage,) = resolve("paws.cifar10_small", ("labels=all", "images_per_class=2", "batch_global=16", "precision=fp32"))
-    data = store.open_data((str(tmp_path),))
+    data = open_data((str(tmp_path),))
     method = stage.method.build(facts_of(data, 0), {})
     sheet = Page(pictures.contact_sheet(method, data))
     assert len(sheet.references) == 5 * (1 + 2) + 5 * (1 + 1) and "Stream support" in sheet.text
