@@ -5,7 +5,7 @@ code, facebookresearch/suncet at 731547d, on NVIDIA apex's synchronised batch no
 closed formulas where that code goes about it differently; for a method without a class-balanced stream only batch norm
 differs.
 
-Modelled, not measured; what it must reproduce is held in tests/unit/test_cost.py.
+Modelled, not measured; what it must reproduce is held in tests/unit/costs/test_cost.py.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import numpy as np
 from loaders.plan.draws import Key, mix, tag
 
 _ROUNDS = 8
-_MIN_BITS = 5  # narrower networks permute very small sets unevenly (chi-square of pairs, tests/unit/test_order.py)
+_MIN_BITS = 5  # narrower networks permute very small sets unevenly (chi-square of pairs in its test)
 
 
 def permute(index: np.ndarray, size: Key, key: Key) -> np.ndarray:

@@ -11,8 +11,8 @@ from fastssl.commands.main import main
 from fastssl.commands.on_ranks import on_ranks
 from fastssl.engine.job import Job
 from fastssl.methods.paws import Paws
-from tests import fakes
 from tests.end_to_end import command
+from tests.support import fakes
 
 SHORT = (*command.CHANGES, "--set", "length=6steps", "--set", "evaluate=knn")
 LABELS = "class '0' has 143 images, 500 were asked for"

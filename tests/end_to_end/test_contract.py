@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastssl.engine.stages import run
-from tests import fakes
+from tests.support import fakes
 
 
 @pytest.mark.parametrize("family", ["paws", "semppl", "simclrv2", "s4l"])

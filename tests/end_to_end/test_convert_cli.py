@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 
 from fastssl.commands.main import main
 from loaders.store.data import open_data
-from tests.imagenet_trees import encoded, folder_tree, official_tree
+from tests.support.imagenet_trees import encoded, folder_tree, official_tree
 
 
 @pytest.fixture(autouse=True)

@@ -28,8 +28,8 @@ from fastssl.weights import tensor_files
 from fastssl.weights.read import read_weights
 from loaders.files import sha256_of
 from loaders.plan.views import Centre, Pixels, View
-from tests import plain_resnet
 from tests.end_to_end import command
+from tests.support import plain_resnet
 
 SHORT = (*command.CHANGES, "--set", "length=6steps", "--set", "evaluate=knn", "--set", "checkpoint_every=3steps")
 README = (command.ROOT / "README.md").read_text()

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from tests.end_to_end import command
-from tests.interrupted import assert_same_run
+from tests.support.interrupted import assert_same_run
 
 MODULES = {"pil": "PIL", "turbo": "simplejpeg", "ffcv": "ffcv", "dali": "nvidia.dali"}
 CHANGES = [

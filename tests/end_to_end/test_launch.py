@@ -19,7 +19,7 @@ from fastssl.launch.lines import hosts_for, lines
 from fastssl.launch.ranks import Ranks
 from fastssl.launch.slurm import minutes
 from tests.end_to_end import command, two_hosts
-from tests.interrupted import assert_same_run
+from tests.support.interrupted import assert_same_run
 
 SHORT = (*command.CHANGES, "--set", "length=4steps", "--set", "evaluate_every=4steps")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")

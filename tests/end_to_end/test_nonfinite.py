@@ -15,11 +15,11 @@ from fastssl.methods.paws import Paws
 from fastssl.recipes.resolve import resolve
 from loaders.loader import bind
 from loaders.store.data import open_data
-from tests import fakes
 from tests.end_to_end import command
 from tests.end_to_end.test_bad_input import SHORT, invoke, overflow_at_step_2, refused
-from tests.interrupted import run_in_pieces
 from tests.ranks.pool import run_ranks
+from tests.support import fakes
+from tests.support.interrupted import run_in_pieces
 
 
 @pytest.fixture(autouse=True)

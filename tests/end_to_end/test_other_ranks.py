@@ -11,9 +11,9 @@ from fastssl.engine import stages
 from fastssl.errors import Stopped
 from fastssl.methods.base import Steps
 from fastssl.record.recorder import Recorder
-from tests import fakes
 from tests.end_to_end import command
 from tests.ranks.pool import run_ranks
+from tests.support import fakes
 
 LAST_STEP = 9
 

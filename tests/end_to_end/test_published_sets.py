@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from fastssl.commands.main import main
-from tests.swatches import swatch
+from tests.support.swatches import swatch
 
 SMALLEST = ("encoder.base_width=4", "batch_global=4", "length=2steps", "precision=fp32", "log_every=1steps")
 WNIDS = ("n01440764", "n01443537", "n01484850")

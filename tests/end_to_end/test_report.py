@@ -7,7 +7,7 @@ import pytest
 
 from fastssl.report.training import CONTENTS
 from tests.end_to_end.command import CHANGES, run
-from tests.unit.test_report import checked
+from tests.unit.report.test_report import checked
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,10 @@ import shutil
 import pytest
 
 from fastssl.engine import stages
-from tests import fakes
 from tests.end_to_end import command
-from tests.interrupted import assert_same_run, assert_same_stages, run_in_pieces
 from tests.ranks.pool import run_ranks
+from tests.support import fakes
+from tests.support.interrupted import assert_same_run, assert_same_stages, run_in_pieces
 
 LAST_STEP = 12  # of command.TINY
 

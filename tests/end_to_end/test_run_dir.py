@@ -12,10 +12,10 @@ from fastssl import dist
 from fastssl.engine import claim, same_everywhere, stages
 from fastssl.errors import FastsslError
 from fastssl.run_dir import lock as run_lock
-from tests import fakes
 from tests.end_to_end import command
 from tests.end_to_end.test_bad_input import SHORT, invoke, refused
 from tests.ranks.pool import run_ranks
+from tests.support import fakes
 
 LONG = ("train", "--out", "run", *command.CHANGES, "--set", "length=100000steps", "--set", "checkpoint_every=1steps")
 

@@ -11,7 +11,7 @@ import pytest
 from fastssl.errors import EXIT_STOPPED
 from fastssl.launch.lines import AGENT_SIGNALS
 from tests.end_to_end import command
-from tests.interrupted import assert_same_run
+from tests.support.interrupted import assert_same_run
 
 LAST_STEP = 24
 

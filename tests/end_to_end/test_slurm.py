@@ -13,7 +13,7 @@ from fastssl.launch.lines import lines
 from fastssl.launch.ranks import Ranks
 from tests.end_to_end import command, slurm
 from tests.end_to_end.test_signals import TORCHRUN
-from tests.interrupted import assert_same_run
+from tests.support.interrupted import assert_same_run
 
 TRAIN = ("train", "--cpu-ranks", "2", "--out", "run", *command.CHANGES, "--set", "length=20steps")
 

@@ -15,8 +15,8 @@ from fastssl.methods.base import Artefact, Epochs, Stage, Steps
 from loaders.errors import PlanError, StoreError
 from loaders.files import sha256_of
 from loaders.loader import Loader
-from tests import fakes
 from tests.ranks.pool import run_ranks
+from tests.support import fakes
 
 
 def test_data_that_a_later_stage_lacks_is_missed_before_the_first_trains(tmp_path):

@@ -12,7 +12,7 @@ from fastssl.launch.lines import lines
 from fastssl.launch.ranks import Ranks
 from fastssl.recipes.resolve import canonical, resolve
 from tests.end_to_end import command
-from tests.interrupted import assert_same_run
+from tests.support.interrupted import assert_same_run
 
 EXAMPLES = command.ROOT / "examples"
 LAST_STEP = 12

@@ -50,10 +50,10 @@ def test_a_stopped_rank_is_named_and_the_others_end(tmp_path):
 @pytest.mark.timeout(400)
 def test_a_rank_asleep_is_told_from_those_that_wait_for_it(tmp_path):
     """Catches blame by who stands still: all do. The stacks show where it sleeps."""
-    program = (sys.executable, "-m", "tests.sleeping_rank", "run", str(LIMIT_S))
+    program = (sys.executable, "-m", "tests.support.sleeping_rank", "run", str(LIMIT_S))
     with command.running(tmp_path, program=program) as process:
         log = ended(tmp_path, process)
     assert re.search(rf"^watchdog: rank 1 on {HOST} has not moved for \d+ s, stepping after step 3", log, re.MULTILINE)
     assert sorted(path.name for path in (tmp_path / "run" / "stacks").iterdir()) == ["rank-00000.txt", "rank-00001.txt"]
-    assert "tests/sleeping_rank.py" in (tmp_path / "run" / "stacks" / "rank-00001.txt").read_text()
-    assert "tests/sleeping_rank.py" in log.partition("rank-00001:")[2]
+    assert "tests/support/sleeping_rank.py" in (tmp_path / "run" / "stacks" / "rank-00001.txt").read_text()
+    assert "tests/support/sleeping_rank.py" in log.partition("rank-00001:")[2]

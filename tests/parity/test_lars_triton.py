@@ -12,7 +12,7 @@ import torch
 from fastssl.optim import lars, lars_triton
 from fastssl.optim.lars import Foreach, LarsOptimizer
 from fastssl.optim.lars_triton import Fused
-from tests.unit.test_lars import set_gradients, small_lars, small_params, worst_relative_error
+from tests.unit.optim.test_lars import set_gradients, small_lars, small_params, worst_relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMS = ("paws", "simclr", "byol")

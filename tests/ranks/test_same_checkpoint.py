@@ -5,8 +5,8 @@ import shutil
 from fastssl import dist
 from fastssl.engine.stages import run
 from fastssl.errors import FastsslError
-from tests import fakes
 from tests.ranks.pool import run_ranks
+from tests.support import fakes
 
 
 def on_a_rank(folder):

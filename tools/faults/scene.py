@@ -13,7 +13,7 @@ from pathlib import Path
 from subprocess import Popen
 
 from tests.end_to_end import command
-from tests.interrupted import assert_same_run
+from tests.support.interrupted import assert_same_run
 
 RANKS = 2
 STEPS, CHECKPOINT_EVERY = 48, 4
