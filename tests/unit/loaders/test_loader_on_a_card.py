@@ -1,4 +1,4 @@
-"""The loader on a GPU that is not there (`tests.support.card`); DALI's renderer beside stand-ins with its signatures."""
+"""The loader on a GPU that is not there (`tests.support.card`); DALI's renderer beside stand-ins for DALI's calls."""
 
 from __future__ import annotations
 
