@@ -49,12 +49,12 @@ def trainer_of(recipe: str, num_images: int, size: int, folder: Path) -> tuple[T
     per_class = num_images // NUM_CLASSES
     shard = (f"batch_global={num_images}", f"classes_global={NUM_CLASSES}", f"images_per_class={per_class}")
     (stage,) = resolve(recipe, (*shard, "labels=all", "precision=fp32", f"global_view.size={size}"))
-    stage = replace(stage, method=replace(stage.method, small_view=None), length=Steps(10**6))  # type: ignore[call-arg]
+    stage = replace(stage, config=replace(stage.config, small_view=None), length=Steps(10**6))  # type: ignore[call-arg]
     draw = np.random.default_rng(0)
     images = draw.integers(0, 256, (16 * num_images, size, size, 3), dtype=np.uint8)
     labels = np.arange(len(images)) % NUM_CLASSES
     data = DataSets({"train": ArraySource("random", images, labels, tuple(map(str, range(NUM_CLASSES))))})
-    method = stage.method.build(facts_of(data, 0), {})
+    method = stage.config.build(facts_of(data, 0), {})
     loader = Loader(bind(method.plan(), data), threads=1)
     return Trainer(stage, method, loader, Checkpoints(folder), torch.device("cpu")), loader
 

@@ -116,7 +116,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     (stage,) = resolve("semppl.rn50_300ep")
-    config = stage.method
+    config = stage.config
     assert isinstance(config, SempplConfig)
     networks, shard = Networks(config, arguments.precision, arguments.images), Shard(config)
     parts: dict[str, Callable[[], None]] = {

@@ -211,16 +211,16 @@ def share_of(config: PawsConfig, images: int, classes: int, per_class: int) -> P
 def wrn_problem(images: int, device: torch.device) -> Problem:
     """`paws.cifar10` with `images` of its 256 images and as large a share of its supports."""
     (stage,) = cifar10()
-    assert isinstance(stage.method, PawsConfig)
-    config = share_of(stage.method, images, stage.method.classes_global, stage.method.images_per_class * images // 256)
+    assert isinstance(stage.config, PawsConfig)
+    config = share_of(stage.config, images, stage.config.classes_global, stage.config.images_per_class * images // 256)
     return Problem("wrn28_2_cifar10", config, Facts(10, 3, 0), peers.WideResNet, device)
 
 
 def rn50_problem(images: int, classes: int, per_class: int, device: torch.device) -> Problem:
     """`paws.rn50_100ep` with `images` of its 4,096 images and `classes` x `per_class` supports for 6,720."""
     (stage,) = rn50_100ep()
-    assert isinstance(stage.method, PawsConfig)
-    config = share_of(stage.method, images, classes, per_class)
+    assert isinstance(stage.config, PawsConfig)
+    config = share_of(stage.config, images, classes, per_class)
     return Problem("rn50_imagenet", config, Facts(1_000, 3, 0), peers.ResNet50, device)
 
 

@@ -25,12 +25,12 @@ from loaders.plan.views import UNIT, Rrc, View, Whole
 def wider() -> Stages:
     """paws.digits with twice the output, half as long."""
     (stage,) = paws.digits()
-    return (replace(stage.with_method(out_features=128), length=Epochs(60)),)
+    return (replace(stage.with_settings(out_features=128), length=Epochs(60)),)
 
 
 def simsiam() -> Stages:
     """Digits without labels, in seconds."""
-    method = SimSiamConfig(
+    config = SimSiamConfig(
         dataset="digits",
         eval_view=View("eval", 8, Whole(), pixels=UNIT),
         labels="per-class=10",  # which nearest neighbours are looked for among
@@ -43,4 +43,4 @@ def simsiam() -> Stages:
         optimizer=Lion(weight_decay=0.01),
         rate=WarmupCosine(3e-4, Epochs(2)),
     )
-    return (Stage("pretrain", method, Epochs(20), evaluate=("knn",)),)
+    return (Stage("pretrain", config, Epochs(20), evaluate=("knn",)),)

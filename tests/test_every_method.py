@@ -56,31 +56,31 @@ def paws(**changes):
     (stage,) = resolve("paws.digits")
     tiny = {"encoder": ResNet(10, stem="cifar", base_width=4), "out_features": 8, "batch_global": 32}
     tiny |= {"images_per_class": 4, "precision": "fp32", "rate": PAWS_RATE}
-    return (replace(stage, method=replace(stage.method, **tiny | changes)),)
+    return (replace(stage, config=replace(stage.config, **tiny | changes)),)
 
 
 def supervised(**changes):
     (stage,) = resolve("supervised.digits")
     tiny = {"encoder": ResNet(10, stem="cifar", base_width=4), "batch_global": 32, "precision": "fp32"}
-    return (replace(stage, method=replace(stage.method, **tiny | changes)),)
+    return (replace(stage, config=replace(stage.config, **tiny | changes)),)
 
 
 def fine_tuning():
     """From PAWS's first projection layer, with all that the baseline has not."""
     (stage,) = supervised(head=FirstLayer(32, bias=True), optimizer=Lars("simclr", weight_decay=5e-4), head_peak=0.05)
-    method = replace(stage.method, rate=WarmupStairs(2.0, (Steps(80),), 0.1), label_smoothing=0.0)
+    method = replace(stage.config, rate=WarmupStairs(2.0, (Steps(80),), 0.1), label_smoothing=0.0)
     return (*paws(), finetune(method, stage.length, Ref(stage="pretrain")))
 
 
 def suncet():
     (pretrain,), (stage,) = paws(), resolve("suncet.cifar10_small")
-    theirs = pretrain.method
+    theirs = pretrain.config
     shared = {name: getattr(theirs, name) for name in ("dataset", "eval_view", "labels", "precision", "encoder")}
     view = replace(theirs.global_view, name="labelled")
     method = replace(
-        stage.method, **shared, out_features=8, view=view, images_per_class=4, rate=WarmupCosine(0.8, final=0.01)
+        stage.config, **shared, out_features=8, view=view, images_per_class=4, rate=WarmupCosine(0.8, final=0.01)
     )
-    return (pretrain, replace(stage, method=method, needs={"init": Ref(stage="pretrain")}))
+    return (pretrain, replace(stage, config=method, needs={"init": Ref(stage="pretrain")}))
 
 
 def s4l(recipe, **changes):
@@ -93,37 +93,37 @@ def s4l(recipe, **changes):
         views = {name: replace(known[name], size=size, pixels=UNIT) for name, size in sizes.items() if name in known}
         return replace(method, **views, **tiny, rate=replace(method.rate, peak=0.1, falls=()))
 
-    return tuple(replace(stage, method=on_digits(stage.method)) for stage in resolve(f"s4l.{recipe}_cifar10_small"))
+    return tuple(replace(stage, config=on_digits(stage.config)) for stage in resolve(f"s4l.{recipe}_cifar10_small"))
 
 
 def semppl(recipe="semppl.cifar10_small", **changes):
     (digits,), (stage,) = paws(), resolve(recipe)
-    theirs, crop = digits.method, View("odd", 8, Rrc((0.9, 1.0)), pixels=UNIT)
+    theirs, crop = digits.config, View("odd", 8, Rrc((0.9, 1.0)), pixels=UNIT)
     tiny = {name: getattr(theirs, name) for name in ("dataset", "eval_view", "labels", "precision", "batch_global")}
     tiny |= {"encoder": ByolResNet(10, stem="cifar", base_width=4), "hidden_features": 16, "out_features": 8}
     tiny |= {"odd_view": crop, "even_view": replace(crop, name="even"), "capacity": 64, "ema": 0.9}
-    tiny["rate"] = replace(stage.method.rate, peak=8.0)
-    if isinstance(stage.method.base, Relic):
+    tiny["rate"] = replace(stage.config.rate, peak=8.0)
+    if isinstance(stage.config.base, Relic):
         tiny["base"] = Relic(tau=0.5, num_negatives=5, contrast_weight=1.0, invariance_weight=1.0)
-    return (replace(stage, method=replace(stage.method, **tiny | changes)),)
+    return (replace(stage, config=replace(stage.config, **tiny | changes)),)
 
 
 def simclrv2(**changes):
     (stage,) = resolve("simclrv2.cifar10_small")
     tiny = {"dataset": "digits", "eval_view": fakes.EVAL, "labels": "per-class=10", "view": fakes.VIEW}
     tiny |= {"encoder": SimclrResNet(10, stem="cifar", base_width=4), "out_features": 8, "batch_global": 32}
-    tiny |= {"tau": 0.2, "rate": replace(stage.method.rate, peak=80.0)}
-    return (replace(stage, method=replace(stage.method, precision="fp32", **tiny | changes)),)
+    tiny |= {"tau": 0.2, "rate": replace(stage.config.rate, peak=80.0)}
+    return (replace(stage, config=replace(stage.config, precision="fp32", **tiny | changes)),)
 
 
 def distil(**changes):
     """From the supervised baseline, some labels beside."""
     (teacher,), (stage,) = supervised(), resolve("distil.cifar10_small")
     tiny = {"dataset": "digits", "eval_view": fakes.EVAL, "labels": "per-class=50", "alpha": 0.5}
-    tiny["rate"] = replace(stage.method.rate, peak=5.0)
+    tiny["rate"] = replace(stage.config.rate, peak=5.0)
     tiny |= {"view": replace(fakes.VIEW, copies=1), "encoder": SimclrResNet(10, stem="cifar", base_width=4)}
-    method = replace(stage.method, batch_global=32, precision="fp32", **tiny | changes)
-    return (teacher, replace(stage, method=method, needs={"teacher": Ref(stage=teacher.name)}))
+    method = replace(stage.config, batch_global=32, precision="fp32", **tiny | changes)
+    return (teacher, replace(stage, config=method, needs={"teacher": Ref(stage=teacher.name)}))
 
 
 SMALL_CROPS = View("small", 6, Rrc((0.3, 0.6)), pixels=UNIT, copies=3)
@@ -145,7 +145,7 @@ def table():
     """Name -> row; a name begins with its method's module. Labels are smoothed by 0.1, so what can be reached is PAWS's
     cross-entropy of 0.05 with a mean entropy of ln 2, -0.64, and the smoothed labels' own entropy, 0.20. What must be
     fitted leaves room for the roundings of other processors, which make other curves, as other seeds do."""
-    three = replace(paws()[0].method.global_view, copies=3)
+    three = replace(paws()[0].config.global_view, copies=3)
     small_odd = replace(SMALL_CROPS, name="small_odd", copies=1)
     simclr = semppl("semppl.simclr_rn50_300ep", labels="per-class=10", own_entry=False)
     by_differences = Vat(0.5, 0.5, "differences", normaliser="compat")
@@ -247,7 +247,7 @@ def test_it_builds_and_its_steps_are_finite(path, ran):
 @pytest.mark.parametrize("name", REAL)
 def test_a_step_under_bf16_is_finite(name, tmp_path):
     """Catches an operation that autocast refuses, and a loss computed in half precision until it overflows."""
-    changed = tuple(replace(stage, method=replace(stage.method, precision="bf16")) for stage in short(name))
+    changed = tuple(replace(stage, config=replace(stage.config, precision="bf16")) for stage in short(name))
     stages.run(replace(job(name, tmp_path), stages=changed))
     assert all(isinstance(line["loss"], float) for folder in folders(name, tmp_path) for line in metrics(folder))
 
@@ -268,7 +268,7 @@ def trained_stages(path, run_dir):
         if stage.do == "train":
             inputs = {name: _made(run_dir / ref.stage) for name, ref in stage.needs.items()}
             torch.manual_seed(0)
-            yield stage, stage.method.build(facts, inputs)
+            yield stage, stage.config.build(facts, inputs)
 
 
 def _made(folder):
@@ -384,18 +384,18 @@ def test_it_overfits_sixteen_images(path, tmp_path):
 
 def _fit(stage, row, sixteen, run_dir):
     """The losses of the row's steps of `stage`, kept in a folder of its own."""
-    known = vars(stage.method)
+    known = vars(stage.config)
     settings = {"labels": "all", "batch_global": 16, "classes_global": 2, "images_per_class": 8}
     settings["pseudo_labels"] = False  # those of these images, all of which have labels, would be the labels
     settings = {name: value for name, value in settings.items() if name in known}
     settings |= {name: replace(known[name], ops=()) for name in VIEWS if name in known}
     if row.warms:
-        settings["rate"] = replace(stage.method.rate, warmup=Steps(5), peak=row.peak or stage.method.rate.peak)
+        settings["rate"] = replace(stage.config.rate, warmup=Steps(5), peak=row.peak or stage.config.rate.peak)
     length = Steps(row.steps)
-    stage = replace(stage, method=replace(stage.method, **settings), length=length, checkpoint_every=length)
+    stage = replace(stage, config=replace(stage.config, **settings), length=length, checkpoint_every=length)
     inputs = {name: _made(run_dir / ref.stage) for name, ref in stage.needs.items() if name == "teacher"}
     torch.manual_seed(0)
-    method, folder = stage.method.build(facts_of(sixteen, 0), inputs), run_dir / stage.name
+    method, folder = stage.config.build(facts_of(sixteen, 0), inputs), run_dir / stage.name
     folder.mkdir()
     with Loader(bind(method.plan(), sixteen)) as loader, Recorder(folder, main=True) as recorder:
         Trainer(stage, method, loader, Checkpoints(folder / "checkpoints"), CPU).run(recorder, None, Clock())
@@ -418,7 +418,7 @@ def test_recipe_resolves_and_dry_runs_without_data_or_devices(name, tmp_path, mo
         for module in (dry_run, memory_model):
             monkeypatch.setattr(module, "trace_step", _not_traced)
     assert recipes()[name].__doc__
-    config = resolve(name)[0].method
+    config = resolve(name)[0].config
     known = KNOWN_SETS[config.dataset]
     of_its_own = re.search(r"_(\d+)gpus?$", name)  # recipes made for few say for how many
     most = 64
@@ -430,7 +430,7 @@ def test_recipe_resolves_and_dry_runs_without_data_or_devices(name, tmp_path, mo
     for stage in resolve(name):
         assert f"stage        {stage.name}: " in result.output
         assumed = Facts(known.num_classes, known.channels, seed=0)
-        for stream in stage.method.build(assumed, {}).plan().streams:
+        for stream in stage.config.build(assumed, {}).plan().streams:
             assert f"{stream.batch_global:,} images a step, {stream.batch_global // ranks:,} a rank" in result.output
     assert f"runs/{name}-seed0" in result.output
     assert list(tmp_path.iterdir()) == []

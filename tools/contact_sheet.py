@@ -57,7 +57,7 @@ def bound_to(recipe: str, changes: list[str], paths: list[str], stream: str | No
     """The views of one of the recipe's streams, over a few images of the data."""
     data = open_data(tuple(paths))
     stage = resolve(recipe, tuple(changes))[0]
-    plan = stage.method.build(facts_of(data, seed=0), {}).plan()
+    plan = stage.config.build(facts_of(data, seed=0), {}).plan()
     chosen = plan.stream(stream or plan.epoch_of)
     few = Stream(chosen.name, chosen.source, chosen.views, Shuffled(), num_images)
     return bind(Plan((few,), few.name, plan.seed), data)

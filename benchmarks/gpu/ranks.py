@@ -77,9 +77,9 @@ def trained(how: str, recipe: str, precision: str, device: torch.device, times: 
     torch.manual_seed(0)
     (stage,) = resolve(recipe)
     tiny: dict[str, Any] = {"encoder": ResNet(10, stem="cifar", base_width=16), "batch_global": 64}
-    stage = replace(stage, method=replace(stage.method, precision=precision, **tiny))
+    stage = replace(stage, config=replace(stage.config, precision=precision, **tiny))
     data = open_data(("digits",))
-    method = stage.method.build(facts_of(data, 0), {})
+    method = stage.config.build(facts_of(data, 0), {})
     nets = method.nets()
     for module in nets.modules().values():
         module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -55,14 +55,14 @@ def _describe_stage(job: Job, stage: Stage, data: DataSets | None, warnings: lis
         method, bound = joined(job, stage, data, {})
         plan, steps_per_epoch = method.plan(), bound.plan.steps_per_epoch
     else:
-        known = KNOWN_SETS[stage.method.dataset]
-        method = stage.method.build(Facts(known.num_classes, known.channels, job.seed), {})
+        known = KNOWN_SETS[stage.config.dataset]
+        method = stage.config.build(Facts(known.num_classes, known.channels, job.seed), {})
         plan = method.plan()
         check_world(job.world, [s.batch_global for s in plan.streams if not isinstance(s.order, Sequential)])
         epoch_stream = plan.stream(plan.epoch_of)
         if isinstance(epoch_stream.ids, All):
             steps_per_epoch = known.num_images // epoch_stream.batch_global
-            warnings.append(f"no --data: steps assume {stage.method.dataset}'s {known.num_images:,} images")
+            warnings.append(f"no --data: steps assume {stage.config.dataset}'s {known.num_images:,} images")
     with torch.device("meta"):
         num_parameters = sum(p.numel() for p in method.nets().online.parameters())
 

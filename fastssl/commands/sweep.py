@@ -78,7 +78,7 @@ def prepare(job: Job, swept: tuple[str, ...], held_out: str | None) -> Sweep:
     scoring = job.stages[-1]
     if scoring.do != "train" or not scoring.evaluate:
         raise ConfigError(f"--sweep chooses by an accuracy, and {job.recipe} measures none: --set evaluate=knn")
-    held_out = held_out or _default_held_out(scoring.method)
+    held_out = held_out or _default_held_out(scoring.config)
     try:
         parse_subset(held_out)
     except ValueError as error:
@@ -150,7 +150,7 @@ def _default_held_out(method: Config) -> str:
 
 def _without_labels_of(held_out: str, stages: tuple[Stage, ...]) -> tuple[str, ...]:
     """The changes by which stages that use all labels leave those of the held-out images alone."""
-    return tuple(f"{stage.name}.labels=not:{held_out}" for stage in stages if stage.method.labels == "all")
+    return tuple(f"{stage.name}.labels=not:{held_out}" for stage in stages if stage.config.labels == "all")
 
 
 def _with(job: Job, changes: tuple[str, ...]) -> Job:
@@ -164,11 +164,11 @@ def _checked(sweep: Sweep, data: DataSets) -> Resolved:
     ids = _ids(held_out)
     option = f"--held-out {sweep.held_out!r}"
     for stage in next(iter(sweep.runs.values())).stages:
-        learnt = resolved(parse_subset(stage.method.labels), source, data)
+        learnt = resolved(parse_subset(stage.config.labels), source, data)
         if shared := len(np.intersect1d(ids, _ids(learnt))):
             raise ConfigError(
-                f"{option}: {shared} of its {len(ids)} images are among the training labels ({stage.method.labels}); "
-                f"others are --held-out 'per-class={HELD_OUT_PER_CLASS} of not:{stage.method.labels}'"
+                f"{option}: {shared} of its {len(ids)} images are among the training labels ({stage.config.labels}); "
+                f"others are --held-out 'per-class={HELD_OUT_PER_CLASS} of not:{stage.config.labels}'"
             )
     if unlabelled := int((source.labels[ids] < 0).sum()):
         raise ConfigError(f"{option}: {unlabelled} of its {len(ids)} images carry no label")

@@ -101,7 +101,7 @@ def train(
         recipe=recipe,
         stages=stages,
         changes=changes,
-        data=data or _embedded(stages[0].method.dataset),
+        data=data or _embedded(stages[0].config.dataset),
         out=where(chosen[0]),
         seed=chosen[0],
         command=as_typed(),
@@ -109,7 +109,7 @@ def train(
         **others,
     )
     if not job.data and not dry_run:
-        raise ConfigError(f"{recipe} needs images: --data {_how_to_get(stages[0].method.dataset)}")
+        raise ConfigError(f"{recipe} needs images: --data {_how_to_get(stages[0].config.dataset)}")
     sweep = prepare(job, swept, held_out) if swept else None
     if dry_run:
         _describe(job, sweep)

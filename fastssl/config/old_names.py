@@ -68,6 +68,12 @@ def todays(kind: str, plain: Plain) -> tuple[Plain, dict[str, str]]:
     return (_READERS[kind](dict(plain)) if old else plain), old
 
 
+@reads("fastssl.methods.base:Stage", method="config")
+def _stage(plain: Plain) -> Plain:
+    """Before 0.2.0 a stage called the settings of its method so."""
+    return plain | {"config": plain.pop("method")}
+
+
 # Until commit 41f6bfd a method's settings had the rate and the optimiser in flat fields.
 
 _PEAK = {"lr_peak": "rate.peak", "warmup": "rate.warmup", "weight_decay": "optimizer.weight_decay"}

@@ -113,9 +113,9 @@ def _how(job: Job) -> str:
 def _of_stages(job: Job) -> Iterator[tuple[Stage, Facts]]:
     """The job's stages that train and whose batches the ranks can share."""
     for stage in job.stages:
-        known = KNOWN_SETS[stage.method.dataset]
+        known = KNOWN_SETS[stage.config.dataset]
         facts = Facts(known.num_classes, known.channels, job.seed)
-        streams = stage.method.build(facts, {}).plan().streams if stage.do == "train" else ()
+        streams = stage.config.build(facts, {}).plan().streams if stage.do == "train" else ()
         if not streams or any(s.batch_global % job.world for s in streams if not isinstance(s.order, Sequential)):
             continue  # batches that the ranks cannot share are refused for that
         yield stage, facts

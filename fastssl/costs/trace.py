@@ -105,7 +105,7 @@ def trace_step(stage: Stage, facts: Facts, world: int) -> Trace:
 
 
 def _traced(stage: Stage, facts: Facts, world: int) -> Trace:
-    method = stage.method.build(facts, _NotMade())
+    method = stage.config.build(facts, _NotMade())
     plan, nets = method.plan(), method.nets()
     for name, module in nets.modules().items():
         module.train(name != "frozen")

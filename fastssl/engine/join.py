@@ -78,7 +78,7 @@ def join(here: Here, stage: Stage, artefacts: Mapping[str, Artefact]) -> Joined:
 def joined(job: Job, stage: Stage, data: DataSets, inputs: Mapping[str, Artefact]) -> tuple[Method[Any, Any], Bound]:
     """`stage`'s method, and its plan joined with `data`; nothing in `inputs` is opened, none need be there. Raises
     FastsslError or LoaderError where method, data and number of ranks do not fit."""
-    method = stage.method.build(facts_of(data, job.seed), inputs)
+    method = stage.config.build(facts_of(data, job.seed), inputs)
     bound = bind(method.plan(), data)
     bound.plan.check_world(job.world)
     return method, bound

@@ -41,7 +41,7 @@ def open_run(
     state = checkpoints.load_newest(lambda text: print(f"warning: {text}", file=sys.stderr))
     if state is None:
         raise CheckpointError(f"{run} has no checkpoint yet")
-    method = stage.method.build(_facts(written, state.get("about"), sources, is_own=not data), {})
+    method = stage.config.build(_facts(written, state.get("about"), sources, is_own=not data), {})
     nets = method.nets()
     for name, module in nets.saved().items():
         module.load_state_dict(state["nets"][name])
@@ -61,7 +61,7 @@ def open_method(run: Path, data: tuple[str, ...]) -> tuple[Method[Any, Any], Dat
     Raises as `open_run` does."""
     written = read_run(run)
     sources = _data_of(written, data)
-    return written.stages[-1].method.build(facts_of(sources, written.seed), {}), sources
+    return written.stages[-1].config.build(facts_of(sources, written.seed), {}), sources
 
 
 def _data_of(written: Written, data: tuple[str, ...]) -> DataSets:

@@ -257,7 +257,7 @@ class Stage:
     """One leg of a recipe: train a method, or let it produce something for each image of its plan's streams."""
 
     name: str
-    method: Config
+    config: Config  # of its method
     length: Span
     do: Literal["train", "produce"] = "train"
     needs: Mapping[str, Ref] = field(default_factory=dict)
@@ -275,13 +275,13 @@ class Stage:
         if self.keep_checkpoints < 1:
             raise ConfigError(f"keep_checkpoints is {self.keep_checkpoints}, but the newest must be kept")
 
-    def with_method(self, **changes: Any) -> Stage:
+    def with_settings(self, **changes: Any) -> Stage:
         """The stage with these settings of its method changed. Raises TypeError for one that the method has not."""
-        return replace(self, method=replace(self.method, **changes))
+        return replace(self, config=replace(self.config, **changes))
 
     def settings(self, *names: str) -> dict[str, Any]:
         """Those of the method's settings, for another method to be given."""
-        return {name: getattr(self.method, name) for name in names}
+        return {name: getattr(self.config, name) for name in names}
 
 
 Stages = tuple[Stage, ...]

@@ -70,7 +70,7 @@ class _Measuring:
         self.begin = time.monotonic()
         self.asked = asked
         data = open_data(job.data) if job.data else None
-        sources = dict(data.sources) if data else {TRAIN: stand_ins(asked.stage.method)}
+        sources = dict(data.sources) if data else {TRAIN: stand_ins(asked.stage.config)}
         given = usable(sources, [_plan(stage) for stage in (asked.stage, asked.alone)])
         self.given, self.facts = Given(job, device, threads, given), facts_of(given, 0)
 
@@ -96,12 +96,12 @@ class _Measuring:
         yield True
 
     def _alone(self) -> LoaderAlone:
-        bound = bind(self.asked.alone.method.build(self.facts, {}).plan(), self.given.data)
+        bound = bind(self.asked.alone.config.build(self.facts, {}).plan(), self.given.data)
         return LoaderAlone(self.given, bound, others=self.asked.what == "loader")
 
     def _stepping(self) -> Stepping:
         probes, stage = self.given.found.probes, self.asked.stage
-        probes.flop_s = gemm_flop_s(self.given.device, DTYPES[stage.method.precision])
+        probes.flop_s = gemm_flop_s(self.given.device, DTYPES[stage.config.precision])
         probes.copy_bytes_s = copy_bytes_s(self.given.device)
         return Stepping(self.given, stage, self.facts, beside_loader=self.asked.what == "all")
 
@@ -113,5 +113,5 @@ class _Measuring:
 
 
 def _plan(stage: Stage) -> Plan:
-    known = KNOWN_SETS[stage.method.dataset]
-    return stage.method.build(Facts(known.num_classes, known.channels, 0), {}).plan()
+    known = KNOWN_SETS[stage.config.dataset]
+    return stage.config.build(Facts(known.num_classes, known.channels, 0), {}).plan()

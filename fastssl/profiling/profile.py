@@ -66,8 +66,8 @@ def prepare(job: Job, what: measure.What, seconds: float, trace: bool) -> tuple[
     if job.device == "cuda" and torch.cuda.device_count() == 0:
         raise ConfigError("--gpus: torch sees no GPU here; leave it out to profile on the CPU")
     data = open_data(job.data) if job.data else None
-    sources = list(data.sources.values()) if data else [stand_ins(stage.method)]
-    known = KNOWN_SETS[stage.method.dataset]
+    sources = list(data.sources.values()) if data else [stand_ins(stage.config)]
+    known = KNOWN_SETS[stage.config.dataset]
     facts = facts_of(data, 0) if data else Facts(known.num_classes, known.channels, 0)
     how = job.how or default_how(torch.device(job.device))
     fixed = any(change.partition("=")[0].rpartition(".")[2] in SIZED for change in job.changes)
@@ -80,7 +80,7 @@ def prepare(job: Job, what: measure.What, seconds: float, trace: bool) -> tuple[
             cost = ours(traced)
         except Untraceable as error:
             notes.append(f"its arithmetic is not counted: {error}")
-    plan, whole = (s.method.build(facts, {}).plan() for s in (chosen, stage))
+    plan, whole = (s.config.build(facts, {}).plan() for s in (chosen, stage))
     (headline,) = resolve(whatif.HEADLINE)
     imagenet = KNOWN_SETS["imagenet"]
     everything = Facts(imagenet.num_classes, imagenet.channels, 0)
@@ -145,13 +145,13 @@ def read(path: Path) -> dict[str, Any]:
 
 def _identity(job: Job, what: str, stage: Stage, sources: Sequence[Source]) -> dict[str, Any]:
     """What must be the same for two profiles to be compared."""
-    plan_sizes = {name: getattr(stage.method, name) for name in SIZED if hasattr(stage.method, name)}
+    plan_sizes = {name: getattr(stage.config, name) for name in SIZED if hasattr(stage.config, name)}
     libraries = {name: version(name) for name in ("numpy", "numba", "pillow", "torch")}
     gpu = torch.cuda.get_device_name(0) if job.device == "cuda" else None
     return {
         "recipe": job.recipe,
         "changes": sorted(job.changes),
-        "dataset": stage.method.dataset,
+        "dataset": stage.config.dataset,
         "data": sorted(source.name for source in sources),
         "measured": what,
         "sizes": plan_sizes,

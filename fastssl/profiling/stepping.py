@@ -44,7 +44,7 @@ class Stepping:
         """`beside_loader`: with batches from the loader, too."""
         self.given, device = given, given.device
         torch.manual_seed(0)
-        self.method: Method[Any, Any] = stage.method.build(facts, {})
+        self.method: Method[Any, Any] = stage.config.build(facts, {})
         self.bound = bind(self.method.plan(), given.data)
         self.horizon = Horizon(1000, 100_000)  # the rate hardly moves
         nets = self.method.nets()

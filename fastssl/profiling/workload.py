@@ -45,17 +45,17 @@ def sized(stage: Stage, most: int | None, world: int, fixed: bool) -> Stage:
     takes, class-balanced ones in proportion: fewer classes, and images of a class only where two whole classes are too
     many. As it stands where `fixed`, or where its sizes are not ours to set. All labels are in use; all ranks do the
     same work."""
-    config: Any = replace(stage.method, labels="all")
+    config: Any = replace(stage.config, labels="all")
     if fixed or most is None or not has_path(config, "batch_global"):
-        return replace(stage, method=config)
+        return replace(stage, config=config)
     whole = config.batch_global // world
     on_each = min(most, whole)
     while on_each < whole:
         try:
-            return replace(stage, method=_with_batch(config, on_each, world))
+            return replace(stage, config=_with_batch(config, on_each, world))
         except ConfigError:  # too few for what it compares within a batch
             on_each = min(2 * on_each, whole)
-    return replace(stage, method=_with_batch(config, whole, world))
+    return replace(stage, config=_with_batch(config, whole, world))
 
 
 def _with_batch(config: Any, on_each: int, world: int) -> Any:
@@ -76,9 +76,9 @@ def fitting(stage: Stage, facts: Facts, world: int, device: str, how: How, fixed
         chosen = sized(stage, on_each, world, fixed)
         return chosen, trace_step(chosen, facts, world)
 
-    plan = stage.method.build(facts, {}).plan()
+    plan = stage.config.build(facts, {}).plan()
     whole = plan.stream(plan.epoch_of).batch_global // world
-    if fixed or not has_path(stage.method, "batch_global"):
+    if fixed or not has_path(stage.config, "batch_global"):
         return traced(None)
     if device == "cuda":
         limit_bytes = CARD_SHARE * torch.cuda.get_device_properties(0).total_memory

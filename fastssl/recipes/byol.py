@@ -18,4 +18,4 @@ from fastssl.recipes.published import published
 def rn50_300ep() -> Stages:
     """ImageNet, ResNet-50, 300 epochs."""
     (stage,) = semppl.byol_rn50_300ep()
-    return (stage.with_method(alpha=0.0),)
+    return (stage.with_settings(alpha=0.0),)

@@ -15,7 +15,7 @@ def cifar10_small() -> Stages:
     """The network of supervised.cifar10_small learns on all images of CIFAR-10, without labels, what a classifier says
     of them: a run of supervised.cifar10_finetune or any other with its pixels, given by --set teacher=RUN."""
     (stage,) = supervised.cifar10_small()
-    method = DistilConfig(
+    config = DistilConfig(
         **stage.settings("dataset", "eval_view", "labels", "encoder"),
         view=replace(stage.settings("view")["view"], ops=(Flip(),)),
         batch_global=256,
@@ -23,9 +23,9 @@ def cifar10_small() -> Stages:
         # Peaks of 1.6, 4.8 and 12.8, by a hundred held-out training images a class (`--sweep`).
         rate=WarmupCosine(12.8, Epochs(2)),
     )
-    return (distil(method, Epochs(30)),)
+    return (distil(config, Epochs(30)),)
 
 
-def distil(method: DistilConfig, length: Epochs, teacher: Ref | None = None) -> Stage:
-    """Train `method` under `teacher`: by default the one that `--set teacher=RUN` names."""
-    return Stage("distil", method, length, needs={"teacher": teacher or Ref()}, evaluate=("classifier", "knn"))
+def distil(config: DistilConfig, length: Epochs, teacher: Ref | None = None) -> Stage:
+    """Train `config` under `teacher`: by default the one that `--set teacher=RUN` names."""
+    return Stage("distil", config, length, needs={"teacher": teacher or Ref()}, evaluate=("classifier", "knn"))

@@ -49,7 +49,7 @@ def _checked(name: str, recipe: Callable[[], Stages]) -> Callable[[], Stages]:
     def checked() -> Stages:
         stages = recipe()
         for stage in stages:
-            if (dataset := stage.method.dataset) not in KNOWN_SETS:
+            if (dataset := stage.config.dataset) not in KNOWN_SETS:
                 raise ConfigError(f"{name}: dataset is {dataset!r}, but must be one of {', '.join(KNOWN_SETS)}")
         return stages
 

@@ -25,7 +25,7 @@ def digits() -> Stages:
     # A demonstration: view size, width, batch, rate and length were chosen among nine settings, with seeds 0 and 1, on
     # the very held-out digits that it reports. fp32, as bf16 convolutions crawl on CPUs without them.
     ops = (Affine(degrees=12.0, scale=(0.85, 1.15), shift=0.08), Noise(p=0.5, std=(0.0, 0.15)))
-    method = PawsConfig(
+    config = PawsConfig(
         dataset="digits",
         eval_view=View("eval", 8, Whole(), pixels=UNIT),
         labels="per-class=10",
@@ -41,7 +41,7 @@ def digits() -> Stages:
         rate=WarmupCosine(3.2, Epochs(5), start=0.8, final=0.032),
     )
     every = Epochs(20)  # an epoch is five steps, a quarter of a second
-    return (Stage("pretrain", method, Epochs(120), evaluate_every=every, checkpoint_every=every),)
+    return (Stage("pretrain", config, Epochs(120), evaluate_every=every, checkpoint_every=every),)
 
 
 @published(_paper("4,000", 600, nearest=96.0, spread=0.2))
@@ -49,7 +49,7 @@ def cifar10() -> Stages:
     """CIFAR-10 with 4,000 labels, WRN-28-2, 600 epochs: the paper's appendix C."""
     jitter = ColourJitter(0.8, 0.4, 0.4, 0.4, 0.1)  # strength .5
     ops = (Flip(), jitter, Solarise(0.2), Equalize(0.2))
-    method = PawsConfig(
+    config = PawsConfig(
         dataset="cifar10",
         eval_view=View("eval", 32, Whole(), pixels=CIFAR10),
         labels="paws-cifar10-4000-split-91",
@@ -64,7 +64,7 @@ def cifar10() -> Stages:
         support_views=2,
         rate=WarmupCosine(3.2, Epochs(10), start=0.8, final=0.032),
     )
-    return (Stage("pretrain", method, Epochs(600)),)
+    return (Stage("pretrain", config, Epochs(600)),)
 
 
 def cifar10_small() -> Stages:
@@ -74,7 +74,7 @@ def cifar10_small() -> Stages:
     """
     (stage,) = cifar10()
     ops = (Flip(), ColourJitter(0.8, 0.4, 0.4, 0.4, 0.1))  # as strong as the authors'; no solarise, no equalize
-    small = stage.with_method(
+    small = stage.with_settings(
         encoder=ResNet(10, stem="cifar", base_width=16),
         global_view=View("global", 24, Rrc((0.35, 1.0)), ops, CIFAR10, copies=2),
         small_view=None,
@@ -160,22 +160,22 @@ def _on_fewer_gpus(batch_global: int, classes_global: int, images_per_class: int
     class, since the authors found few classes to hurt (suncet#11); rates by the square root of the batch, as
     SimCLRv2's."""
     (stage,) = rn50_100ep()
-    paper = PawsConfig("imagenet", stage.method.eval_view).rate
+    paper = PawsConfig("imagenet", stage.config.eval_view).rate
     assert isinstance(paper, WarmupCosine)
     scale = (batch_global / 4096) ** 0.5
     rate = replace(paper, start=paper.start * scale, peak=paper.peak * scale, final=paper.final * scale)
-    small = stage.with_method(
+    small = stage.with_settings(
         batch_global=batch_global, classes_global=classes_global, images_per_class=images_per_class, rate=rate
     )
     return (small,)
 
 
 def _imagenet(labels: str, epochs: int, width: int = 1) -> Stages:
-    method = PawsConfig(
+    config = PawsConfig(
         dataset="imagenet",
         eval_view=View("eval", 224, Centre(resize=256), pixels=IMAGENET),
         labels=labels,
         encoder=ResNet(50, width),
         out_features=2048 * width,  # not stated for the wide ones; the authors' evaluation assumes it
     )
-    return (Stage("pretrain", method, Epochs(epochs)),)
+    return (Stage("pretrain", config, Epochs(epochs)),)

@@ -27,4 +27,4 @@ def cifar10_small() -> Stages:
 def without_positives(stages: Stages) -> Stages:
     """The baseline of a SemPPL recipe: everything else is the same."""
     (stage,) = stages
-    return (stage.with_method(alpha=0.0),)
+    return (stage.with_settings(alpha=0.0),)

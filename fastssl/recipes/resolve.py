@@ -23,7 +23,7 @@ from fastssl.recipes.found import recipes_in
 
 PARSERS = {Span: parse_span, Span | None: lambda text: None if text == "none" else parse_span(text)}
 _ALIASES = {"epochs": "length", "steps": "length"}
-_FIXED = {"name", "method", "do", "needs", "dataset"}  # what a recipe is
+_FIXED = {"name", "config", "do", "needs", "dataset"}  # what a recipe is
 
 
 def recipes() -> dict[str, Callable[[], Stages]]:
@@ -66,11 +66,11 @@ def _changed(stages: Stages, key: str, text: str) -> Stages:
     changed = {stage.name: _stage_with(stage, field, text) for stage in asked}
     if not any(changed.values()):
         for stage in asked:
-            if (now := REPLACED.get(type_name(type(stage.method)), {}).get(field)) is not None:
+            if (now := REPLACED.get(type_name(type(stage.config)), {}).get(field)) is not None:
                 raise ConfigError(f"{key} is {now} now: --set {f'{first}.' if named else ''}{now}={text}")
         names = {"epochs", "steps"}
         for stage in asked:
-            names |= vars(stage).keys() | vars(stage.method).keys()
+            names |= vars(stage).keys() | vars(stage.config).keys()
         raise ConfigError(f"unknown key {key!r}{suggest(field, names - _FIXED)}")
     return tuple(changed.get(stage.name) or stage for stage in stages)
 
@@ -84,8 +84,8 @@ def _stage_with(stage: Stage, key: str, text: str) -> Stage | None:
         return replace(stage, needs={**stage.needs, key: Ref(path=text)})
     if first in _FIXED:
         return None
-    if has_path(stage.method, first):
-        return replace(stage, method=with_value(stage.method, key, text, PARSERS))
+    if has_path(stage.config, first):
+        return replace(stage, config=with_value(stage.config, key, text, PARSERS))
     if has_path(stage, first):
         return with_value(stage, key, text, PARSERS)
     return None

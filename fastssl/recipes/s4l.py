@@ -39,7 +39,7 @@ def supervised() -> Stages:
 @published(Published(source=_RELEASE, labels="1 %", epochs=1000, classifier=25.1, top5=48.3))
 def supervised_1pct() -> Stages:
     """As supervised with 1 % of the labels and HSV noise."""
-    method = replace(
+    config = replace(
         _IMAGENET,
         labels="s4l-1",
         view=replace(CROP, ops=(Flip(), HsvNoise())),
@@ -47,7 +47,7 @@ def supervised_1pct() -> Stages:
         # The paper says 10 epochs of warm-up.
         rate=WarmupStairs(0.01, (Epochs(700), Epochs(800), Epochs(900)), warmup=Epochs(5)),
     )
-    return (_stage("train", method, Epochs(1000)),)
+    return (_stage("train", config, Epochs(1000)),)
 
 
 @published(Published(source=_RELEASE, labels="10 %", epochs=200, classifier=61.4, top5=83.9))
@@ -65,7 +65,7 @@ def rotation() -> Stages:
 @published(Published(source=_RELEASE, labels="10 %", epochs=200, classifier=62.2, top5=83.7, but="swapped identities"))
 def exemplar() -> Stages:
     """S4L-Exemplar, ImageNet with 10 % of the labels."""
-    method = replace(
+    config = replace(
         _IMAGENET,
         view=replace(CROP, ops=(HsvNoise(), Flip()), copies=8),
         batch_global=512,
@@ -73,7 +73,7 @@ def exemplar() -> Stages:
         rate=WarmupStairs(0.1, (Epochs(140), Epochs(160), Epochs(180)), warmup=Epochs(10)),
         exemplar=Exemplar(),
     )
-    return (_stage("train", method, Epochs(200)),)
+    return (_stage("train", config, Epochs(200)),)
 
 
 @published(
@@ -90,7 +90,7 @@ def vat() -> Stages:
 def vat_entmin() -> Stages:
     """As vat, with entropy minimisation."""
     (stage,) = vat()
-    return (stage.with_method(entropy_weight=1.0),)
+    return (stage.with_settings(entropy_weight=1.0),)
 
 
 @published(Published(source=_RELEASE, labels="10 %", epochs=200, classifier=60.2, top5=82.9))
@@ -110,7 +110,7 @@ def pseudo_label() -> Stages:
 def moam() -> Stages:
     """MOAM, ResNet-50 v2 four times as wide, ImageNet with 10 % of the labels: rotation, VAT and entropy, then the same
     on pseudo-labels, then the labels alone. The paper has 88.8 %, top-5, after the first stage."""
-    method = replace(
+    config = replace(
         _IMAGENET,
         encoder=S4lResNet(50, width=4),
         batch_global=128,
@@ -127,9 +127,9 @@ def moam() -> Stages:
     # Inferred, as the paper does not say: how the second stage warms up, and that half of its average is from the last
     # epoch of all images, 10,009 steps; the third stage's batch and losses, and that it starts from the weights
     # themselves, not from their average, which is what labels and is evaluated.
-    again = replace(method, pseudo_labels=True, rate=WarmupStairs(0.1, (Epochs(6), Epochs(12)), warmup=Epochs(1)))
+    again = replace(config, pseudo_labels=True, rate=WarmupStairs(0.1, (Epochs(6), Epochs(12)), warmup=Epochs(1)))
     last = replace(
-        method,
+        config,
         class_weight=1.0,
         rotation=None,
         vat=None,
@@ -140,7 +140,7 @@ def moam() -> Stages:
     )
     five_crops = View("label", 224, FiveCrops(resize=256), pixels=SIGNED, copies=5, turns=TURNS)
     return _three_stages(
-        _stage("joint", method, Epochs(200)),
+        _stage("joint", config, Epochs(200)),
         _stage("relearn", again, Epochs(18)),
         _stage("finetune", last, Epochs(20)),
         five_crops,
@@ -193,7 +193,7 @@ def moam_cifar10_small() -> Stages:
         half_life=Epochs(1),
     )
     rate = WarmupStairs(0.1, (Steps(150),), warmup=Steps(20))
-    again = joint.with_method(pseudo_labels=True, rate=rate, half_life=Steps(50))
+    again = joint.with_settings(pseudo_labels=True, rate=rate, half_life=Steps(50))
     relearn = replace(again, name="relearn", length=Steps(200), evaluate_every=Steps(200))
     finetune = _small(Epochs(70), name="finetune")
     return _three_stages(joint, relearn, finetune, View("label", 28, FiveCrops(), pixels=SIGNED, copies=5))
@@ -208,7 +208,7 @@ _QUICK: dict[str, Any] = {"peak": 0.1, "optimizer": Sgd(weight_decay=2e-4)}
 
 def _small(length: Epochs, name: str = "train", peak: float = 0.03, **changes: Any) -> Stage:
     falls = tuple(Epochs(max(1, length.count * tenth // 10)) for tenth in (7, 8, 9))
-    method = S4lConfig(
+    config = S4lConfig(
         dataset="cifar10",
         eval_view=View("eval", 32, Whole(), pixels=SIGNED),
         labels="paws-cifar10-4000-split-91",
@@ -218,16 +218,16 @@ def _small(length: Epochs, name: str = "train", peak: float = 0.03, **changes: A
         rate=WarmupStairs(peak, falls, warmup=Epochs(1)),
     )
     quarter = Epochs(max(1, length.count // 4))
-    stage = _stage(name, replace(method, **changes), length)
+    stage = _stage(name, replace(config, **changes), length)
     return replace(stage, evaluate=("classifier",), evaluate_every=quarter, checkpoint_every=quarter)
 
 
 def _taught(teacher: Stage, student: Stage) -> Stages:
     """`teacher` labels all images, `student` learns that."""
-    method = teacher.method
+    config = teacher.config
     return (
         replace(teacher, name="teach"),
-        _labelling("teach", method, method.eval_view),
+        _labelling("teach", config, config.eval_view),
         replace(student, name="learn", needs={"labels": Ref(stage="label"), "teacher": Ref(stage="teach")}),
     )
 
@@ -236,25 +236,25 @@ def _three_stages(joint: Stage, relearn: Stage, finetune: Stage, label_view: Vie
     """MOAM's: each stage starts from the one before, the second with labels of the first for all images."""
     return (
         joint,
-        _labelling(joint.name, joint.method, label_view),
+        _labelling(joint.name, joint.config, label_view),
         replace(relearn, needs={"init": Ref(stage=joint.name), "labels": Ref(stage="label")}),
         replace(finetune, needs={"init": Ref(stage=relearn.name)}),
     )
 
 
-def _labelling(by: str, method: Config, label_view: View) -> Stage:
-    """The stage that labels every image by the networks of stage `by`, which `method` trained."""
-    settings = {field.name: getattr(method, field.name) for field in fields(method)}
+def _labelling(by: str, config: Config, label_view: View) -> Stage:
+    """The stage that labels every image by the networks of stage `by`, which `config` trained."""
+    settings = {field.name: getattr(config, field.name) for field in fields(config)}
     return Stage(
         "label", LabelConfig(**settings, label_view=label_view), Epochs(1), do="produce", needs={"init": Ref(stage=by)}
     )
 
 
-def _stage(name: str, method: S4lConfig, length: Epochs) -> Stage:
+def _stage(name: str, config: S4lConfig, length: Epochs) -> Stage:
     tenth = Epochs(max(1, length.count // 10))
     return Stage(
         name,
-        method,
+        config,
         length,
         evaluate=("classifier", "knn"),
         evaluate_every=tenth,

@@ -96,7 +96,7 @@ def byol_rn50_300ep() -> Stages:
 def simclr_rn50_300ep() -> Stages:
     """SemPPL on SimCLR, ResNet-50, all labels."""
     (stage,) = byol_rn50_300ep()
-    return (stage.with_method(base=SimClr(), labels="all", out_features=128, normaliser=None),)
+    return (stage.with_settings(base=SimClr(), labels="all", out_features=128, normaliser=None),)
 
 
 def cifar10_small() -> Stages:
@@ -106,7 +106,7 @@ def cifar10_small() -> Stages:
     # the right class, and positives of wrong classes at the paper's weight cost five points of kNN accuracy.
     ops = (Flip(), TfColourJitter(0.8, offset=0.4, contrast=0.4, saturation=0.2, hue=0.1), Grayscale(0.2, TF_LUMA))
     odd = View("odd", 24, ClampedRrc((0.35, 1.0)), (*ops, Solarise(0.2, (0.5, 0.5))), CIFAR10)
-    method = SempplConfig(
+    config = SempplConfig(
         dataset="cifar10",
         eval_view=View("eval", 32, Whole(), pixels=CIFAR10),
         labels="paws-cifar10-4000-split-91",
@@ -124,7 +124,7 @@ def cifar10_small() -> Stages:
         ema=0.97,
         rate=WarmupCosine(1.4, Epochs(1)),
     )
-    return (Stage("pretrain", method, Epochs(8), evaluate_every=Epochs(2)),)
+    return (Stage("pretrain", config, Epochs(8), evaluate_every=Epochs(2)),)
 
 
 # What the paper varies in rn50_100ep, one thing at a time (tables 8 to 11), as `--set` changes; alpha in rn50_300ep
@@ -144,10 +144,10 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
 
 
 def _imagenet(encoder: Encoder, epochs: int = 300, **changes: object) -> Stages:
-    method = SempplConfig(
+    config = SempplConfig(
         dataset="imagenet",
         eval_view=View("eval", 224, Centre(resize=256), filter=Filter.BICUBIC_ALIASED),
         labels="simclr-10",
         encoder=encoder,
     )
-    return (Stage("pretrain", replace(method, **changes), Epochs(epochs)),)  # type: ignore[arg-type]
+    return (Stage("pretrain", replace(config, **changes), Epochs(epochs)),)  # type: ignore[arg-type]

@@ -49,7 +49,7 @@ def _distilled_paper(one_pct: float, ten_pct: float) -> tuple[Published, ...]:
 def cifar10() -> Stages:
     """CIFAR-10 without labels, ResNet-18, 1,000 epochs: what the code's README runs. It says: about 91 % linear."""
     view = replace(VIEW, size=32, ops=(Flip(), *colours(0.5)))
-    method = Simclrv2Config(
+    config = Simclrv2Config(
         dataset="cifar10",
         eval_view=View("eval", 32, Whole(), pixels=UNIT),
         encoder=SimclrResNet(18, stem="cifar"),
@@ -60,13 +60,13 @@ def cifar10() -> Stages:
         rate=WarmupCosine(1.0, Epochs(10)),  # the code's default warm-up
         scaling="linear",
     )
-    return (Stage("pretrain", method, Epochs(1000), evaluate=("knn",)),)
+    return (Stage("pretrain", config, Epochs(1000), evaluate=("knn",)),)
 
 
 def cifar10_small() -> Stages:
     """CIFAR-10 without labels on two CPU cores in half an hour: the network and view size of paws.cifar10_small."""
     (stage,) = cifar10()
-    small = stage.with_method(
+    small = stage.with_settings(
         labels="paws-cifar10-4000-split-91",
         encoder=SimclrResNet(10, stem="cifar", base_width=16),
         view=replace(stage.settings("view")["view"], size=24),
@@ -183,13 +183,13 @@ def rn152w3_sk_800ep() -> Stages:
 
 
 def _imagenet(depth: Depth, width: int = 1, selective_kernel: bool = False, memory: Memory | None = None) -> Stages:
-    method = Simclrv2Config(
+    config = Simclrv2Config(
         dataset="imagenet",
         labels="simclr-10",  # what nearest neighbours look among
         encoder=SimclrResNet(depth, width, selective_kernel),
         memory=memory,
     )
-    return (Stage("pretrain", method, Epochs(800), evaluate=("knn",)),)
+    return (Stage("pretrain", config, Epochs(800), evaluate=("knn",)),)
 
 
 def distill_rn50() -> Stages:
@@ -215,8 +215,8 @@ def rn50_three_stages_10pct() -> Stages:
 
 
 def _distilled(encoder: SimclrResNet, temperature: float) -> Stage:
-    method = DistilConfig("imagenet", EVAL_VIEW, "simclr-10", encoder=encoder, temperature=temperature)
-    return distil(method, Epochs(400))
+    config = DistilConfig("imagenet", EVAL_VIEW, "simclr-10", encoder=encoder, temperature=temperature)
+    return distil(config, Epochs(400))
 
 
 def _in_a_row(pretrained: Stage, tuned: Stage, student: Stage) -> Stages:

@@ -26,8 +26,8 @@ def _after(stages: Stages, images_per_class: int, epochs: int) -> Stages:
     """What follows a PAWS recipe, on the images that it saw the labels of."""
     (stage,) = stages
     shared = stage.settings("dataset", "eval_view", "labels", "precision", "encoder", "classes_global")
-    view = replace(stage.method.eval_view, name="labelled", ops=(Flip(),), copies=2)
-    method = SuncetConfig(
+    view = replace(stage.config.eval_view, name="labelled", ops=(Flip(),), copies=2)
+    config = SuncetConfig(
         **shared, **stage.settings("out_features", "prediction"), view=view, images_per_class=images_per_class
     )
-    return (Stage("finetune", method, Epochs(epochs), needs={"init": Ref()}),)
+    return (Stage("finetune", config, Epochs(epochs), needs={"init": Ref()}),)

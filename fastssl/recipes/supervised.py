@@ -40,16 +40,16 @@ def cifar10_finetune() -> Stages:
     """A run of paws.cifar10_small, fine-tuned on its 4,000 labelled images from the first projection layer."""
     # Of views 24 and 32 pixels wide, rates of .01 and .05, decays of .0005 and .005, by a hundred held-out training
     # images a class (`--sweep`).
-    method = _beside(paws.cifar10_small(), batch_global=128, peak=0.05)
-    method = replace(
-        method,
-        view=replace(method.view, size=32),
+    config = _beside(paws.cifar10_small(), batch_global=128, peak=0.05)
+    config = replace(
+        config,
+        view=replace(config.view, size=32),
         head=FirstLayer(128, bias=True),
         optimizer=Sgd(nesterov=True, weight_decay=5e-3),
         rate=WarmupCosine(0.05),
         label_smoothing=0.0,
     )
-    return (finetune(method, Epochs(20)),)
+    return (finetune(config, Epochs(20)),)
 
 
 @published(Published(source=_SIMCLR, labels="all", epochs=90, classifier=76.6))
@@ -134,9 +134,9 @@ def semppl_rn50_finetune_1pct() -> Stages:
     return (finetune(semppl_finetune("simclr-1"), Epochs(30)),)
 
 
-def finetune(method: SupervisedConfig, length: Epochs, init: Ref | None = None) -> Stage:
-    """Train `method` from the weights `init`: by default those that `--init-from` names."""
-    return replace(_stage(method, length), name="finetune", needs={"init": init or Ref()})
+def finetune(config: SupervisedConfig, length: Epochs, init: Ref | None = None) -> Stage:
+    """Train `config` from the weights `init`: by default those that `--init-from` names."""
+    return replace(_stage(config, length), name="finetune", needs={"init": init or Ref()})
 
 
 def paws_finetune(labels: str, width: int = 1) -> SupervisedConfig:
@@ -193,7 +193,7 @@ def semppl_finetune(labels: str) -> SupervisedConfig:
 
 
 def _imagenet_baseline(labels: str, epochs: int, weight_decay: float = 1e-4, peak: float = 0.1) -> Stages:
-    method = SupervisedConfig(
+    config = SupervisedConfig(
         dataset="imagenet",
         eval_view=_CENTRE,
         labels=labels,
@@ -203,7 +203,7 @@ def _imagenet_baseline(labels: str, epochs: int, weight_decay: float = 1e-4, pea
         rate=WarmupCosine(peak, Epochs(5)),
         label_smoothing=0.0,
     )
-    return (_stage(method, Epochs(epochs)),)
+    return (_stage(config, Epochs(epochs)),)
 
 
 def _beside(stages: Stages, batch_global: int, peak: float) -> SupervisedConfig:
@@ -214,11 +214,11 @@ def _beside(stages: Stages, batch_global: int, peak: float) -> SupervisedConfig:
     return SupervisedConfig(**shared, view=view, batch_global=batch_global, rate=WarmupCosine(peak, Epochs(5)))
 
 
-def _stage(method: SupervisedConfig, length: Epochs) -> Stage:
+def _stage(config: SupervisedConfig, length: Epochs) -> Stage:
     tenth = Epochs(max(1, length.count // 10))
     return Stage(
         name="train",
-        method=method,
+        config=config,
         length=length,
         evaluate=("classifier", "knn"),
         evaluate_every=tenth,

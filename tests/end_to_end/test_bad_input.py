@@ -116,7 +116,7 @@ def test_a_mistake_claims_no_directory(tmp_path):
     ("arguments", "differs"),
     [
         (["supervised.digits"], "recipe: paws.digits -> supervised.digits"),
-        ([*SHORT, "--set", "tau=0.2"], "(stages.0.method.tau: 0.1 -> 0.2)"),
+        ([*SHORT, "--set", "tau=0.2"], "(stages.0.config.tau: 0.1 -> 0.2)"),
         ([*SHORT, "--seeds", "1"], "seed: 0 -> 1"),
         ([*SHORT, "--data", "digits", "--data", "validation=digits"], "data.validation"),
     ],
@@ -227,14 +227,14 @@ def test_unknown_tap_and_missing_checkpoint(finished, tmp_path):
     ("change", "says"),
     [
         (lambda r: r["versions"].update(fastssl="99.1.0"), "was made by fastssl 99.1.0, and this is fastssl 0"),
-        (lambda r: r["stages"][0]["method"].update(taus=1), "stages.0.method: PawsConfig has no 'taus'; did you mean"),
+        (lambda r: r["stages"][0]["config"].update(taus=1), "stages.0.config: PawsConfig has no 'taus'; did you mean"),
         (
-            lambda r: r["stages"][0]["method"].update(tau="1"),
-            "stages.0.method.tau: '1' stands where a number is needed",
+            lambda r: r["stages"][0]["config"].update(tau="1"),
+            "stages.0.config.tau: '1' stands where a number is needed",
         ),
-        (lambda r: r["stages"][0]["method"].update(type="a:B"), "it is of the module a, which is not loaded"),
+        (lambda r: r["stages"][0]["config"].update(type="a:B"), "it is of the module a, which is not loaded"),
         (
-            lambda r: r["stages"][0]["method"].update(type="fastssl.methods.vicreg:C"),
+            lambda r: r["stages"][0]["config"].update(type="fastssl.methods.vicreg:C"),
             "there is no 'fastssl.methods.vic",
         ),
         (lambda r: r["stages"][0].pop("length"), "stages.0: Stage lacks 'length', which has no default"),
@@ -270,8 +270,8 @@ def test_a_run_outlives_a_changed_recipe(finished, tmp_path):
     run = shutil.copytree(finished, tmp_path / "run")
     resolved = json.loads((run / "resolved.json").read_text())
     resolved["recipe"] = "paws.of_last_year"
-    resolved["stages"][0]["method"]["tau"] = 0.5
-    del resolved["stages"][0]["method"]["support_views"]
+    resolved["stages"][0]["config"]["tau"] = 0.5
+    del resolved["stages"][0]["config"]["support_views"]
     (run / "resolved.json").write_text(json.dumps(resolved))
     result = CliRunner().invoke(main, ["evaluate", str(run), "--protocol", "knn", "--protocol", "soft-nn"])
     assert result.exit_code == 0 and set(json.loads(result.stdout)) > {"knn_top1", "soft_nn_top1"}

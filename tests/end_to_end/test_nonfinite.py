@@ -38,7 +38,7 @@ def test_a_diverged_step_is_described_and_done_again_from_the_last_checkpoint(tm
     assert (described["step"], described["ranks"], described["checkpoint"]) == (step - 1, 1, f"step-{step - 1:08d}")
     assert described["loss_by_rank"][0]["total"] in ("nan", "inf", "-inf")
     (stage,) = stages_of(tmp_path / "run")
-    plan = bind(stage.method.build(facts_of(open_data(("digits",)), 0), {}).plan(), open_data(("digits",))).plan
+    plan = bind(stage.config.build(facts_of(open_data(("digits",)), 0), {}).plan(), open_data(("digits",))).plan
     assert described["ids"] == {name: plan.rows(name, step - 1).ids.tolist() for name in ("unlabelled", "support")}
 
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}

@@ -66,21 +66,21 @@ def test_a_setting_may_differ_only_by_name(stopped, tmp_path):
     begun = (run / "resolved.json").read_bytes()
     drifted = ("train", "--out", run, *SHORT, "--set", "tau=0.2", "--set", "sharpen_T=0.5")
     line = refused(*drifted, "--allow-change", "tau")
-    assert "(stages.0.method.sharpen_T: 0.25 -> 0.5)" in line and line.endswith("--allow-change sharpen_T")
+    assert "(stages.0.config.sharpen_T: 0.25 -> 0.5)" in line and line.endswith("--allow-change sharpen_T")
     assert (run / "resolved.json").read_bytes() == begun
 
-    result = invoke(*drifted, "--allow-change", "tau", "--allow-change", "method.sharpen_T")
+    result = invoke(*drifted, "--allow-change", "tau", "--allow-change", "config.sharpen_T")
     assert result.exit_code == 0, result.output
-    changed = ["stages.0.method.sharpen_T: 0.25 -> 0.5", "stages.0.method.tau: 0.1 -> 0.2"]
+    changed = ["stages.0.config.sharpen_T: 0.25 -> 0.5", "stages.0.config.tau: 0.1 -> 0.2"]
     assert f"note: continued with other settings: {'; '.join(changed)}" in result.output.splitlines()
     assert " from step 3\n" in result.output
     resolved = json.loads((run / "resolved.json").read_text())
-    assert resolved["stages"][0]["method"]["tau"] == 0.2 and "tau=0.2" in resolved["run"]["changes"]
+    assert resolved["stages"][0]["config"]["tau"] == 0.2 and "tau=0.2" in resolved["run"]["changes"]
     assert [allowed["changed"] for allowed in resolved["allowed"]] == [changed]
     assert resolved["versions"] == json.loads(begun)["versions"]
     assert invoke("evaluate", run, "--protocol", "knn").exit_code == 0
     assert invoke(*drifted).exit_code == 0  # now the command it is made with
-    back = refused("train", "--out", run, *SHORT, "--allow-change", "method")
+    back = refused("train", "--out", run, *SHORT, "--allow-change", "config")
     assert "is finished, and nothing in it can change" in back
 
 

@@ -29,7 +29,7 @@ def test_data_that_a_later_stage_lacks_is_missed_before_the_first_trains(tmp_pat
 
 def test_a_batch_that_a_later_stage_cannot_share_is_refused_before_the_first_trains(tmp_path):
     *first, last = fakes.stages("s4l")
-    last = replace(last, method=replace(last.method, batch_global=47))
+    last = replace(last, config=replace(last.config, batch_global=47))
     with pytest.raises(PlanError, match="2 ranks"):
         stages.run(fakes.job((*first, last), tmp_path, world=2))
     assert not (tmp_path / "joint").exists()
@@ -71,7 +71,7 @@ def label(out, act=lambda step: None, **changes):
         z = nets.online(part.x["eval"])
         return {"pseudo_label": z[:, :10].argmax(dim=1), "z": z}
 
-    settings = {"method": fakes.config("labeller"), "length": Epochs(1), "checkpoint_every": Steps(2)} | changes
+    settings = {"config": fakes.config("labeller"), "length": Epochs(1), "checkpoint_every": Steps(2)} | changes
     job = {name: settings.pop(name) for name in ("world", "allow_change") if name in settings}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fakes.TinyLabeller, "load_inputs", lambda self, nets: None)
@@ -153,7 +153,7 @@ def test_rows_made_under_other_settings_are_passed_over(tmp_path, capsys):
     """Catches an artefact of which one part was made by one network and the rest by another."""
     label(tmp_path, kill_at(4))
     other = fakes.config("labeller", lr=0.1)
-    assert label(tmp_path, method=other, allow_change=("lr",))[0] == list(range(NUM_STEPS))
+    assert label(tmp_path, config=other, allow_change=("lr",))[0] == list(range(NUM_STEPS))
     assert "made by other networks, of other images or settings; passed over" in capsys.readouterr().out
 
 

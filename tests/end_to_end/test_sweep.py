@@ -104,7 +104,7 @@ def test_where_all_labels_are_used_the_held_out_ones_come_back_for_the_last_trai
         its_own = json.loads(Path("out", name, "result.json").read_text())
         assert row["top1"] == its_own["classifier_top1"] and row["top1_ci95"] == its_own["classifier"]["top1_ci95"]
         behind, resolved = its_own["provenance"], json.loads(Path("out", name, "resolved.json").read_text())
-        learnt = subset_of(parse_subset(resolved["stages"][0]["method"]["labels"]), source)
+        learnt = subset_of(parse_subset(resolved["stages"][0]["config"]["labels"]), source)
         held_out = subset_of(parse_subset("per-class=12"), source)
         assert behind["labelled"]["split_sha256"] == learnt.sha256
         assert behind["validation"]["split_sha256"] == held_out.sha256 == record()["held_out"]["sha256"]
@@ -186,16 +186,16 @@ def test_every_combination_is_a_run_with_the_recipes_own_held_out_images():
     assert list(sweep.runs)[:4] == ["rate.peak=0.1,epochs=3", "rate.peak=0.1,epochs=5", "rate.peak=0.1,epochs=7",
                                     "rate.peak=0.2,epochs=3"]  # fmt: skip
     (stage,) = sweep.runs["rate.peak=0.2,epochs=7"].stages
-    assert (stage.method.rate.peak, stage.length.count, stage.method.labels) == (0.2, 7, "per-class=10")
+    assert (stage.config.rate.peak, stage.length.count, stage.config.labels) == (0.2, 7, "per-class=10")
     assert sweep.held_out == "per-class=12 of not:per-class=10" and len(sweep.runs) == 6
     everything = sweep_of("rate.peak=0.1", labels="all")
     assert everything.held_out == "per-class=12"
-    assert everything.runs["rate.peak=0.1"].stages[0].method.labels == "not:per-class=12"
+    assert everything.runs["rate.peak=0.1"].stages[0].config.labels == "not:per-class=12"
     imagenet = resolve("supervised.rn50_100pct")
     job = Job("supervised.rn50_100pct", imagenet, (), (), Path("out"), 0, "cpu", 1)
     large = prepare(job, ("rate.peak=0.1",), None)
     assert large.held_out == "paws-heldout"
-    assert large.runs["rate.peak=0.1"].stages[0].method.labels == "not:paws-heldout"
+    assert large.runs["rate.peak=0.1"].stages[0].config.labels == "not:paws-heldout"
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def test_an_encoder_is_a_file(laid_into):
     """It is named on the command line, trained with by any method, counted, and told of in an export."""
     laid_into("my_encoder", "fastssl.nn.encoders", "three_convs")
     (stage,) = resolve("paws.digits", ("encoder=three_convs(width=8)", "out_features=8"))
-    encoder = stage.method.encoder
+    encoder = stage.config.encoder
     assert (encoder.name, encoder.build(1).num_features) == ("ThreeConvs-8", 32)
     assert encoder.from_torchvision(1).differs == ("another network than its ResNets: ThreeConvs-8",)
     assert encoder.from_torchvision(1).lines == ()
@@ -56,7 +56,7 @@ def test_an_optimiser_is_a_file(laid_into):
     laid_into("my_optimiser", "fastssl.optim", "lion")
     for recipe, num_groups in (("paws.digits", 2), ("supervised.digits", 4)):
         (stage,) = resolve(recipe, ("optimizer=lion(weight_decay=.1)", "encoder.base_width=4"))
-        method = stage.method.build(Facts(10, 1, 0), {})
+        method = stage.config.build(Facts(10, 1, 0), {})
         nets = method.nets()
         optimizer = method.optimizer(nets)
         assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0] * (num_groups // 2)

@@ -97,10 +97,10 @@ def test_a_file_and_a_module_mean_the_same_recipe(outside, monkeypatch):
     folder = outside("here")
     monkeypatch.chdir(folder)
     (stage,) = resolve("my_recipes.py:wider", ("epochs=3", "out_features=32"))
-    assert (stage.method.out_features, stage.length.count) == (32, 3)
+    assert (stage.config.out_features, stage.length.count) == (32, 3)
     assert canonical("my_recipes.py:wider") == canonical(f"{folder}/my_recipes.py:wider") == "my_recipes:wider"
     (stage,) = resolve("my_recipes:simsiam", ("encoder=three_convs(4)", "optimizer=lion(weight_decay=.1)"))
-    assert (stage.method.encoder.width, stage.method.optimizer.weight_decay) == (4, 0.1)
+    assert (stage.config.encoder.width, stage.config.optimizer.weight_decay) == (4, 0.1)
     (folder / "a_package").mkdir()
     (folder / "a_package" / "__init__.py").touch()
     (folder / "a_package" / "recipes.py").write_text("from my_recipes import wider\n")
@@ -121,7 +121,7 @@ def asks(width) -> Stages:
 
 def mine() -> Stages:
     (stage,) = paws.digits()
-    return (stage.with_method(dataset="my_set"),)
+    return (stage.with_settings(dataset="my_set"),)
 
 number = 3
 """

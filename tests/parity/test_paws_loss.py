@@ -453,7 +453,7 @@ def tiny_paws(precision):
     """PAWS on 8-pixel images: four classes of two supports, seen twice; two global views and three small crops."""
     (stage,) = resolve("paws.digits")
     config = replace(
-        stage.method,
+        stage.config,
         encoder=ResNet(10, stem="cifar", base_width=4),
         out_features=16,
         prediction=True,
@@ -516,10 +516,10 @@ def test_diagnostics_equal_their_definitions():
 
 def test_settings_that_cannot_be_meant_are_refused():
     (stage,) = resolve("paws.digits")
-    one_view = replace(stage.method.global_view, copies=1)
+    one_view = replace(stage.config.global_view, copies=1)
     with pytest.raises(ConfigError, match="copies is 1"):
-        replace(stage.method, global_view=one_view)
+        replace(stage.config, global_view=one_view)
     with pytest.raises(ConfigError, match="above zero"):
         Ropaws(prior_tau=0.0)
     with pytest.raises(ConfigError, match="in both roles"):
-        Paws(replace(stage.method, label_targets=True), Facts(10, 1, seed=0, one_set=False), {})
+        Paws(replace(stage.config, label_targets=True), Facts(10, 1, seed=0, one_set=False), {})

@@ -329,7 +329,7 @@ def test_an_image_s_noise_is_its_own_on_any_number_of_ranks():
 @pytest.mark.parametrize("name, steps", [("s4l.rotation", 500), ("s4l.exemplar", 250), ("s4l.moam", 1000)])
 def test_epochs_count_labelled_images(name, steps):
     """10 % of ImageNet, 128 images of each class, are 500 steps at 256; the unlabelled stream has ten times as many."""
-    method = resolve(name)[0].method.build(Facts(1000, 3, 0), {})
+    method = resolve(name)[0].config.build(Facts(1000, 3, 0), {})
     every = np.arange(1_281_167)
     facts = StreamFacts(every[:128_000], every % 1000, np.full((len(every), 2), 400, np.int32), 1000)
     bound = method.plan().bind({"labelled": facts, "unlabelled": replace(facts, ids=None)})
@@ -337,7 +337,7 @@ def test_epochs_count_labelled_images(name, steps):
 
 
 def test_rates_rise_and_fall_at_the_right_steps():
-    method = resolve("s4l.rotation")[0].method.build(Facts(1000, 3, 0), {})
+    method = resolve("s4l.rotation")[0].config.build(Facts(1000, 3, 0), {})
     horizon = Horizon(500, 100_000)
     at = {0: 0.0, 1250: 0.015, 2500: 0.03, 69_999: 0.03, 70_000: 3e-3, 80_000: 3e-4, 90_000: 3e-5, 99_999: 3e-5}
     assert {step: method.rates(step, horizon)[0] for step in at} == pytest.approx(at)
@@ -346,7 +346,7 @@ def test_rates_rise_and_fall_at_the_right_steps():
 def test_the_average_has_no_memory_of_the_start():
     """Half of it from the last epoch, over what it has seen, against sums. Catches TensorFlow's average without
     `zero_debias`, averaged running statistics, and a decay per epoch in place of per step."""
-    method, nets, _ = built(config(half_life=resolve("s4l.moam")[0].method.half_life))
+    method, nets, _ = built(config(half_life=resolve("s4l.moam")[0].config.half_life))
     horizon, decay = Horizon(3, 12), 0.5 ** (1 / 3)
     nets.target.double()
     history = []
@@ -364,7 +364,7 @@ def test_the_average_has_no_memory_of_the_start():
 
 
 def test_evaluation_looks_at_the_average():
-    method, nets, batch = built(config(half_life=resolve("s4l.moam")[0].method.half_life))
+    method, nets, batch = built(config(half_life=resolve("s4l.moam")[0].config.half_life))
     nets.target.double()
     with torch.no_grad():
         nets.target.fc.weight.zero_()
@@ -515,7 +515,7 @@ def test_recipes_say_what_the_release_s_configurations_say():
     said = {}
     for name in ("supervised", "supervised_1pct", "rotation", "exemplar", "vat", "vat_entmin", "pseudo_label", "moam"):
         stage = resolve(f"s4l.{name}")[-1 if name == "pseudo_label" else 0]
-        c = stage.method
+        c = stage.config
         spans = c.rate.warmup, *c.rate.falls, stage.length
         said[name] = (
             c.batch_global,
@@ -537,7 +537,7 @@ def test_recipes_say_what_the_release_s_configurations_say():
     }
     terms = {}
     for name in said:
-        c = resolve(f"s4l.{name}")[-1 if name == "pseudo_label" else 0].method
+        c = resolve(f"s4l.{name}")[-1 if name == "pseudo_label" else 0].config
         terms[name] = c.class_weight, c.rotation, c.exemplar, c.vat, c.entropy_weight, c.smoothed, c.half_life
     none = 1.0, None, None, None, 0.0, "all", None
     vat = Vat(0.5, 40.0, "exact", 1e-3, "unit")
@@ -551,9 +551,9 @@ def test_recipes_say_what_the_release_s_configurations_say():
         "pseudo_label": none,
         "moam": (0.3, Rotation(0.4), None, replace(vat, weight=0.3, epsilon=32.0), 0.3, "unlabelled", Epochs(1)),
     }
-    joint = resolve("s4l.moam")[0].method
+    joint = resolve("s4l.moam")[0].config
     assert math.isclose(joint.class_weight + joint.rotation.weight + joint.vat.weight, 1.0)
-    views = {name: (c.view.copies, c.view.ops) for name in said if (c := resolve(f"s4l.{name}")[0].method)}
+    views = {name: (c.view.copies, c.view.ops) for name in said if (c := resolve(f"s4l.{name}")[0].config)}
     plain = 1, (Flip(),)
     noisy = {"supervised_1pct": (1, (Flip(), HsvNoise())), "exemplar": (8, (HsvNoise(), Flip()))}
     assert views == dict.fromkeys(said, plain) | noisy
@@ -564,15 +564,15 @@ def test_moam_s_later_stages_are_the_paper_s():
     the class's, on the labels."""
     joint, label, relearn, finetune = resolve("s4l.moam")
     view = View("label", 224, FiveCrops(resize=256), pixels=SIGNED, copies=5, turns=(0, 1, 2, 3))
-    assert label.do == "produce" and label.method.label_view == view
+    assert label.do == "produce" and label.config.label_view == view
     again = {"pseudo_labels": True, "rate": WarmupStairs(0.1, (Epochs(6), Epochs(12)), warmup=Epochs(1))}
-    assert relearn.method == replace(joint.method, **again) and relearn.length == Epochs(18)
-    c = finetune.method
+    assert relearn.config == replace(joint.config, **again) and relearn.length == Epochs(18)
+    c = finetune.config
     assert (c.batch_global, c.rate.peak, c.optimizer.weight_decay, c.rate.warmup) == (128, 5e-4, 3e-3, Epochs(0))
     assert (*c.rate.falls, finetune.length) == (Epochs(5), Epochs(10), Epochs(15), Epochs(20))
     assert (c.class_weight, c.rotation, c.exemplar, c.vat, c.entropy_weight) == (1.0, None, None, None, 0.0)
     assert (c.labels, c.pseudo_labels, c.half_life) == ("s4l-10", False, None)
-    single = resolve("s4l.pseudo_label")[1].method.label_view
+    single = resolve("s4l.pseudo_label")[1].config.label_view
     assert (single.copies, single.turns, single.crop) == (1, (0,), Centre(resize=256))
 
 

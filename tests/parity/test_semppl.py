@@ -380,7 +380,7 @@ def test_without_alpha_it_is_relicv2_bitwise():
     settings = {"capacity": 64, "positives": 7, "neighbours": 3, "voting": False, "start": "random"}
     ours, losses = trained(method(alpha=0.0, labels="all", alpha_on_kl=True, **settings))
     torch.manual_seed(0)
-    theirs, expected = trained(Semppl(plain.method, Facts(CLASSES, 1, 0), {}), labels=[[-1] * BATCH] * 3)
+    theirs, expected = trained(Semppl(plain.config, Facts(CLASSES, 1, 0), {}), labels=[[-1] * BATCH] * 3)
     assert ours.state is None and theirs.state is None
     assert torch.equal(losses, expected)
     for name, module in ours.saved().items():
@@ -392,7 +392,7 @@ def test_without_alpha_it_is_relicv2_bitwise():
 
 def resolve_tiny():
     (stage,) = resolve("semppl.rn50_300ep")
-    return (replace(stage, method=config()),)
+    return (replace(stage, config=config()),)
 
 
 def test_with_every_label_visible_no_vote_is_taken(monkeypatch):
@@ -512,13 +512,13 @@ def test_ablations_change_the_recipe_they_start_from(name):
     changes = ABLATIONS[name]
     (stage,), (plain,) = resolve("semppl.rn50_100ep", changes), resolve("semppl.rn50_100ep")
     assert (stage != plain) == bool(changes)
-    assert stage.method.num_large == 4 and len(stage.method.views) == 4
+    assert stage.config.num_large == 4 and len(stage.config.views) == 4
 
 
 def test_the_imagenet_recipe_is_the_papers():
     """Numbers that a typing error would change unseen."""
     (stage,) = resolve("semppl.rn50_300ep")
-    c = stage.method
+    c = stage.config
     assert (c.batch_global, c.capacity, c.rate.peak, c.optimizer.weight_decay, c.ema) == (
         4096,
         20 * 4096,
@@ -548,12 +548,12 @@ def test_the_imagenet_recipe_is_the_papers():
 
 def test_the_recipes_on_other_bases_are_the_papers():
     (byol,), (simclr,) = resolve("semppl.byol_rn50_300ep"), resolve("semppl.simclr_rn50_300ep")
-    for c in (byol.method, simclr.method):
+    for c in (byol.config, simclr.config):
         assert [(v.name, v.copies, v.crop.area, v.mask) for v in c.views] == [
             ("odd", 1, (0.08, 1.0), None), ("even", 1, (0.08, 1.0), None)
         ]  # fmt: skip
         assert (c.alpha, c.positives, c.capacity, c.same_view_pairs) == (0.2, 3, 81_920, False)
-    b, s = byol.method, simclr.method
+    b, s = byol.config, simclr.config
     assert (b.base, b.normaliser, b.ema, b.ema_ramp, b.rate.peak, b.optimizer.weight_decay) == (
         Byol(),
         1,
@@ -579,4 +579,4 @@ def test_views_are_one_batch_on_simclr_s_base_alone():
 def test_a_profile_takes_as_many_images_as_negatives_need():
     """It would begin with two, which the settings refuse."""
     (stage,) = resolve("semppl.rn50_300ep")
-    assert [sized(stage, most, 1, False).method.batch_global for most in (2, 12, 8192)] == [16, 12, 4096]
+    assert [sized(stage, most, 1, False).config.batch_global for most in (2, 12, 8192)] == [16, 12, 4096]

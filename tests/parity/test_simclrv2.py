@@ -154,14 +154,14 @@ def test_rates_follow_the_authors_law():
     (stage,) = resolve("simclrv2.rn50_800ep")
     total, warmup = 1_281_167 * 800 // 4096 + 1, 1_281_167 * 40 // 4096
     assert (total, warmup) == (250_228, 12_511)
-    method = replace(stage.method, rate=replace(stage.method.rate, warmup=Steps(warmup))).build(Facts(1000, 3, 0), {})
+    method = replace(stage.config, rate=replace(stage.config.rate, warmup=Steps(warmup))).build(Facts(1000, 3, 0), {})
     for step in (0, 1, 6000, 12_510, 12_511, 12_512, 100_000, 250_227):
         expected = authors_rate(step, total, warmup, peak=6.4)
         assert method.rates(step, Horizon(312, total)) == pytest.approx((expected, expected), rel=1e-12, abs=1e-12)
     assert method.rates(0, Horizon(312, total)) == (0.0, 0.0)
 
     own = Horizon(1_281_167 // 4096, stage.length.steps(1_281_167 // 4096))
-    assert (own.total_steps, own.steps(stage.method.rate.warmup)) == (249_600, 12_480)
+    assert (own.total_steps, own.steps(stage.config.rate.warmup)) == (249_600, 12_480)
 
 
 def test_peaks_scale_with_the_batch():
@@ -173,8 +173,8 @@ def test_peaks_scale_with_the_batch():
         ("simclrv2.cifar10_small", 64, 0.25),
     ):
         (stage,) = resolve(recipe, (f"batch_global={batch}",))
-        ours = stage.method.build(Facts(10, 3, 0), {})
-        warmed_up = Horizon(10, 10_000).steps(stage.method.rate.warmup)
+        ours = stage.config.build(Facts(10, 3, 0), {})
+        warmed_up = Horizon(10, 10_000).steps(stage.config.rate.warmup)
         assert ours.rates(warmed_up, Horizon(10, 10_000)) == pytest.approx((peak, peak))
     assert peak_rate(0.075, 4096) == pytest.approx(4.8)  # the README's, which it says is .3 · 4,096 / 256
     assert peak_rate(0.3, 4096, "linear") == pytest.approx(4.8)
@@ -200,7 +200,7 @@ def test_views_are_the_authors():
     """Boxes cover 38.7 % of a 500 x 375 image in the mean (torchvision's 43.1 %); for evaluation the middle .875 of the
     shorter side; colours and blur in their order, pixels from 0 to 1."""
     (stage,) = resolve("simclrv2.rn50_800ep")
-    view, eval_view = stage.method.view, stage.method.eval_view
+    view, eval_view = stage.config.view, stage.config.eval_view
     sizes, keys = np.tile([[375, 500]], (50_000, 1)), mix(np.arange(50_000))
     box = boxes(view, sizes, keys)
     area = (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1]) / (375 * 500)

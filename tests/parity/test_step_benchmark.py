@@ -107,10 +107,10 @@ def digits_problem():
     """Real images of two sizes through a small Wide ResNet: what 50 steps can learn from, in seconds."""
     (stage,) = digits()
     config = replace(
-        stage.method,
+        stage.config,
         precision="bf16",
         encoder=WideResNet(10, 2),
-        small_view=replace(stage.method.global_view, name="small", size=6, crop=Rrc((0.3, 0.6)), copies=2),
+        small_view=replace(stage.config.global_view, name="small", size=6, crop=Rrc((0.3, 0.6)), copies=2),
         batch_global=128,
     )
     return benchmark.Problem("digits", config, Facts(10, 1, 0), lambda: peers.WideResNet(10, 2, 1), CPU)

@@ -62,7 +62,7 @@ def test_rows_that_cannot_be_told_apart():
 
 def small(name, **changes):
     (stage,) = resolve(name)
-    return replace(stage.method, encoder=WideResNet(10, 1), out_features=32, precision="fp32", **changes)
+    return replace(stage.config, encoder=WideResNet(10, 1), out_features=32, precision="fp32", **changes)
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_statistics_stay_and_affine_parameters_are_trained(pretrained):
 def test_rates_fall_from_a_tenth_to_a_hundredth_in_180_steps():
     """PAWS's appendix: 6 steps of 640 images a pass over 4,000 labels, 30 passes."""
     (stage,) = resolve("suncet.cifar10")
-    method = stage.method.build(FACTS, {})
+    method = stage.config.build(FACTS, {})
     (stream,) = method.plan().streams
     assert stage.length.steps(4000 // stream.batch_global) == 180
     rates = [method.rates(step, Horizon(6, 180)) for step in (0, 90, 180)]

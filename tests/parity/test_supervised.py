@@ -37,7 +37,7 @@ HEADS = {
 def method(**changes):
     (stage,) = resolve("supervised.cifar10_finetune")
     tiny = {"encoder": ResNet(10, stem="cifar", base_width=4), "head": FirstLayer(TRUNK, bias=True)}
-    return replace(stage.method, **tiny | {"precision": "fp32"} | changes).build(FACTS, {})
+    return replace(stage.config, **tiny | {"precision": "fp32"} | changes).build(FACTS, {})
 
 
 def pretrained(head="PAWS", **changes):
@@ -156,7 +156,7 @@ UNFIT = {
         r"tells 7 classes apart, the labelled data has 10",
     ),
     "other pixels": (
-        lambda: pretrained(eval_view=resolve("supervised.simclrv2_rn50_finetune_1pct")[0].method.eval_view)[1],
+        lambda: pretrained(eval_view=resolve("supervised.simclrv2_rn50_finetune_1pct")[0].config.eval_view)[1],
         r"pixels of mean \[0.0\] and std \[1.0\], this recipe has mean \[0.4914, 0.4822, 0.4465\] and std \[0.2023, "
         r"0.1994, 0.201\]: --set view.pixels.mean=0.0 --set view.pixels.std=1.0 --set eval_view.pixels.mean=0.0",
     ),
@@ -224,7 +224,7 @@ def test_steps_down_at_their_epochs_and_not_before():
     """SemPPL's: a fifth at 18 and 24 of 30 epochs."""
     (stage,) = resolve("supervised.semppl_rn50_finetune_1pct")
     assert stage.length == Epochs(30)
-    ours = stage.method.build(FACTS, {})
+    ours = stage.config.build(FACTS, {})
     assert rates(ours, 0, 18 * 12 - 1, 18 * 12, 24 * 12 - 1, 24 * 12, 359) == pytest.approx(
         [0.01, 0.01, 0.002, 0.002, 0.0004, 0.0004]
     )
@@ -235,7 +235,7 @@ def test_steps_down_at_their_epochs_and_not_before():
 
 def test_schedules_can_be_set():
     (stage,) = resolve("supervised.semppl_rn50_finetune_1pct", ("rate.falls=2,5steps", "rate.factor=0.5"))
-    assert stage.method.rate == WarmupStairs(0.01, (Epochs(2), Steps(5)), 0.5)
+    assert stage.config.rate == WarmupStairs(0.01, (Epochs(2), Steps(5)), 0.5)
 
 
 def test_published_settings():
@@ -246,10 +246,10 @@ def test_published_settings():
     told = {
         name: (
             s.length.count,
-            s.method.rate.peak,
-            s.method.optimizer,
-            s.method.head,
-            s.method.batch_norm,
+            s.config.rate.peak,
+            s.config.optimizer,
+            s.config.head,
+            s.config.batch_norm,
         )
         for name, s in rows.items()
     }
@@ -258,9 +258,9 @@ def test_published_settings():
         "simclrv2_rn50w2_sk": (30, 0.064, Lars("simclr"), FirstLayer(4096, bias=False), "train"),
         "paws_rn50w2": (50, 0.02, Sgd(nesterov=True), FirstLayer(4096, bias=True), "local"),
     }
-    assert all(s.method.batch_global == 1024 for s in rows.values())
+    assert all(s.config.batch_global == 1024 for s in rows.values())
     (whole,) = resolve("supervised.simclrv2_rn50_finetune_100pct")
-    assert whole.method.head is None and whole.length == Epochs(30)
+    assert whole.config.head is None and whole.length == Epochs(30)
 
 
 # ------------------------------------------------------------------------------------------------- batch norms

@@ -46,7 +46,7 @@ def trained(how="eager", steps=3, dtype=torch.float32, watch=None, **changes):
     torch.manual_seed(0)
     (stage,) = paws(**changes)
     data = open_data(("digits",))
-    method = stage.method.build(facts_of(data, 0), {})
+    method = stage.config.build(facts_of(data, 0), {})
     nets = method.nets()
     nets.online.to(dtype, memory_format=torch.channels_last)
     optimizer = method.optimizer(nets)
@@ -91,9 +91,9 @@ def gradients(how, stages):
     """Of the first batch in float64, by parameter; weights a little off their start, where some paths are shut."""
     torch.manual_seed(0)
     (stage,) = stages
-    stage = replace(stage, method=replace(stage.method, precision="fp32"))
+    stage = replace(stage, config=replace(stage.config, precision="fp32"))
     data = open_data(("digits",))
-    method = stage.method.build(facts_of(data, 0), {})
+    method = stage.config.build(facts_of(data, 0), {})
     nets = method.nets()
     for net in nets.saved().values():
         net.to(torch.float64, memory_format=torch.channels_last)
@@ -226,7 +226,7 @@ def test_overflow_under_fp16_is_skipped_and_counted():
 def test_a_graph_needs_a_gpu():
     """Catches --step graphed falling back without a word."""
     (stage,) = paws()
-    method = stage.method.build(facts_of(open_data(("digits",)), 0), {})
+    method = stage.config.build(facts_of(open_data(("digits",)), 0), {})
     nets = method.nets()
     with pytest.raises(ConfigError, match="needs a GPU"):
         TrainingStep(replace(stage), "graphed", method, nets, method.optimizer(nets), CPU)

@@ -32,7 +32,7 @@ class Sleepy(fakes.TinyPaws):
 if __name__ == "__main__":
     (stage,) = fakes.stages("paws")
     config = SleepyConfig("digits", fakes.EVAL, labels="per-class=10", precision="fp32")
-    job = fakes.job((replace(stage, method=config),), Path(sys.argv[1]), world=2, watchdog_s=float(sys.argv[2]))
+    job = fakes.job((replace(stage, config=config),), Path(sys.argv[1]), world=2, watchdog_s=float(sys.argv[2]))
     try:
         on_ranks(job)
     except Hung:

@@ -21,7 +21,7 @@ def stepped(
     (stage,) = stages
     torch.manual_seed(0)
     data = open_data(("digits",))
-    method = stage.method.build(facts_of(data, 0), {})
+    method = stage.config.build(facts_of(data, 0), {})
     nets = method.nets()
     nets.online.to(memory_format=torch.channels_last)
     step = TrainingStep(stage, how, method, nets, method.optimizer(nets), device)

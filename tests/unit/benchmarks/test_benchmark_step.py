@@ -40,8 +40,8 @@ def test_image_equivalents_are_those_of_the_job():
 def test_noise_has_the_form_of_the_loaders_batches():
     """Catches contenders that are timed on shapes, layouts or columns which no loader hands out."""
     (stage,) = digits()
-    small = replace(stage.method.global_view, name="small", size=6, crop=Rrc((0.3, 0.6)), copies=3)
-    config = replace(stage.method, small_view=small, batch_global=8, images_per_class=2)
+    small = replace(stage.config.global_view, name="small", size=6, crop=Rrc((0.3, 0.6)), copies=3)
+    config = replace(stage.config, small_view=small, batch_global=8, images_per_class=2)
     problem = benchmark.Problem("digits", config, Facts(10, 1, 0), None, CPU)
     noise, (real,) = benchmark.noise_batch(problem), benchmark.real_batches(problem, "digits")
     assert noise.parts.keys() == real.parts.keys()

@@ -22,7 +22,7 @@ STEP = 7
 def bound():
     """The headline recipe's plan on as many classes as ImageNet has, 25 images each."""
     (stage,) = resolve("paws.rn50_100ep", ("labels=all",))
-    plan = stage.method.build(Facts(1000, 3, 0), {}).plan()
+    plan = stage.config.build(Facts(1000, 3, 0), {}).plan()
     num = 25_000
     sizes = np.tile(np.array([[375, 500]], dtype=np.int32), (num, 1))
     facts = StreamFacts(None, np.arange(num) % 1000, sizes, 1000)

@@ -16,7 +16,7 @@ from fastssl.recipes.resolve import resolve
 
 
 def changed(*changes, recipe="paws.digits"):
-    return resolve(recipe, changes)[-1].method
+    return resolve(recipe, changes)[-1].config
 
 
 @pytest.mark.parametrize(

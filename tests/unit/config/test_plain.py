@@ -77,7 +77,7 @@ def test_every_recipe_is_read_as_it_was_written(name):
     again = back(Stages, through_json(stages))
     assert again == stages and to_plain(again) == to_plain(stages)
     for stage in again:
-        assert stage.method.build(Facts(10, 3, 0), {}).about().config == stage.method
+        assert stage.config.build(Facts(10, 3, 0), {}).about().config == stage.config
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_what_is_missing_is_assumed_and_named_once():
     """Two stages lack the same two fields: each is told of once, with its default."""
     plain = through_json((fakes.stages("paws")[0],) * 2)
     for stage in plain:
-        del stage["gradients"], stage["method"]["family"]
+        del stage["gradients"], stage["config"]["family"]
     notes = Notes()
     assert from_plain(Stages, plain, notes) == (fakes.stages("paws")[0],) * 2
     assert notes.lines("runs/a") == [
@@ -205,7 +205,7 @@ def test_recipes_of_an_earlier_commit_are_todays():
 
 def test_an_encoder_is_any_that_there_is():
     stage = resolve("semppl.cifar10_small")[0]
-    changed = replace(stage, method=replace(stage.method, encoder=ByolResNet(18, base_width=8)))
+    changed = replace(stage, config=replace(stage.config, encoder=ByolResNet(18, base_width=8)))
     assert back(Stage, through_json(changed)) == changed
-    view = replace(stage.method.eval_view, pixels=UNIT)
+    view = replace(stage.config.eval_view, pixels=UNIT)
     assert back(View, through_json(view)) == view

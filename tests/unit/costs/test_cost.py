@@ -163,7 +163,7 @@ class Collectives(TorchDispatchMode):
 def real_step():
     """This rank's messages and FLOPs in a forward and backward pass on real tensors."""
     (stage,) = resolve(HEADLINE, REDUCED)
-    method = stage.method.build(IMAGENET, {})
+    method = stage.config.build(IMAGENET, {})
     nets, parts = method.nets(), {}
     for stream in method.plan().streams:
         images = stream.batch_global // dist.world_size()

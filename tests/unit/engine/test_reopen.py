@@ -131,8 +131,8 @@ class Mine(fakes.TinyConfig):
 
 def mine() -> Stages:
     (stage,) = fakes.stages("paws")
-    tiny = stage.method
-    return (replace(stage, method=Mine(tiny.dataset, tiny.eval_view, tiny.labels, tiny.precision, family=tiny.family)),)
+    tiny = stage.config
+    return (replace(stage, config=Mine(tiny.dataset, tiny.eval_view, tiny.labels, tiny.precision, family=tiny.family)),)
 """
 
 

@@ -97,7 +97,7 @@ def test_writes_and_draws_never_wait_for_the_device():
 def test_a_class_without_a_label_is_refused_at_the_door():
     """Pseudo-labels could never name it, and nothing would say so."""
     (stage,) = resolve("semppl.rn50_300ep", ("labels=all", "masks=off"))
-    plan = stage.method.build(Facts(3, 3, 0), {}).plan()
+    plan = stage.config.build(Facts(3, 3, 0), {}).plan()
     sizes = np.full((5000, 2), 300, np.int32)
     labels = np.arange(5000) % 2
     with pytest.raises(PlanError, match="1 of 3 classes have no labelled image, first class 2"):

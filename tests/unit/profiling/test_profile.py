@@ -256,13 +256,13 @@ def test_more_ranks_on_paper_are_faster_until_messages_bind(headline):
 
 def test_a_shard_keeps_the_recipes_proportions():
     (stage,) = resolve(whatif.HEADLINE)
-    sixtyfourth = sized(stage, 64, 1, False).method
+    sixtyfourth = sized(stage, 64, 1, False).config
     assert (sixtyfourth.batch_global, sixtyfourth.classes_global, sixtyfourth.images_per_class) == (64, 15, 7)
-    on_two = sized(stage, 64, 2, False).method
+    on_two = sized(stage, 64, 2, False).config
     assert (on_two.batch_global, on_two.classes_global) == (128, 30)
-    least = sized(stage, 2, 1, False).method
+    least = sized(stage, 2, 1, False).config
     assert (least.batch_global, least.classes_global, least.images_per_class) == (2, 3, 1)
-    assert sized(stage, 2, 1, True).method.batch_global == 4096
+    assert sized(stage, 2, 1, True).config.batch_global == 4096
 
 
 def test_a_cpu_gets_a_step_of_about_a_second():
@@ -271,7 +271,7 @@ def test_a_cpu_gets_a_step_of_about_a_second():
     assert sum(trace.flops.values()) <= 0.5e12
     (small,) = resolve("paws.digits")
     chosen, _ = fitting(small, Facts(10, 1, 0), 1, "cpu", "eager", False)
-    assert chosen.method.batch_global == small.method.batch_global
+    assert chosen.config.batch_global == small.config.batch_global
 
 
 def test_stand_ins_are_like_imagenets_files():

@@ -343,7 +343,7 @@ def test_many_classes_and_images_as_files(tmp_path):
                 Image.fromarray(rng.integers(0, 256, (36, 40, 3), np.uint8)).save(folder / f"{i}.png")
     (stage,) = resolve("paws.cifar10_small", ("labels=all", "images_per_class=2", "batch_global=16", "precision=fp32"))
     data = open_data((str(tmp_path),))
-    method = stage.method.build(facts_of(data, 0), {})
+    method = stage.config.build(facts_of(data, 0), {})
     sheet = Page(pictures.contact_sheet(method, data))
     assert len(sheet.references) == 5 * (1 + 2) + 5 * (1 + 1) and "Stream support" in sheet.text
     histograms = Page(pictures.class_histograms(method, data))

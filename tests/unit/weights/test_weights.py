@@ -40,7 +40,7 @@ def randomised(module: nn.Module) -> nn.Module:
 def paws() -> tuple[Paws, Nets]:
     """A small PAWS on images of three channels, freshly initialised, in eval mode."""
     (stage,) = resolve("paws.digits", TINY)
-    method = stage.method.build(Facts(num_classes=10, channels=3, seed=0), {})
+    method = stage.config.build(Facts(num_classes=10, channels=3, seed=0), {})
     torch.manual_seed(0)
     nets = method.nets()
     nets.online.eval()

@@ -287,7 +287,7 @@ def test_a_run_logs_the_share_it_masked_and_refuses_other_masks(tmp_path, monkey
     run_in_pieces(job, every=3)
     assert f"{file}: a test, which saw no labels" in capsys.readouterr().out
     data = open_data(job.data)
-    bound = bind(chain[0].method.build(facts_of(data, 0), {}).plan(), data).plan
+    bound = bind(chain[0].config.build(facts_of(data, 0), {}).plan(), data).plan
     shares = [line["masked_share"] for line in metrics(job.out)]
     assert shares == [bound.masked_share(step) for step in range(4)]
     assert len(set(shares)) > 1 and 0.25 < sum(shares) / 4 < 0.5  # three quarters have enough foreground
