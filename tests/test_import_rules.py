@@ -42,7 +42,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "loaders.files": (set(), set()),
     "loaders.plan": ({"loaders.errors"}, {"numpy"}),
     "loaders.timing": (set(), {"numpy"}),
-    "loaders.store": (DISK | {"loaders.plan"}, {"numpy", "PIL", "sklearn"}),
+    "loaders.store": (DISK | {"loaders.plan"}, {"numpy", "PIL"}),
     "loaders.labels": (DISK | {"loaders.plan", "loaders.store"}, {"numpy"}),
     "loaders.convert": (DISK | {"loaders.store", "loaders.labels"}, {"numpy", "PIL"}),
     "loaders.published": ({"loaders.plan", "loaders.store", "loaders.labels", "loaders.errors"}, {"numpy", "PIL"}),

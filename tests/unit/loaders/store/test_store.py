@@ -11,6 +11,7 @@ from loaders.errors import StoreError
 from loaders.labels.published import PUBLISHED
 from loaders.labels.subsets import resolve
 from loaders.plan.views import All, Complement, Listed, PerClass
+from loaders.store import digits
 from loaders.store.beton import BetonWriter
 from loaders.store.cifar import open_cifar10
 from loaders.store.data import open_data
@@ -139,9 +140,16 @@ def test_digits_split_is_stratified_complete_and_never_moves():
     assert np.bincount(train.labels).tolist() == (totals - totals // 5).tolist()
     everything = np.concatenate([train.images, held_out.images]).reshape(1797, -1)
     official = np.rint(load_digits().data * 255 / 16)
-    assert sorted(map(bytes, everything)) == sorted(map(bytes, official.astype(np.uint8)))
+    labelled = zip(map(bytes, everything), np.concatenate([train.labels, held_out.labels]), strict=True)
+    assert sorted(labelled) == sorted(zip(map(bytes, official.astype(np.uint8)), load_digits().target, strict=True))
     assert everything.max() == 255
     assert hashlib.sha256(held_out.images.tobytes()).hexdigest()[:16] == "5d6ed12eee1f3936"
+
+
+def test_digits_without_their_library_are_one_line(monkeypatch):
+    monkeypatch.setattr(digits, "find_spec", lambda name: None)
+    with pytest.raises(StoreError, match="^the digits come with scikit-learn, which is not installed here"):
+        open_digits()
 
 
 # Several sets as one
