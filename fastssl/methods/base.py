@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -132,6 +132,11 @@ class Config(ABC):
     def __post_init__(self) -> None:
         parse_subset(self.labels)
         refuse_negative(self)
+
+    def following(self, said: Collection[str]) -> Config:
+        """What this becomes where a user has set `said`, dotted names of its fields: with what its paper derives from
+        those of them that he did set, in those that he did not. Here: as it is."""
+        return self
 
     @abstractmethod
     def build(self, facts: Facts, inputs: Mapping[str, Artefact]) -> Method[Any, Any]:

@@ -15,7 +15,8 @@ normalisation of its pixels must be the student's. The student is a trunk and a 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,8 +26,8 @@ from fastssl.errors import ConfigError
 from fastssl.methods.base import (
     Artefact,
     Config,
-    Epochs,
     Facts,
+    Horizon,
     Method,
     Nets,
     autocast,
@@ -36,15 +37,16 @@ from fastssl.methods.base import (
 from fastssl.methods.supervised import Classifier, FirstLayer, SupervisedConfig, check_same_input
 from fastssl.nn.encoders.encoder import Encoder
 from fastssl.nn.encoders.resnet import SimclrResNet
+from fastssl.optim.horizon import Share
 from fastssl.optim.lars import Lars
 from fastssl.optim.optimiser import Optimiser
-from fastssl.optim.rates import Rate, WarmupCosine
+from fastssl.optim.rates import Rate, Scaling, WarmupCosine
 from fastssl.weights.read import Weights
 from fastssl.weights.tensor_files import WeightsError
 from loaders.batch import Batch
 from loaders.plan.ops import Flip
 from loaders.plan.plan import Plan
-from loaders.plan.views import UNIT, All, DistortedBox, Filter, Shuffled, Stream, View, parse_subset
+from loaders.plan.views import UNIT, All, Complement, DistortedBox, Filter, Shuffled, Stream, View, parse_subset
 
 VIEW = View("student", 224, DistortedBox((0.08, 1.0)), (Flip(),), UNIT, Filter.BICUBIC_ALIASED)
 
@@ -70,6 +72,10 @@ class DistilConfig(Config):
     view: View = VIEW
     encoder: Encoder = SimclrResNet(50)
     batch_global: int = 4096
+    images: Literal["all", "labelled"] = "all"  # what is learnt from; "labelled": those of `labels` alone
+    # Where labelled images are a set of their own and `alpha` is below 1, so many stand beside `batch_global` of the
+    # others, and both terms see them; None: an eighth of that, where 10 % of the labels make a tenth of one set.
+    labelled_batch: int | None = None
     temperature: float = 0.1  # the paper's for a student like its teacher; 1 for a smaller one
     alpha: float = 1.0  # share of distillation in the loss; 1 - alpha is that of the labels
     # The notebook multiplies distillation by temperature², the paper's equation does not. LARS makes little of it: what
@@ -77,7 +83,8 @@ class DistilConfig(Config):
     times_temperature_squared: bool = False
     # As in the notebook, the classifier's kernel is adapted and decayed like any other.
     optimizer: Optimiser = Lars("simclr", weight_decay=1e-4)
-    rate: Rate = WarmupCosine(6.4, Epochs(20))  # .1 times the root of the batch; 5 % of 400, as in pre-training
+    rate: Rate = WarmupCosine(6.4, Share(0.05))  # as in pre-training: .1 times the root of 4,096
+    scaling: Scaling = "none"  # how the peak follows the batch
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,6 +92,8 @@ class DistilConfig(Config):
             raise ConfigError(f"temperature {self.temperature}: above zero")
         if not 0 <= self.alpha <= 1:
             raise ConfigError(f"alpha {self.alpha}: a share between 0 and 1")
+        if self.labelled_batch == 0:
+            raise ConfigError("labelled_batch 0: leave it to its default, or set alpha=1, which needs no labels")
 
     def build(self, facts: Facts, inputs: Mapping[str, Artefact]) -> Distil:
         return Distil(self, facts, inputs)
@@ -98,9 +107,16 @@ class Distil(Method[DistilConfig, Classifier]):
 
     def plan(self) -> Plan:
         c = self.config
-        visible = parse_subset(c.labels) if self._sees_labels else All()
+        told = parse_subset(c.labels)
+        labelled = Stream("labelled", "labelled", (c.view,), Shuffled(), c.batch_global, ids=told)
+        if c.images == "labelled":
+            return Plan((labelled,), epoch_of="labelled", seed=self.facts.seed)
+        apart = self._sees_labels and not self.facts.one_set
+        visible = Complement(All()) if apart else told if self._sees_labels else All()
         stream = Stream("unlabelled", "unlabelled", (c.view,), Shuffled(), c.batch_global, visible=visible)
-        return Plan((stream,), epoch_of="unlabelled", seed=self.facts.seed)
+        beside = max(1, c.batch_global // 8) if c.labelled_batch is None else c.labelled_batch
+        streams = (stream, replace(labelled, batch_global=beside)) if apart else (stream,)
+        return Plan(streams, epoch_of="unlabelled", seed=self.facts.seed)
 
     @property
     def _sees_labels(self) -> bool:
@@ -127,8 +143,7 @@ class Distil(Method[DistilConfig, Classifier]):
         encoder = setting_of(weights, Encoder, "encoder")
         if encoder is None:
             raise WeightsError(f"{weights.source} does not say which encoder it holds: give a run, or its export")
-        head = FirstLayer(len(first["fc1.weight"]), "fc1.bias" in first) if "fc1.weight" in first else None
-        teacher = self._classifier(encoder, head)
+        teacher = self._classifier(encoder, FirstLayer.found_in(first))
         weights.load_whole(teacher, "online")
         return teacher
 
@@ -136,9 +151,14 @@ class Distil(Method[DistilConfig, Classifier]):
         c = self.config
         return Classifier(SupervisedConfig(c.dataset, c.eval_view, encoder=encoder, head=head), self.facts)
 
+    def rates(self, step: int, horizon: Horizon) -> tuple[float, ...]:
+        c = self.config
+        rate = c.rate.scaled(c.batch_global, c.scaling).at(step, horizon)
+        return rate, rate
+
     def loss(self, nets: Nets[Classifier], batch: Batch) -> dict[str, Tensor]:
-        c, part = self.config, batch.parts["unlabelled"]
-        x = part.x[c.view.name]
+        c, parts = self.config, list(batch.parts.values())
+        x = torch.cat([part.x[c.view.name] for part in parts]) if len(parts) > 1 else parts[0].x[c.view.name]
         if nets.frozen is None:
             self.load_inputs(nets)  # a dry run, which has none, says so
             assert nets.frozen is not None
@@ -151,7 +171,8 @@ class Distil(Method[DistilConfig, Classifier]):
         total = taught * c.temperature**2 if c.times_temperature_squared else taught
         if not self._sees_labels:
             return {"total": total, "distillation": taught}
-        told = labelled_cross_entropy(student_NK, part.labels.repeat(c.view.copies))
+        label_N = torch.cat([part.labels.repeat(c.view.copies) for part in parts])
+        told = labelled_cross_entropy(student_NK, label_N)
         return {"total": c.alpha * total + (1 - c.alpha) * told, "distillation": taught, "cross_entropy": told}
 
     def metrics(self, nets: Nets[Classifier], batch: Batch, truth: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -49,7 +49,7 @@ from fastssl.nn.heads import byol_head, simclr_head
 from fastssl.nn.norm.lockstep import LockstepSequential
 from fastssl.optim.lars import Lars
 from fastssl.optim.optimiser import Optimiser
-from fastssl.optim.rates import Rate, WarmupCosine
+from fastssl.optim.rates import Rate, Scaling, WarmupCosine
 from loaders.batch import Batch
 from loaders.plan.draws import tag
 from loaders.plan.ops import TF_LUMA, Flip, GaussianKernelBlur, Grayscale, Op, Solarise, TfColourJitter
@@ -113,9 +113,9 @@ class SempplConfig(Config):
 
     alpha: float = 0.2  # weight of semantic positives; 0: none at all, and no queues and votes either
     positives: int = 3  # of each queue, drawn for each image and shared by its views
-    # Entries of each queue. The paper's 20 batches are taken as each queue's: its listing makes every one of that size,
-    # and its table calls it 80,000.
-    capacity: int = 81_920
+    # Entries of each queue; none: 20 batches. The paper's 20 are taken as each queue's: its listing makes every one of
+    # that size, and its table calls it 80,000.
+    capacity: int | None = None
     # The paper fills queues with random vectors, their labels unstated. With 1 % of the labels these would linger for
     # six epochs and pass for positives: queues begin empty, and semantic terms wait for entries.
     start: Literal["empty", "random"] = "empty"
@@ -136,7 +136,8 @@ class SempplConfig(Config):
     ema: float = 0.996
     ema_ramp: bool = False  # BYOL's way from `ema` to 1; the paper says a constant 0.996
     optimizer: Optimiser = Lars("byol", weight_decay=1e-6)
-    rate: Rate = WarmupCosine(4.8, Epochs(10))  # 0.3 for each 256 images
+    rate: Rate = WarmupCosine(4.8, Epochs(10))
+    scaling: Scaling = "none"  # how the peak follows the batch; the paper's 0.3 for each 256 images is "linear"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -154,13 +155,18 @@ class SempplConfig(Config):
         if isinstance(self.base, SimClr) and (self.same_view_pairs or len(self.views) > 2):
             raise ConfigError("SimCLR compares large views of an image with each other: no small views, and set "
                               "same_view_pairs=false")  # fmt: skip
-        if self.alpha and self.capacity < self.batch_global:
+        if self.alpha and self.num_entries < self.batch_global:
             raise ConfigError(
                 f"a queue of {self.capacity} cannot take the labelled images of a batch, which may be all "
                 f"{self.batch_global}: capacity must be {self.batch_global} or more"
             )
-        if self.alpha and self.neighbours > self.capacity:
-            raise ConfigError(f"{self.neighbours} neighbours cannot be had from a queue of {self.capacity}")
+        if self.alpha and self.neighbours > self.num_entries:
+            raise ConfigError(f"{self.neighbours} neighbours cannot be had from a queue of {self.num_entries}")
+
+    @property
+    def num_entries(self) -> int:
+        """Of each queue."""
+        return 20 * self.batch_global if self.capacity is None else self.capacity
 
     @property
     def views(self) -> tuple[View, ...]:
@@ -254,8 +260,13 @@ class Semppl(Method[SempplConfig, SempplNet]):
             target.prediction = LockstepSequential()
         if c.alpha:
             random_start = c.start == "random"
-            queues = LabelledQueues(c.num_large, c.capacity, c.out_features, self.facts.num_classes, random_start)
+            queues = LabelledQueues(c.num_large, c.num_entries, c.out_features, self.facts.num_classes, random_start)
         return Nets(online, target=target, state=queues)
+
+    def rates(self, step: int, horizon: Horizon) -> tuple[float, ...]:
+        c = self.config
+        rate = c.rate.scaled(c.batch_global, c.scaling).at(step, horizon)
+        return rate, rate
 
     def loss(self, nets: Nets[SempplNet], batch: Batch) -> dict[str, Tensor]:
         """The ranks exchange target embeddings of all images, from which negatives and the queues' new entries are

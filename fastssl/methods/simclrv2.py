@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +28,6 @@ from fastssl.errors import ConfigError
 from fastssl.methods.base import (
     Artefact,
     Config,
-    Epochs,
     Facts,
     Horizon,
     Method,
@@ -41,9 +39,10 @@ from fastssl.nn.ema import copy_of, follow
 from fastssl.nn.encoders.encoder import Encoder
 from fastssl.nn.encoders.resnet import SimclrResNet
 from fastssl.nn.heads import simclr_head
+from fastssl.optim.horizon import Share
 from fastssl.optim.lars import Lars
 from fastssl.optim.optimiser import Optimiser
-from fastssl.optim.rates import Rate, WarmupCosine
+from fastssl.optim.rates import Rate, Scaling, WarmupCosine
 from loaders.batch import Batch
 from loaders.plan.ops import TF_LUMA, Flip, GaussianKernelBlur, Grayscale, TfColourJitter
 from loaders.plan.plan import Plan
@@ -56,11 +55,6 @@ def colours(strength: float) -> tuple[TfColourJitter, Grayscale]:
     """SimCLR's colour distortion; ImageNet's strength is 1, CIFAR-10's 0.5."""
     s = strength
     return TfColourJitter(0.8, 0.8 * s, contrast=0.8 * s, saturation=0.8 * s, hue=0.2 * s), Grayscale(0.2, TF_LUMA)
-
-
-def peak_rate(base: float, batch_global: int, rule: Literal["sqrt", "linear"] = "sqrt") -> float:
-    """`base` times the root of the batch, or times the batch over 256."""
-    return base * (batch_global**0.5 if rule == "sqrt" else batch_global / 256)
 
 
 VIEW = View(
@@ -210,8 +204,8 @@ class Simclrv2Config(Config):
     memory: Memory | None = None
     # The code leaves out of LARS what is called bias or batch_normalization: all that has one axis.
     optimizer: Optimiser = Lars("simclr", weight_decay=1e-4)
-    rate: Rate = WarmupCosine(0.1, Epochs(40))  # 5 % of 800; its peak is `peak_rate`'s base, and follows the batch
-    scaling: Literal["sqrt", "linear"] = "sqrt"
+    rate: Rate = WarmupCosine(0.1, Share(0.05))  # its peak is `peak_rate`'s base, and follows the batch
+    scaling: Scaling = "sqrt"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -264,7 +258,7 @@ class Simclrv2(Method[Simclrv2Config, SimclrNet]):
 
     def rates(self, step: int, horizon: Horizon) -> tuple[float, ...]:
         c = self.config
-        rate = c.rate.with_peak(peak_rate(c.rate.peak, c.batch_global, c.scaling)).at(step, horizon)
+        rate = c.rate.scaled(c.batch_global, c.scaling).at(step, horizon)
         return rate, rate
 
     def loss(self, nets: Nets[SimclrNet], batch: Batch) -> dict[str, Tensor]:

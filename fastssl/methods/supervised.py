@@ -13,8 +13,8 @@ the first layer of its projection head; the classifier above starts at zero. The
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastssl import dist
+from fastssl.errors import ConfigError
 from fastssl.methods import paws
 from fastssl.methods.base import (
     Artefact,
@@ -36,12 +37,13 @@ from fastssl.methods.base import (
     setting_of,
 )
 from fastssl.nn.encoders.encoder import Encoder
-from fastssl.nn.encoders.resnet import ResNet
+from fastssl.nn.encoders.resnet import ResNet, SimclrResNet
 from fastssl.nn.norm.global_batch_norm import BatchNormMode, GlobalBatchNorm
 from fastssl.nn.norm.lockstep import LockstepSequential
 from fastssl.nn.norm.running_stats import average_running_stats, set_batch_norm_mode
+from fastssl.optim.lars import Lars
 from fastssl.optim.optimiser import Optimiser
-from fastssl.optim.rates import Rate, WarmupCosine
+from fastssl.optim.rates import Rate, Scaling, WarmupCosine
 from fastssl.optim.sgd import Sgd
 from fastssl.weights.read import Weights, load_whole
 from fastssl.weights.tensor_files import WeightsError
@@ -58,11 +60,24 @@ from loaders.plan.views import (
 
 @dataclass(frozen=True)
 class FirstLayer:
-    """The first layer of a projection head, kept below the classifier: linear, batch norm, ReLU. As wide as the
-    pre-training method made it."""
+    """The first of a projection head's `layers`, kept below the classifier: linear, batch norm, ReLU. As wide as the
+    pre-training method made them."""
 
     features: int
     bias: bool
+    layers: int = 1
+
+    def __post_init__(self) -> None:
+        if self.layers < 1:
+            raise ConfigError("head.layers 0: --set head=none starts from the trunk")
+
+    @classmethod
+    def found_in(cls, first: Mapping[str, Tensor]) -> FirstLayer | None:
+        """That of a classifier's part "first"; None where it has none."""
+        if "fc1.weight" not in first:
+            return None
+        layers = sum(name.startswith("bn") and name.endswith(".weight") for name in first)
+        return cls(len(first["fc1.weight"]), "fc1.bias" in first, layers)
 
 
 @dataclass(frozen=True)
@@ -77,28 +92,58 @@ class SupervisedConfig(Config):
     optimizer: Optimiser = Sgd(nesterov=True, weight_decay=5e-4)
     rate: Rate = WarmupCosine(0.1, Epochs(5))
     head_peak: float | None = None  # the peak of the classifier's rate; None: that of the encoder's
+    scaling: Scaling = "none"  # how both peaks follow the batch
     label_smoothing: float = 0.1
 
     @property
-    def head_rate(self) -> Rate:
-        return self.rate if self.head_peak is None else self.rate.with_peak(self.head_peak)
+    def rates(self) -> tuple[Rate, Rate]:
+        """Of the encoder and of the classifier."""
+        head = self.rate if self.head_peak is None else self.rate.with_peak(self.head_peak)
+        return self.rate.scaled(self.batch_global, self.scaling), head.scaled(self.batch_global, self.scaling)
 
     def build(self, facts: Facts, inputs: Mapping[str, Artefact]) -> Supervised:
         return Supervised(self, facts, inputs)
 
 
+@dataclass(frozen=True)
+class SimclrFineTuning(SupervisedConfig):
+    """Fine-tuning as SimCLRv2's section 3.1 has it. Of encoder and labels follow the peak of the rate, .005 times the
+    root of the batch for a plain ResNet and .002 for one that is wider or has selective kernels, and where the
+    classifier stands: with all labels on the trunk, else on the first projection layer."""
+
+    optimizer: Optimiser = Lars("simclr")
+    rate: Rate = WarmupCosine(0.005)
+    scaling: Scaling = "sqrt"
+    batch_global: int = 1024
+    label_smoothing: float = 0.0
+
+    def following(self, said: Collection[str]) -> SimclrFineTuning:
+        roots = {name.partition(".")[0] for name in said}
+        if not isinstance(self.encoder, SimclrResNet):
+            return self
+        config, encoder = self, self.encoder
+        if "rate" not in roots:
+            plain = encoder.width == 1 and not encoder.selective_kernel
+            config = replace(config, rate=config.rate.with_peak(0.005 if plain else 0.002))
+        if "head" not in roots:
+            features = (2048 if encoder.depth >= 50 else 512) * encoder.width * encoder.base_width // 64
+            config = replace(config, head=None if self.labels == "all" else FirstLayer(features, bias=False))
+        return config
+
+
 class Classifier(nn.Module):
-    """Trunk, the first projection layer where it is kept, and linear classifier."""
+    """Trunk, the first projection layers where they are kept, and linear classifier."""
 
     def __init__(self, config: SupervisedConfig, facts: Facts):
         super().__init__()
         self.trunk = config.encoder.build(facts.channels)
         features = self.trunk.num_features
         self.first = LockstepSequential()
-        if config.head is not None:
-            self.first.add_module("fc1", nn.Linear(features, config.head.features, config.head.bias))
-            self.first.add_module("bn1", GlobalBatchNorm(config.head.features))
-            self.first.add_module("relu1", nn.ReLU(inplace=True))
+        for layer in range(1, 1 + (config.head.layers if config.head else 0)):
+            assert config.head is not None
+            self.first.add_module(f"fc{layer}", nn.Linear(features, config.head.features, config.head.bias))
+            self.first.add_module(f"bn{layer}", GlobalBatchNorm(config.head.features))
+            self.first.add_module(f"relu{layer}", nn.ReLU(inplace=True))
             features = config.head.features
         self.fc = nn.Linear(features, facts.num_classes)
         set_batch_norm_mode(self, config.batch_norm)
@@ -132,7 +177,8 @@ class Supervised(Method[SupervisedConfig, Classifier]):
         check_encoder(weights, self.config.encoder)
         projection = weights.part("projection")
         if projection:
-            kept = ("fc1.", "bn1.") if self.config.head else ()
+            layers = self.config.head.layers if self.config.head else 0
+            kept = tuple(f"{kind}{layer}." for kind in ("fc", "bn") for layer in range(1, 1 + layers))
             first = {name: tensor for name, tensor in projection.items() if name.startswith(kept)}
         else:
             first = weights.part("first")
@@ -155,7 +201,7 @@ class Supervised(Method[SupervisedConfig, Classifier]):
         return self.config.optimizer.build([[net.trunk, net.first], [net.fc]])
 
     def rates(self, step: int, horizon: Horizon) -> tuple[float, ...]:
-        encoder, classifier = self.config.rate.at(step, horizon), self.config.head_rate.at(step, horizon)
+        encoder, classifier = (rate.at(step, horizon) for rate in self.config.rates)
         return encoder, encoder, classifier, classifier
 
     def loss(self, nets: Nets[Classifier], batch: Batch) -> dict[str, Tensor]:
@@ -220,9 +266,16 @@ def _check_first_layer(weights: Weights, first: Mapping[str, Tensor], head: Firs
             f"{weights.source} has no first projection layer to start from, but {', '.join(parts)}: --set head=none "
             "starts from the trunk; nothing loaded"
         )
-    features, bias = len(first["fc1.weight"]), "fc1.bias" in first
-    if (features, bias) != (head.features, head.bias):
+    found = FirstLayer.found_in(first)
+    assert found is not None
+    if found == head:
+        return
+    if found.layers < head.layers:
         raise WeightsError(
-            f"{weights.source} has another first projection layer: --set head.features={features} "
-            f"--set head.bias={bias} would take it; nothing loaded"
+            f"{weights.source} has {found.layers} of the {head.layers} projection layers that this recipe keeps: --set "
+            f"head.layers={found.layers} or fewer; nothing loaded"
         )
+    theirs = replace(found, layers=max(found.layers, head.layers))
+    settings = {name: value for name, value in vars(theirs).items() if name != "layers" or theirs.layers != head.layers}
+    takes = " ".join(f"--set head.{name}={value}" for name, value in settings.items())
+    raise WeightsError(f"{weights.source} has another first projection layer: {takes} would take it; nothing loaded")

@@ -9,9 +9,18 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from fastssl.errors import refuse_negative
-from fastssl.optim.horizon import Epochs, Horizon, Span
+from fastssl.optim.horizon import Epochs, Horizon, Span, Warmup
+
+# How a peak follows the batch: as it stands, times the root of the batch, or times the batch over 256.
+Scaling = Literal["none", "sqrt", "linear"]
+
+
+def peak_rate(base: float, batch_global: int, rule: Scaling = "sqrt") -> float:
+    """The peak that `rule` makes of `base` for a batch of so many images."""
+    return base * {"none": 1.0, "sqrt": math.sqrt(batch_global), "linear": batch_global / 256}[rule]
 
 
 @dataclass(frozen=True)
@@ -31,12 +40,16 @@ class Rate(ABC):
         """The same with another peak."""
         return replace(self, peak=peak)
 
+    def scaled(self, batch_global: int, rule: Scaling) -> Rate:
+        """The same whose peak is `rule`'s of this one."""
+        return self if rule == "none" else self.with_peak(peak_rate(self.peak, batch_global, rule))
+
 
 @dataclass(frozen=True)
 class WarmupCosine(Rate):
     """`warmup_cosine` over the whole stage."""
 
-    warmup: Span = Epochs(0)
+    warmup: Warmup = Epochs(0)
     start: float = 0.0
     final: float = 0.0
 
@@ -53,7 +66,7 @@ class WarmupStairs(Rate):
 
     falls: tuple[Span, ...]
     factor: float = 0.1
-    warmup: Span = Epochs(0)
+    warmup: Warmup = Epochs(0)
 
     def at(self, step: int, horizon: Horizon) -> float:
         at_steps = [span.steps(horizon.steps_per_epoch) for span in self.falls]

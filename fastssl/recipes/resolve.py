@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import fastssl.recipes
@@ -17,11 +17,15 @@ from fastssl.config.old_names import REPLACED
 from fastssl.config.plain import type_name
 from fastssl.errors import ConfigError
 from fastssl.methods.base import Ref, Stage, Stages
-from fastssl.optim.horizon import Span, parse_span
+from fastssl.optim.horizon import Span, Warmup, parse_span, parse_warmup
 from fastssl.recipes import of_users
 from fastssl.recipes.found import recipes_in
 
-PARSERS = {Span: parse_span, Span | None: lambda text: None if text == "none" else parse_span(text)}
+PARSERS = {
+    Span: parse_span,
+    Span | None: lambda text: None if text == "none" else parse_span(text),
+    Warmup: parse_warmup,
+}
 _ALIASES = {"epochs": "length", "steps": "length"}
 _FIXED = {"name", "config", "do", "needs", "dataset"}  # what a recipe is
 
@@ -55,7 +59,14 @@ def resolve(name: str, changes: tuple[str, ...] = ()) -> Stages:
         if not equals:
             raise ConfigError(f"--set {change!r}: write key=value")
         stages = _changed(stages, key.strip(), text.strip())
-    return stages
+    keys = [change.partition("=")[0].strip() for change in changes]
+    return tuple(_derived(stage, keys) for stage in stages) if keys else stages
+
+
+def _derived(stage: Stage, keys: Sequence[str]) -> Stage:
+    """The stage with what its method derives from the changes at `keys`."""
+    said = {key.removeprefix(f"{stage.name}.") for key in keys}
+    return replace(stage, config=stage.config.following(said))
 
 
 def _changed(stages: Stages, key: str, text: str) -> Stages:

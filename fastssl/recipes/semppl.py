@@ -149,5 +149,7 @@ def _imagenet(encoder: Encoder, epochs: int = 300, **changes: object) -> Stages:
         eval_view=View("eval", 224, Centre(resize=256), filter=Filter.BICUBIC_ALIASED),
         labels="simclr-10",
         encoder=encoder,
+        rate=WarmupCosine(0.3, Epochs(10)),
+        scaling="linear",
     )
     return (Stage("pretrain", replace(config, **changes), Epochs(epochs)),)  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ from fastssl.methods.simclrv2 import EVAL_VIEW, VIEW, Memory, Simclrv2Config, co
 from fastssl.methods.supervised import FirstLayer, SupervisedConfig
 from fastssl.nn.encoders.resnet import SimclrResNet
 from fastssl.nn.trunks.resnet import Depth
+from fastssl.optim.horizon import Share
 from fastssl.optim.lars import Lars
 from fastssl.optim.rates import WarmupCosine
 from fastssl.recipes import supervised
@@ -215,7 +216,15 @@ def rn50_three_stages_10pct() -> Stages:
 
 
 def _distilled(encoder: SimclrResNet, temperature: float) -> Stage:
-    config = DistilConfig("imagenet", EVAL_VIEW, "simclr-10", encoder=encoder, temperature=temperature)
+    config = DistilConfig(
+        "imagenet",
+        EVAL_VIEW,
+        "simclr-10",
+        encoder=encoder,
+        temperature=temperature,
+        rate=WarmupCosine(0.1, Share(0.05)),
+        scaling="sqrt",
+    )
     return distil(config, Epochs(400))
 
 

@@ -15,7 +15,7 @@ from fastssl.methods.supervised import Classifier, FirstLayer, SupervisedConfig
 from fastssl.nn.encoders.resnet import ResNet, SimclrResNet
 from fastssl.weights.read import Weights, WeightsError
 from loaders.batch import Batch, Part
-from loaders.plan.views import CIFAR10, UNIT, All, PerClass, View, Whole
+from loaders.plan.views import CIFAR10, UNIT, All, Complement, PerClass, View, Whole
 
 IMAGES, CLASSES = 6, 4
 VIEW = View("student", 8, Whole(), pixels=UNIT)
@@ -146,6 +146,43 @@ def test_the_parts_of_the_loss_add_up():
 def test_labels_show_only_where_the_loss_wants_them():
     assert distil(labels="per-class=3").plan().streams[0].visible == All()  # read by nothing
     assert distil(labels="per-class=3", alpha=0.5).plan().streams[0].visible == PerClass(3)
+
+
+def apart(**changes):
+    """A method whose labelled images are a set of their own, and what it sees of both."""
+    config = distil(**changes).config
+    method = config.build(replace(FACTS, one_set=False), {"teacher": Given(fine_tuned()[1])})
+    streams = {stream.name: stream for stream in method.plan().streams}
+    return method, streams
+
+
+def test_labelled_images_of_their_own_are_seen_with_their_labels():
+    """Equation 3 sums over labelled images, wherever they lie. Catches a cross-entropy that is 0 throughout, labels of
+    the unlabelled source, which are of other classes, and labelled images that are not distilled."""
+    method, streams = apart(alpha=0.25, labels="per-class=3", labelled_batch=2)
+    assert streams["labelled"].batch_global == 2 and streams["labelled"].ids == PerClass(3)
+    assert streams["unlabelled"].visible == Complement(All())
+    nets = method.nets()
+    method.load_inputs(nets)
+    unlabelled, labelled = batch(0).parts["unlabelled"], batch(1).parts["unlabelled"]
+    hidden = replace(unlabelled, labels=torch.full((IMAGES,), -1))
+    nets.online.eval()
+    parts = method.loss(nets, Batch({"unlabelled": hidden, "labelled": labelled}, torch.tensor(0)))
+    x = torch.cat([unlabelled.x["student"], labelled.x["student"]])
+    log_p, teacher = nets.online(x).detach().double().log_softmax(dim=1), nets.frozen(x).double().softmax(dim=1)
+    told = -sum(row[c].item() for row, c in zip(log_p[IMAGES:], labelled.labels, strict=True)) / len(x)
+    taught = -sum((q * row).sum().item() for q, row in zip(teacher, log_p, strict=True)) / len(x)
+    assert parts["cross_entropy"].item() == pytest.approx(told, rel=1e-5) and told > 0.1
+    assert parts["total"].item() == pytest.approx(0.25 * taught + 0.75 * told, rel=1e-5)
+
+
+def test_streams_of_a_student():
+    """By default labelled images of their own come an eighth beside; without labels in the loss they do not come; and
+    the labelled set alone is table 2's second row."""
+    assert apart(alpha=0.5, batch_global=64)[1]["labelled"].batch_global == 8
+    assert apart()[1].keys() == {"unlabelled"} == {s.name for s in distil(alpha=0.5).plan().streams}
+    alone = distil(images="labelled", labels="per-class=3", batch_global=4).plan()
+    assert alone.epoch_of == "labelled" and [(s.name, s.ids) for s in alone.streams] == [("labelled", PerClass(3))]
 
 
 def test_a_student_that_agrees_is_told_so():

@@ -519,7 +519,7 @@ def test_the_imagenet_recipe_is_the_papers():
     """Numbers that a typing error would change unseen."""
     (stage,) = resolve("semppl.rn50_300ep")
     c = stage.config
-    assert (c.batch_global, c.capacity, c.rate.peak, c.optimizer.weight_decay, c.ema) == (
+    assert (c.batch_global, c.num_entries, c.rate.peak * 16, c.optimizer.weight_decay, c.ema) == (
         4096,
         20 * 4096,
         0.3 * 16,
@@ -546,15 +546,24 @@ def test_the_imagenet_recipe_is_the_papers():
     assert nets.state.z_LCD.numel() * 4 == 335_544_320
 
 
+def test_rate_and_queues_follow_the_batch():
+    """D.1: .3 for each 256 images; section 2.1: 20 batches. Catches a small batch at the rate of a large one."""
+    (stage,) = resolve("semppl.rn50_300ep", ("batch_global=1024",))
+    ours = stage.config.build(Facts(1000, 3, 0), {})
+    assert ours.rates(12_480, Horizon(1248, 374_400)) == pytest.approx((1.2, 1.2))
+    with torch.device("meta"):
+        assert ours.nets().state.z_LCD.shape[1] == 20 * 1024
+
+
 def test_the_recipes_on_other_bases_are_the_papers():
     (byol,), (simclr,) = resolve("semppl.byol_rn50_300ep"), resolve("semppl.simclr_rn50_300ep")
     for c in (byol.config, simclr.config):
         assert [(v.name, v.copies, v.crop.area, v.mask) for v in c.views] == [
             ("odd", 1, (0.08, 1.0), None), ("even", 1, (0.08, 1.0), None)
         ]  # fmt: skip
-        assert (c.alpha, c.positives, c.capacity, c.same_view_pairs) == (0.2, 3, 81_920, False)
+        assert (c.alpha, c.positives, c.num_entries, c.same_view_pairs) == (0.2, 3, 81_920, False)
     b, s = byol.config, simclr.config
-    assert (b.base, b.normaliser, b.ema, b.ema_ramp, b.rate.peak, b.optimizer.weight_decay) == (
+    assert (b.base, b.normaliser, b.ema, b.ema_ramp, b.rate.peak * 16, b.optimizer.weight_decay) == (
         Byol(),
         1,
         0.99,

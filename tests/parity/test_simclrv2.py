@@ -10,8 +10,9 @@ import torch
 
 from fastssl.errors import ConfigError
 from fastssl.methods.base import Facts, Horizon, Nets, Steps
-from fastssl.methods.simclrv2 import KeyMemory, Memory, Simclrv2Config, contrast, momentum_nt_xent, nt_xent, peak_rate
+from fastssl.methods.simclrv2 import KeyMemory, Memory, Simclrv2Config, contrast, momentum_nt_xent, nt_xent
 from fastssl.nn.encoders.resnet import SimclrResNet
+from fastssl.optim.rates import peak_rate
 from fastssl.recipes.resolve import resolve
 from loaders.plan.boxes import boxes
 from loaders.plan.draws import mix
@@ -162,6 +163,18 @@ def test_rates_follow_the_authors_law():
 
     own = Horizon(1_281_167 // 4096, stage.length.steps(1_281_167 // 4096))
     assert (own.total_steps, own.steps(stage.config.rate.warmup)) == (249_600, 12_480)
+
+
+@pytest.mark.parametrize("recipe", ["simclrv2.rn50_800ep", "simclrv2.distill_rn50"])
+def test_warm_up_is_the_first_twentieth_of_whatever_length(recipe):
+    """Section 3.1. Catches 40 epochs of warm-up in a run of 100, or of 40, which would never fall."""
+    (stage,) = resolve(recipe, ("epochs=100",))
+    ours = stage.config.build(Facts(1000, 3, 0), {})
+    horizon = Horizon(312, stage.length.steps(312))
+    rates = [ours.rates(epoch * 312, horizon)[0] for epoch in (0, 5, 20, 40)]
+    assert rates == pytest.approx([0.0, 6.4, 6.01, 4.49], abs=0.01) and ours.rates(1560, horizon)[0] == max(
+        ours.rates(step, horizon)[0] for step in range(0, 31_200, 78)
+    )
 
 
 def test_peaks_scale_with_the_batch():

@@ -235,7 +235,8 @@ def test_steps_down_at_their_epochs_and_not_before():
 
 def test_schedules_can_be_set():
     (stage,) = resolve("supervised.semppl_rn50_finetune_1pct", ("rate.falls=2,5steps", "rate.factor=0.5"))
-    assert stage.config.rate == WarmupStairs(0.01, (Epochs(2), Steps(5)), 0.5)
+    assert stage.config.rate == WarmupStairs(0.0025, (Epochs(2), Steps(5)), 0.5)
+    assert [rate.peak for rate in stage.config.rates] == pytest.approx([0.01, 0.4])
 
 
 def test_published_settings():
@@ -246,7 +247,7 @@ def test_published_settings():
     told = {
         name: (
             s.length.count,
-            s.config.rate.peak,
+            pytest.approx(s.config.rates[0].peak),
             s.config.optimizer,
             s.config.head,
             s.config.batch_norm,
@@ -261,6 +262,31 @@ def test_published_settings():
     assert all(s.config.batch_global == 1024 for s in rows.values())
     (whole,) = resolve("supervised.simclrv2_rn50_finetune_100pct")
     assert whole.config.head is None and whole.length == Epochs(30)
+
+
+@pytest.mark.parametrize(
+    ("changes", "peak", "head"),
+    [
+        (("encoder.selective_kernel=true",), 0.064, FirstLayer(2048, bias=False)),
+        (("encoder.width=2",), 0.064, FirstLayer(4096, bias=False)),
+        (("encoder.depth=152",), 0.16, FirstLayer(2048, bias=False)),
+        (("labels=all",), 0.16, None),
+        (("batch_global=4096",), 0.32, FirstLayer(2048, bias=False)),
+        (("encoder.width=2", "rate.peak=0.005", "head=first_layer(64,false)"), 0.16, FirstLayer(64, bias=False)),
+        (("finetune.encoder.width=2", "finetune.head.layers=2"), 0.064, FirstLayer(2048, bias=False, layers=2)),
+    ],
+)
+def test_rate_and_head_of_simclrv2s_fine_tuning_follow_encoder_and_labels(changes, peak, head):
+    """Unless they are set. Catches .16 for a network that is wide or has selective kernels (section 3.1: .064), and
+    all labels from a projection layer."""
+    (stage,) = resolve("supervised.simclrv2_rn50_finetune_10pct", changes)
+    assert stage.config.rates[0].peak == pytest.approx(peak) and stage.config.head == head
+
+
+def test_semppls_rates_are_of_256_images():
+    """A.1's grid has base rates. Catches rates that stay where the batch changes, and one that follows alone."""
+    (stage,) = resolve("supervised.semppl_rn50_finetune_10pct", ("batch_global=512",))
+    assert [rate.peak for rate in stage.config.rates] == pytest.approx([0.005, 0.2])
 
 
 # ------------------------------------------------------------------------------------------------- batch norms
