@@ -450,7 +450,7 @@ def make_renderer(
 
 
 def _missing(kind: str, extra: str, error: ImportError) -> StoreError:
-    return StoreError(f"--loader {kind} cannot start ({error}): install the extra {extra} (see README.md)")
+    return StoreError(f"--loader {kind} cannot start ({error}): install the extra {extra} (see docs/data.md)")
 
 
 class _Slot:

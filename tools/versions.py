@@ -169,8 +169,8 @@ def _accuracy(run: Path) -> str:
 
 
 def dry_run(python: Path, out: Path) -> str:
-    """README's dry run for 64 GPUs."""
-    (line,) = re.findall(r"^fastssl (train .* --gpus 64 --dry-run)", (ROOT / "README.md").read_text(), re.MULTILINE)
+    """The documented dry run for 64 GPUs."""
+    (line,) = re.findall(r"^fastssl (train .* --gpus 64 --dry-run)", (ROOT / "docs/running.md").read_text(), re.M)
     said = _fastssl(python, out, *shlex.split(line))
     return f"{len(said.splitlines())} lines"
 

@@ -32,7 +32,7 @@ from tests.end_to_end import command
 from tests.support import plain_resnet
 
 SHORT = (*command.CHANGES, "--set", "length=6steps", "--set", "evaluate=knn", "--set", "checkpoint_every=3steps")
-README = (command.ROOT / "README.md").read_text()
+PAGE = (command.ROOT / "docs/weights.md").read_text()
 FILES = {"backbone.safetensors", "heads.safetensors", "config.json", "README.md"}
 
 
@@ -75,8 +75,8 @@ def randomised(encoder, channels):
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_readmes_ten_lines_give_bitwise_the_same_features(run, layout):
-    (code,) = [code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "safetensors" in code]
+def test_the_pages_ten_lines_give_bitwise_the_same_features(run, layout):
+    (code,) = [code for code in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "safetensors" in code]
     assert set(re.findall(r"^(?:import|from) (\w+)", code, re.MULTILINE)) == {"torch", "safetensors"}
     path = "runs/paws.digits-seed0/export/backbone.safetensors"
     assert path in code
