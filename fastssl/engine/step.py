@@ -79,6 +79,9 @@ class TrainingStep:
         device: torch.device,
         keeps_all: bool = False,
     ):
+        if how == "graphed" and method.decay(0, Horizon(1, 1)) is not None:
+            raise ConfigError("--step graphed: the recipe's weight decay moves, which no graph can follow; "
+                              "choose --step compiled")  # fmt: skip
         if how == "graphed" and (device.type != "cuda" or method.config.precision == "fp16"):
             raise ConfigError("--step graphed needs a GPU and a recipe in bf16 or fp32")
         self.how, self.method, self.nets, self.optimizer, self.device = how, method, nets, optimizer, device
@@ -117,6 +120,7 @@ class TrainingStep:
         """Do step number `step`; returns the parts of the loss, detached. Waits for the device no further than for the
         end of the step NUM_AHEAD before."""
         rates = self.method.rates(step, horizon)
+        self._set_decay(self.method.decay(step, horizon))
         parts = (self._replayed if self.how == "graphed" else self._launched)(rates, batch)
         self.method.after_step(self.nets, step, horizon)
         self._stay_close()
@@ -289,6 +293,10 @@ class TrainingStep:
     def _set_rates(self, rates: tuple[float, ...]) -> None:
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
+
+    def _set_decay(self, decay: float | None) -> None:
+        for group in self.optimizer.param_groups[::2] if decay is not None else ():
+            group["weight_decay"] = decay
 
     def _forward_backward_update(self, batch: Batch) -> dict[str, Tensor]:
         parts = self.method.loss(self._trained, batch)

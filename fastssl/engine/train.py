@@ -196,6 +196,8 @@ class Trainer:
         rates = {f"lr_{i}" if i else "lr": lr for i, lr in enumerate(self.method.rates(self.step - 1, self.horizon))}
         if len(set(rates.values())) == 1:
             rates = {"lr": rates["lr"]}
+        if (decay := self.method.decay(self.step - 1, self.horizon)) is not None:
+            rates["weight_decay"] = decay
         if self.scaler.is_enabled():
             rates["skipped_steps"] = int(self.training_step.num_skipped)
         if self._left_out is not None:

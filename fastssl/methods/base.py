@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from fastssl import dist
 from fastssl.config.plain import from_plain, type_name
 from fastssl.errors import ConfigError, refuse_negative
+from fastssl.nn.encoders.encoder import Encoder
 from fastssl.optim.horizon import Epochs, Horizon, Span, Steps
 from fastssl.optim.optimiser import Optimiser
 from fastssl.optim.rates import Rate, WarmupCosine
@@ -171,6 +172,16 @@ def setting_of(weights: Weights, kind: Any, *path: str) -> Any:
         raise WeightsError(f"{weights.source}: {error}; nothing loaded") from None
 
 
+def _refuse_sizes(config: Config) -> None:
+    """Raise ConfigError where the config's encoder cannot take one of its views."""
+    encoder = getattr(config, "encoder", None)
+    if not isinstance(encoder, Encoder):
+        return
+    for name, view in vars(config).items():
+        if isinstance(view, View) and (why := encoder.refused_size(view.size)):
+            raise ConfigError(f"{name}.size is {view.size}, which {encoder.name} does not take: {why}")
+
+
 class Method(ABC, Generic[AnyConfig, Net]):
     """One learning method. Draws nothing itself: initial weights come from torch's generator, seeded by the engine;
     anything random in a step is keyed by the batch."""
@@ -181,6 +192,7 @@ class Method(ABC, Generic[AnyConfig, Net]):
     def __init__(self, config: AnyConfig, facts: Facts, inputs: Mapping[str, Artefact]):
         if self.needs_classes and not facts.num_classes:
             raise ConfigError(NO_LABEL)
+        _refuse_sizes(config)
         self.config, self.facts, self.inputs = config, facts, inputs
 
     @abstractmethod
@@ -226,6 +238,10 @@ class Method(ABC, Generic[AnyConfig, Net]):
         """The learning rate of each parameter group at `step`. Here: the config's, of both groups."""
         rate = self.config.rate.at(step, horizon)
         return rate, rate
+
+    def decay(self, step: int, horizon: Horizon) -> float | None:
+        """The weight decay at `step` of the first of each two groups; None where it never moves. Here: the config's."""
+        return self.config.optimizer.decay_at(step, horizon)
 
     @abstractmethod
     def loss(self, nets: Nets[Net], batch: Batch) -> dict[str, Tensor]:

@@ -52,7 +52,7 @@ from fastssl.methods.base import (
 )
 from fastssl.nn.encoders.encoder import Encoder
 from fastssl.nn.encoders.resnet import ResNet
-from fastssl.nn.heads import prediction_head, projection_head
+from fastssl.nn.heads import Activation, prediction_head, projection_head
 from fastssl.nn.norm.lockstep import LockstepSequential
 from fastssl.optim.lars import Lars
 from fastssl.optim.optimiser import Optimiser
@@ -97,6 +97,8 @@ class PawsConfig(Config):
     encoder: Encoder = ResNet(50)
     out_features: int = 2048
     prediction: bool = True  # a prediction head after the projection head
+    hidden_features: int | None = None  # of both heads; None: as many as the trunk's, and a quarter of out_features
+    activation: Activation = "relu"  # of both heads
     global_view: View = GLOBAL_VIEW
     small_view: View | None = SMALL_VIEW
     batch_global: int = 4096
@@ -133,8 +135,9 @@ class PawsNet(nn.Module):
     def __init__(self, config: PawsConfig, channels: int):
         super().__init__()
         self.trunk = config.encoder.build(channels)
-        self.projection = projection_head(self.trunk.num_features, config.out_features)
-        self.prediction = prediction_head(config.out_features) if config.prediction else LockstepSequential()
+        form = config.hidden_features, config.activation
+        self.projection = projection_head(self.trunk.num_features, config.out_features, *form)
+        self.prediction = prediction_head(config.out_features, *form) if config.prediction else LockstepSequential()
 
     def forward(self, resolutions: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Images of each resolution -> h and z of each, [N, out_features] in full precision. Resolutions go through in

@@ -5,6 +5,7 @@ Layer names hold "bn" or "bias" exactly where LARS and weight decay leave a para
 """
 
 from collections import OrderedDict
+from typing import Literal
 
 import torch
 from torch import nn
@@ -14,36 +15,47 @@ from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm
 from fastssl.nn.norm.lockstep import LockstepSequential
 from fastssl.nn.trunks.stem import Norm
 
+Activation = Literal["relu", "gelu"]
 
-def projection_head(in_features: int, out_features: int, norm: Norm = GlobalBatchNorm) -> LockstepSequential:
+
+def projection_head(
+    in_features: int,
+    out_features: int,
+    hidden_features: int | None = None,
+    activation: Activation = "relu",
+    norm: Norm = GlobalBatchNorm,
+) -> LockstepSequential:
     """PAWS's: three linear layers with bias, batch norm and ReLU between: [N, in_features] -> [N, out_features].
 
-    Hidden layers are as wide as the input. PAWS: 2048-2048-2048 for ResNet-50, 128-128-128 for WRN-28-2.
+    Hidden layers are as wide as the input unless `hidden_features` says otherwise. PAWS: 2048-2048-2048 for ResNet-50,
+    128-128-128 for WRN-28-2, and for ViT-S 256-256-256 with GELU.
     """
-    return LockstepSequential(
-        OrderedDict(
-            fc1=nn.Linear(in_features, in_features),
-            bn1=norm(in_features),
-            relu1=nn.ReLU(inplace=True),
-            fc2=nn.Linear(in_features, in_features),
-            bn2=norm(in_features),
-            relu2=nn.ReLU(inplace=True),
-            fc3=nn.Linear(in_features, out_features),
-        )
-    )
+    hidden = hidden_features or in_features
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    for index, features in ((1, in_features), (2, hidden)):
+        layers[f"fc{index}"] = nn.Linear(features, hidden)
+        layers[f"bn{index}"] = norm(hidden)
+        layers[f"{activation}{index}"] = _activation(activation)
+    layers["fc3"] = nn.Linear(hidden, out_features)
+    return LockstepSequential(layers)
 
 
-def prediction_head(num_features: int, norm: Norm = GlobalBatchNorm) -> LockstepSequential:
-    """PAWS's: batch norm, then a bottleneck of a quarter of the width: [N, num_features] -> [N, num_features]."""
-    return LockstepSequential(
-        OrderedDict(
-            bn1=norm(num_features),
-            fc1=nn.Linear(num_features, num_features // 4),
-            bn2=norm(num_features // 4),
-            relu=nn.ReLU(inplace=True),
-            fc2=nn.Linear(num_features // 4, num_features),
-        )
-    )
+def prediction_head(
+    num_features: int,
+    hidden_features: int | None = None,
+    activation: Activation = "relu",
+    norm: Norm = GlobalBatchNorm,
+) -> LockstepSequential:
+    """PAWS's: batch norm, then two linear layers: [N, num_features] -> [N, num_features]. The hidden one is a quarter
+    as wide unless `hidden_features` says otherwise; for ViT-S it is 256-256."""
+    hidden = hidden_features or num_features // 4
+    layers: OrderedDict[str, nn.Module] = OrderedDict(bn1=norm(num_features), fc1=nn.Linear(num_features, hidden))
+    layers |= {"bn2": norm(hidden), activation: _activation(activation), "fc2": nn.Linear(hidden, num_features)}
+    return LockstepSequential(layers)
+
+
+def _activation(name: Activation) -> nn.Module:
+    return nn.ReLU(inplace=True) if name == "relu" else nn.GELU()
 
 
 def simclr_head(

@@ -10,17 +10,21 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fastssl.errors import ConfigError
+from fastssl.optim.horizon import Horizon
 from fastssl.optim.optimiser import Optimiser
 from fastssl.optim.param_groups import decayed_groups
+from fastssl.optim.rates import warmup_cosine
 
 
 @dataclass(frozen=True)
 class AdamW(Optimiser):
-    """Weight decay is on kernels only: on tensors of two axes or more."""
+    """Weight decay is on kernels only: `fastssl.optim.param_groups.kernel_names`. With `final_decay` it goes there over
+    the stage, from `weight_decay` along half a cosine, as DINO's does (Caron et al. 2021)."""
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.05
+    final_decay: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -29,3 +33,9 @@ class AdamW(Optimiser):
 
     def build(self, parts: Sequence[Sequence[nn.Module]]) -> Optimizer:
         return torch.optim.AdamW(decayed_groups(parts, self.weight_decay), lr=0.0, betas=self.betas, eps=self.eps)
+
+    def decay_at(self, step: int, horizon: Horizon) -> float | None:
+        if self.final_decay is None:
+            return None
+        ends = {"peak": self.weight_decay, "final": self.final_decay}
+        return warmup_cosine(step, start=self.weight_decay, **ends, warmup_steps=0, total_steps=horizon.total_steps)

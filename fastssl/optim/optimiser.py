@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fastssl.errors import refuse_negative
+from fastssl.optim.horizon import Horizon
 
 
 @dataclass(frozen=True)
@@ -28,3 +29,7 @@ class Optimiser(ABC):
         """torch's optimiser of the trainable parameters of `parts`, each some modules that share a rate: first the
         encoder, then what stands above it as a classifier. A part makes two groups: what is decayed (and adapted), and
         the rest; either may be empty."""
+
+    def decay_at(self, step: int, horizon: Horizon) -> float | None:
+        """The weight decay of step 0, 1, ... of what is decayed; None where it stays what `build` made it."""
+        return None

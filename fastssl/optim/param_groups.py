@@ -11,21 +11,29 @@ Rule = Literal["paper", "authors"]
 
 
 def decayed_groups(parts: Sequence[Sequence[nn.Module]], weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups a part: kernels, which are decayed, and what has at most one axis, which is not."""
-    return [
-        {
-            "params": [p for p in as_one(part).parameters() if p.requires_grad and (p.ndim > 1) == kernels],
-            "weight_decay": weight_decay if kernels else 0.0,
-        }
-        for part in parts
-        for kernels in (True, False)
-    ]
+    """Two groups a part: kernels, which are decayed, and the rest, which is not: see `kernel_names`."""
+    groups = []
+    for part in map(as_one, parts):
+        names = kernel_names(part)
+        named = [(name, p) for name, p in part.named_parameters() if p.requires_grad]
+        groups.append({"params": [p for name, p in named if name in names], "weight_decay": weight_decay})
+        groups.append({"params": [p for name, p in named if name not in names], "weight_decay": 0.0})
+    return groups
+
+
+def kernel_names(module: nn.Module) -> set[str]:
+    """The parameters of two axes or more, but for those that a module within names in its `undecayed`, as a
+    transformer its tokens and positions."""
+    spared = {
+        f"{name}.{own}".lstrip(".") for name, each in module.named_modules() for own in getattr(each, "undecayed", ())
+    }
+    return {name for name, p in module.named_parameters() if p.ndim > 1} - spared
 
 
 def lars_groups(module: nn.Module, rule: Rule = "paper") -> list[dict[str, Any]]:
     """Two groups of `module`'s trainable parameters: [adapted and decayed, excluded], each in registration order.
 
-    - ``"paper"``: every bias and every normalisation parameter is excluded, that is every tensor of at most one axis.
+    - ``"paper"``: all but `kernel_names` is excluded: every bias and every normalisation parameter.
     - ``"authors"``: excluded are the names that contain "bias" or "bn", which is the filter of PAWS's released code
       (facebookresearch/suncet). It leaves the scale of a projection shortcut's norm (``*.downsample.1.weight``, four
       in a ResNet-50) adapted and decayed, against the paper; the published numbers came from the code.
@@ -37,7 +45,7 @@ def lars_groups(module: nn.Module, rule: Rule = "paper") -> list[dict[str, Any]]
         raise ValueError(f"unknown rule {rule!r}; one of paper, authors")
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     if rule == "paper":
-        excluded = {name for name, p in named if p.ndim <= 1}
+        excluded = {name for name, _ in named} - kernel_names(module)
     else:
         excluded = {name for name, _ in named if "bias" in name or "bn" in name}
     return [

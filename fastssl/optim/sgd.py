@@ -15,7 +15,7 @@ from fastssl.optim.param_groups import decayed_groups
 
 @dataclass(frozen=True)
 class Sgd(Optimiser):
-    """Weight decay is on kernels only: on tensors of two axes or more."""
+    """Weight decay is on kernels only: `fastssl.optim.param_groups.kernel_names`."""
 
     momentum: float = 0.9
     nesterov: bool = False

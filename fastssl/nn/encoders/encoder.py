@@ -37,6 +37,10 @@ class Encoder(ABC):
     def name(self) -> str:
         """As papers would call it: `ResNet-50`."""
 
+    def refused_size(self, size: int) -> str:
+        """Why images of `size` pixels a side cannot be its input; empty where they can."""
+        return ""
+
     def from_torchvision(self, channels: int) -> Likeness:
         """What those who have torchvision must know to build it, for images of `channels`."""
         return Likeness((f"another network than its ResNets: {self.name}",))
