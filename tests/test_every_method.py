@@ -29,7 +29,9 @@ from fastssl.methods.s4l import Vat
 from fastssl.methods.simclrv2 import Memory
 from fastssl.methods.supervised import FirstLayer
 from fastssl.nn.encoders.resnet import ByolResNet, ResNet, SimclrResNet
+from fastssl.nn.encoders.vit import ViT
 from fastssl.nn.encoders.wide_resnet import WideResNet
+from fastssl.optim.adamw import AdamW
 from fastssl.optim.lars import Lars
 from fastssl.optim.rates import WarmupCosine, WarmupStairs
 from fastssl.recipes.datasets import KNOWN_SETS
@@ -149,6 +151,10 @@ def table():
     small_odd = replace(SMALL_CROPS, name="small_odd", copies=1)
     simclr = semppl("semppl.simclr_rn50_300ep", labels="per-class=10", own_entry=False)
     by_differences = Vat(0.5, 0.5, "differences", normaliser="compat")
+    vit = paws(
+        encoder=ViT(8, 2, 16, 2, 2), small_view=SMALL_CROPS, prediction=True, hidden_features=12, activation="gelu",
+        optimizer=AdamW(weight_decay=0.04, final_decay=0.4), rate=WarmupCosine(4e-3, final=1e-6),
+    )  # fmt: skip
     every_part = paws(
         small_view=SMALL_CROPS, prediction=True, out_features=16, support_views=2, classes_global=4,
         encoder=WideResNet(10, 1), optimizer=Lars("paws", "paper", weight_decay=1e-6),
@@ -161,6 +167,7 @@ def table():
         ),
         # At tau 0.1 neighbours without labels, which an untrained network finds everywhere, may keep targets even.
         "paws of RoPAWS's targets": Row(paws(ropaws=Ropaws(), tau=0.02), -0.6, peak=0.8),
+        "paws on a vision transformer": Row(vit, -0.3, 150, peak=0.02),
         "supervised": Row(supervised(), 0.22),
         "supervised fine-tuning": Row(fine_tuning(), 0.1),
         "suncet": Row(suncet(), 0.2, warms=False),

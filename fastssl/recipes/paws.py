@@ -52,7 +52,7 @@ def digits_vit() -> Stages:
     """paws.digits with a vision transformer of 17 tokens, and PAWS's settings for one."""
     # Rate and length are of three settings, tried with seed 0 on the held-out digits that it reports.
     (stage,) = digits()
-    vit = stage.with_method(
+    vit = stage.with_settings(
         encoder=ViT(size=8, patch=2, width=64, depth=4, heads=4),
         hidden_features=64,
         activation="gelu",
@@ -106,7 +106,7 @@ def cifar10_small() -> Stages:
 def cifar10_vit_small() -> Stages:
     """As cifar10_small with a vision transformer of 37 tokens, in an hour or two on two CPU cores."""
     (stage,) = cifar10_small()
-    vit = stage.with_method(
+    vit = stage.with_settings(
         encoder=ViT(size=24, patch=4, width=96, depth=4, heads=3),
         hidden_features=96,
         activation="gelu",
@@ -213,7 +213,7 @@ def _vit(labels: str, epochs: int) -> Stages:
     """The settings of suncet#26. It does not say how long the warm-up is, for which the field takes ten epochs, nor
     whether PAWS's batch norms stay in the heads, as they do here; no path is dropped."""
     (stage,) = _imagenet(labels, epochs)
-    vit = stage.with_method(
+    vit = stage.with_settings(
         encoder=ViT(),
         hidden_features=256,
         out_features=256,

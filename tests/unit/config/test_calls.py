@@ -52,7 +52,10 @@ def test_what_may_be_absent_or_one_of_several_is_written_so_too():
     ("change", "says"),
     [
         ("encoder=wideresnt(2)", "encoder: there is no 'wideresnt'; did you mean 'WideResNet'?"),
-        ("encoder=sgd()", "encoder: there is no 'sgd'; known: ResNet, S4lResNet, WideResNet, ByolResNet, SimclrResNet and 1 more"),
+        (
+            "encoder=sgd()",
+            "encoder: there is no 'sgd'; known: ResNet, S4lResNet, WideResNet, ByolResNet, SimclrResNet and 1 more",
+        ),
         ("optimizer=muon(1)", "optimizer: there is no 'muon'; known: AdamW, Lars, Sgd"),
         ("encoder=wide_resnet(depht=28)", "encoder: WideResNet has no 'depht'; did you mean 'depth'?"),
         ("encoder=wide_resnet(28,2,3)", "encoder: WideResNet takes depth, widen, not '3'"),

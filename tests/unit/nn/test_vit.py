@@ -160,7 +160,7 @@ def test_what_cannot_be_is_refused(settings, why):
 def test_crops_that_patches_do_not_fill_are_refused_before_the_first_step():
     (stage,) = resolve("paws.digits", ("encoder=vit(8,4,16,1,2)", "global_view.size=10"))
     with pytest.raises(ConfigError, match=r"global_view.size is 10.*no multiple of its patches' 4 pixels"):
-        stage.method.build(Facts(10, 1, 0), {})
+        stage.config.build(Facts(10, 1, 0), {})
 
 
 # ------------------------------------------------------------------------------------------------------- its training
@@ -186,14 +186,14 @@ def test_rates_and_decays_of_the_recipes_are_their_laws():
     for name, epochs in (("vits16_100ep", 100), ("vits16_300ep", 300), ("vits16_100ep_1pct", 100)):
         (stage,) = resolve(f"paws.{name}")
         assert stage.length == Epochs(epochs)
-        method, total = stage.method, epochs * 1251
+        config, total = stage.config, epochs * 1251
         horizon = Horizon(1251, total)
         middle = (12510 + total) // 2
-        at = {step: method.rate.at(step, horizon) for step in (0, 6255, 12510, middle, total)}
+        at = {step: config.rate.at(step, horizon) for step in (0, 6255, 12510, middle, total)}
         assert list(at.values()) == pytest.approx([2e-4, 6e-4, 1e-3, (1e-3 + 1e-6) / 2, 1e-6], rel=1e-12)
-        decays = [method.optimizer.decay_at(step, horizon) for step in (0, total // 4, total // 2, total)]
+        decays = [config.optimizer.decay_at(step, horizon) for step in (0, total // 4, total // 2, total)]
         assert decays == pytest.approx([0.04, 0.22 - 0.18 * math.sqrt(0.5), 0.22, 0.4], rel=1e-4)
-        assert (method.batch_global, method.classes_global, method.images_per_class) == (1024, 960, 7)
+        assert (config.batch_global, config.classes_global, config.images_per_class) == (1024, 960, 7)
 
 
 def test_a_decay_that_stays_is_left_alone():
@@ -203,7 +203,7 @@ def test_a_decay_that_stays_is_left_alone():
 def test_heads_are_as_wide_as_the_recipe_says():
     (stage,) = resolve("paws.vits16_100ep")
     with torch.device("meta"):
-        net = stage.method.build(Facts(1000, 3, 0), {}).nets().online
+        net = stage.config.build(Facts(1000, 3, 0), {}).nets().online
     widths = [(m.in_features, m.out_features) for m in (*net.projection, *net.prediction) if hasattr(m, "in_features")]
     assert widths == [(384, 256), (256, 256), (256, 256), (256, 256), (256, 256)]
     assert sum(isinstance(m, torch.nn.GELU) for m in (*net.projection, *net.prediction)) == 3

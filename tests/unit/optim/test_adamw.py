@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -23,8 +22,8 @@ RATE = WarmupCosine(1e-2, Steps(10), start=2e-3, final=1e-5)
 def method_and_stage(optimizer: AdamW):
     (stage,) = resolve("supervised.digits")
     encoder = ViT(8, 4, 16, 1, 2)
-    stage = replace(stage, method=replace(stage.method, encoder=encoder, optimizer=optimizer, rate=RATE))
-    method = stage.method.build(Facts(10, 1, 0), {})
+    stage = stage.with_settings(encoder=encoder, optimizer=optimizer, rate=RATE)
+    method = stage.config.build(Facts(10, 1, 0), {})
     return method, stage
 
 
