@@ -24,7 +24,8 @@ do, without data or devices. A recipe of your own needs no place here: [extendin
 
 Accuracies are top-1 in %. NN: by soft nearest neighbours, without training a classifier. Fine-tuned: or of the
 classifier that the recipe itself trains. Several numbers of a paper are with several shares of the labels, or after
-several lengths of pre-training; `fastssl recipes` tells them apart. Measured: with this code, with the command and its
+several lengths of pre-training, or the paper's beside the authors' code's; `fastssl recipes` tells them apart. Those of
+a run of another length have it beside them. Measured: with this code, with the command and its
 output in `benchmarks/results/`. An empty cell means that nobody has measured it with this code.
 
 `labels` is the setting of that name: which images show their label in training, or, where a method uses none, are used
@@ -34,7 +35,9 @@ to evaluate it. `--labels simclr-1` changes it to 1 % of ImageNet's.
 NOTES = {
     "paws": (
         "The paper trained 100 epochs of ResNet-50 in 8.5 hours on 64 V100 GPUs. In half an hour on two cores PAWS "
-        "does not overtake the supervised baseline on CIFAR-10 (`benchmarks/results/cifar10_small_cpu_202611.md`)."
+        "does not overtake the supervised baseline on CIFAR-10 (`benchmarks/results/cifar10_small_cpu_202611.md`). Of "
+        "two numbers by nearest neighbours with 1 % of the labels the first is the paper's, whose neighbours are among "
+        "10 %, the second its authors' correction."
     ),
     "semppl": (
         "SemPPL's authors released no training code. What their paper leaves open is a setting, with the reason for "
@@ -42,15 +45,18 @@ NOTES = {
         "`fastssl/recipes/semppl.py`. At the length of the small recipes unlabelled images do not help yet: "
         "`benchmarks/results/semppl_cifar10_cpu_202611.md` says why."
     ),
-    "relicv2": "SemPPL without semantic positives.",
-    "byol": "SemPPL without semantic positives and without its contrast.",
+    "relicv2": "SemPPL without semantic positives. The numbers are as SemPPL's paper quotes them.",
+    "byol": (
+        "SemPPL without semantic positives and without its contrast. The numbers are as SemPPL's paper quotes them."
+    ),
     "simclrv2": (
         "The three numbers are with 1, 10 and 100 % of the labels, after pre-training with a momentum memory that was "
         "never released: `simclrv2.rn50_800ep_memory` has one. Distillation's two are with 1 and 10 %; `--set "
         "teacher=RUN` names the teacher, any run with a classifier."
     ),
     "s4l": (
-        "Numbers are of the classifiers that the recipes train, as the authors' code reaches them; the label lists are "
+        "Numbers are of the classifiers that the recipes train: the paper's where it gives top-1, then what the "
+        "authors' code reaches; the paper's tables are in top-5. The label lists are "
         "the authors' own (`fastssl/methods/s4l.py`). `--protocol turned-classifier` averages over an image's four "
         "quarter turns. Batch norm's statistics are those of 8 or 32 of the authors' cores, which ranks share; with "
         "more ranks than that, `--set core_images=none`. At the length of the small recipes unlabelled images do not "
@@ -101,7 +107,14 @@ def results() -> str:
         spread = "" if each.spread is None else f" ± {each.spread}"
         seeds = "single seed" if each.seeds == 1 else f"{each.seeds} seeds"
         how = f"[{each.commit or 'how'}](benchmarks/results/{each.results})"
-        cells = [f"`{name}`", f"`{first.config.labels}`", f"{each.top1}{spread} ({seeds})", each.how, each.took, how]
+        cells = [
+            f"`{name}`",
+            f"`{each.labels or first.config.labels}`",
+            f"{each.top1}{spread} ({seeds})",
+            each.how,
+            each.took,
+            how,
+        ]
         rows.append(_line(cells))
     return "\n".join(rows) + "\n"
 

@@ -8,6 +8,9 @@ from pathlib import Path
 import click
 
 from fastssl.commands.command import RUN, as_typed, command
+from fastssl.errors import ConfigError
+
+_WITH_TAP = {"soft-nn", "knn", "linear"}
 
 
 class _Protocols(click.Option):
@@ -30,14 +33,17 @@ class _Protocols(click.Option):
     help="KEY: labelled, validation, or a published set that the protocol measures on: imagenet_v2, food101, ...",
 )
 @click.option("--labels", help="Images to learn from: all, per-class=N, a list's name or path [as the run did].")
-def evaluate(run: Path, protocols: tuple[str, ...], data: tuple[str, ...], labels: str | None) -> None:
+@click.option("--tap", help="Where soft-nn, knn and linear take features: backbone, h, z, ... [each its own].")
+def evaluate(run: Path, protocols: tuple[str, ...], data: tuple[str, ...], labels: str | None, tap: str | None) -> None:
     """Score the encoder of RUN at its newest checkpoint; prints JSON."""
     from fastssl.engine.reopen import open_run
     from fastssl.evaluation import divide, load_protocol
 
     chosen = [load_protocol(name) for name in protocols]
     own, sets = divide(data, chosen)
-    subject, step = open_run(run, own, sets, labels)
+    if tap and (others := sorted(set(protocols) - _WITH_TAP)):
+        raise ConfigError(f"--tap {tap}: {others[0]} takes features where it always does; leave one of them out")
+    subject, step = open_run(run, own, sets, labels, tap)
     scores = {key: value for protocol in chosen for key, value in protocol.evaluate(subject).items()}
     provenance = subject.provenance(subject.looked_at)
     click.echo(json.dumps({**scores, "step": step, "provenance": provenance, "command": as_typed()}, indent=2))

@@ -225,7 +225,9 @@ def _scored(job: Job, score: str, start: Callable[[Job], Any]) -> dict[str, Any]
     if score not in result:
         raise ConfigError(f"--sweep chooses by {score}, which is not measured: --set evaluate=knn")
     interval = result[score.removesuffix("_top1")]["top1_ci95"]
-    return {"top1": result[score], "top1_ci95": interval, "steps": result["steps"]}
+    row = {"top1": result[score], "top1_ci95": interval, "steps": result["steps"]}
+    top5 = score.replace("_top1", "_top5")
+    return row | ({"top5": result[top5]} if top5 in result else {})
 
 
 def _final(sweep: Sweep, chosen: str) -> Job:
@@ -260,7 +262,9 @@ def _write(out: Path, record: dict[str, Any]) -> None:
 def _table(record: dict[str, Any]) -> str:
     """The record for people, as Markdown; accuracies in %."""
     held_out, keys = record["held_out"], list(record["grid"])
-    header = [*keys, "steps", f"held out, {record['score']}", f"validation, {record['score']}"]
+    with_top5 = any("top5" in row for row in record["runs"].values())
+    header = [*keys, "steps", f"held out, {record['score']}", *(["top-5"] if with_top5 else [])]
+    header.append(f"validation, {record['score']}")
     lines = [
         f"# {record['recipe']}, swept",
         "",
@@ -279,10 +283,14 @@ def _table(record: dict[str, Any]) -> str:
         if not row.get("diverged"):
             steps, top1 = f"{row['steps']:,}", _percent(row).removesuffix(" (single seed)")
         cells = [*values, steps, top1]
+        if with_top5:
+            cells.append(f"{100 * row['top5']:.1f}" if "top5" in row else "–")
         if name == record.get("chosen"):
             cells = [f"**{cell}**" for cell in cells]
             final = record.get("final", {})
             last = "diverged" if final.get("diverged") else _percent(final) if final else ""
+            if "top5" in final:
+                last += f"; top-5 {100 * final['top5']:.1f}"
         lines.append(f"| {' | '.join([*cells, last])} |")
     return "\n".join(lines) + "\n"
 

@@ -25,13 +25,18 @@ from loaders.store.data import LABELLED, DataSets, open_data
 
 
 def open_run(
-    run: Path, data: tuple[str, ...], sets: Mapping[str, Path] | None = None, labels: str | None = None
+    run: Path,
+    data: tuple[str, ...],
+    sets: Mapping[str, Path] | None = None,
+    labels: str | None = None,
+    tap: str | None = None,
+    held_out: str | None = None,
 ) -> tuple[Subject, int]:
     """The networks of `run`'s last stage at its newest checkpoint, beside `data` (default: what the run was trained
     and scored on), and the step they are from. A damaged checkpoint is passed over for the one before, with a line on
     stderr. The data may have other classes than the run's: its networks are built for their own. Raises FastsslError
-    where the run cannot be read, LoaderError where the data lacks images of `labels`. `sets` and `labels` are
-    Subject's."""
+    where the run cannot be read, LoaderError where the data lacks images of `labels`. `sets`, `labels` and `tap` are
+    Subject's, and so is `held_out`, by default the run's own where it is shown the data that it was trained on."""
     written = read_run(run)
     sources = _data_of(written, data)
     if labels is not None:
@@ -48,10 +53,11 @@ def open_run(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for module in nets.modules().values():
         module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    held_out = None if data else written.held_out
+    if held_out is None and not data:
+        held_out = written.held_out
     threads = len(os.sched_getaffinity(0))
     subject = Subject(
-        method, nets, sources, device=device, threads=threads, held_out=held_out, labels=labels, sets=sets
+        method, nets, sources, device=device, threads=threads, held_out=held_out, labels=labels, sets=sets, tap=tap
     )
     return subject, state["step"]
 

@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 
 from fastssl.errors import ConfigError
-from fastssl.evaluation.accuracies import wilson
+from fastssl.evaluation.accuracies import top5, top5_correct, wilson
 from fastssl.evaluation.subject import Subject
 from loaders.store.data import VALIDATION
 
 
 def evaluate(subject: Subject) -> dict[str, Any]:
-    """`classifier_top1` on the validation images. Raises ConfigError where the method has no classifier."""
+    """`classifier_top1` and `_top5` on the validation images. Raises ConfigError where the method has no classifier."""
     return scores(subject, "classifier", "logits")
 
 
 def scores(subject: Subject, protocol: str, tap: str) -> dict[str, Any]:
-    """`PROTOCOL_top1` of the largest value at `tap`, on the validation images. Raises ConfigError where the method has
-    no such tap, or knows another number of classes."""
+    """`PROTOCOL_top1` and `_top5` of the largest values at `tap`, on the validation images. Raises ConfigError where
+    the method has no such tap, or knows another number of classes."""
     if tap not in subject.method.taps:
         raise ConfigError(f"{type(subject.method).__name__} has no {tap} to classify by: choose another protocol")
     if (known := subject.method.facts.num_classes) != subject.num_classes:
@@ -31,10 +31,12 @@ def scores(subject: Subject, protocol: str, tap: str) -> dict[str, Any]:
     subject.check()
     numbers_K = classes_of_run(subject)
     features = subject.features(VALIDATION, tap)
-    correct = int((features.values.argmax(dim=1) == numbers_K[features.labels]).sum())
-    total = len(features.labels)
+    number_N = numbers_K[features.labels]
+    correct = int((features.values.argmax(dim=1) == number_N).sum())
+    total = len(number_N)
     return {
         f"{protocol}_top1": correct / total,
+        **top5(protocol, top5_correct(features.values, number_N), total, known),
         protocol: {"images": total, "top1_ci95": wilson(correct, total)},
     }
 

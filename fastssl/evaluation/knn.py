@@ -5,13 +5,13 @@ Each of the k labelled images nearest in cosine votes for its class with weight 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastssl.evaluation.accuracies import wilson
+from fastssl.evaluation.accuracies import top5, top5_correct, wilson
 from fastssl.evaluation.cosine import cosine_blocks, full_fp32
 from fastssl.evaluation.subject import Subject
 
@@ -21,16 +21,20 @@ DEFAULT_K = 20  # fixed beforehand: taking the best k would be choosing on the v
 
 
 def evaluate(subject: Subject) -> dict[str, Any]:
-    """`knn_top1` at k = 20, and `knn_top1_k10`, ... for each k, which is clipped to the number of labelled images."""
-    tap = subject.method.taps[0]
+    """`knn_top1` and `knn_top5` at k = 20, and `knn_top1_k10`, ... for each k, which is clipped to the number of
+    labelled images."""
+    tap, num_classes = subject.chosen_tap(subject.method.taps[0]), subject.num_classes
     labelled, validation = subject.labelled_and_validation(tap)
-    predictions = knn(
-        validation.values, labelled.values, labelled.labels, subject.num_classes, ks=KS, device=subject.device
-    )
-    correct = {k: int((classes_Q.cpu() == validation.labels).sum()) for k, classes_Q in predictions.items()}
-    images = len(validation.labels)
+    images, label_Q = len(validation.labels), validation.labels.to(subject.device)
+    correct, among_five = dict.fromkeys(KS, 0), 0
+    banks = validation.values, labelled.values, labelled.labels
+    for k, votes_QK in knn_votes(*banks, num_classes, ks=KS, device=subject.device):
+        correct[k] = int((votes_QK.argmax(dim=1) == label_Q).sum())
+        if k == DEFAULT_K:
+            among_five = top5_correct(votes_QK, label_Q)
     return {
         "knn_top1": correct[DEFAULT_K] / images,
+        **top5("knn", among_five, images, num_classes),
         **{f"knn_top1_k{k}": correct[k] / images for k in KS},
         "knn": {
             "tap": tap,
@@ -54,6 +58,23 @@ def knn(
     device: torch.device | str = "cpu",
 ) -> dict[int, Tensor]:
     """Predicted classes [Q] for each k of `ks`; where k exceeds the bank, all of it votes."""
+    asked = queries_QD, bank_ND, labels_N, num_classes
+    votes = knn_votes(*asked, ks=ks, temperature=temperature, device=device)
+    return {k: votes_QK.argmax(dim=1) for k, votes_QK in votes}
+
+
+def knn_votes(
+    queries_QD: Tensor,
+    bank_ND: Tensor,
+    labels_N: Tensor,
+    num_classes: int,
+    *,
+    ks: Sequence[int] = KS,
+    temperature: float = TEMPERATURE,
+    device: torch.device | str = "cpu",
+) -> Iterator[tuple[int, Tensor]]:
+    """(k, votes [Q, num_classes]) for each k of `ks` in ascending order; the votes are the generator's own and grow
+    with k."""
     most = min(max(ks), len(bank_ND))
     cosine_Qk = queries_QD.new_empty(len(queries_QD), 0, device=device)
     labels_Qk = labels_N.new_empty(len(queries_QD), 0, device=device)
@@ -65,9 +86,7 @@ def knn(
             labels_Qk = labels_Qm.gather(1, kept_Qk)
     weight_Qk = ((cosine_Qk - 1) / temperature).exp()
     votes_QK = queries_QD.new_zeros(len(queries_QD), num_classes, device=device)
-    predictions: dict[int, Tensor] = {}
     # Nearest first, one neighbour a row at a time: every k falls out of one pass, and no two additions race.
     for count in range(1, most + 1):
         votes_QK.scatter_add_(1, labels_Qk[:, count - 1 : count], weight_Qk[:, count - 1 : count])
-        predictions |= {k: votes_QK.argmax(dim=1) for k in ks if min(k, most) == count}
-    return predictions
+        yield from ((k, votes_QK) for k in ks if min(k, most) == count)

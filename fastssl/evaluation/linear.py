@@ -5,8 +5,9 @@ classifier on random crops, this one is trained WITHOUT augmentation, as probes 
 
 Two solvers. Where labelled images x features x classes are at most 2^31, L-BFGS finds the optimum of L2-regularised
 logistic regression, and C is chosen (as for transfer in SimCLR, arXiv 2002.05709, B.8). Larger sets are learnt by SGD,
-thirteen learning rates in one pass over the data (as in DINOv2, arXiv 2304.07193, B.3), with the rest as in SemPPL's
-linear evaluation (arXiv 2301.05158), which has no weight decay; where a protocol asks for some, each with every rate.
+thirteen learning rates in one pass over the data (as in DINOv2, arXiv 2304.07193, B.3), with the rest as in the
+linear evaluation of SemPPL's release (google-deepmind/semppl, configs/eval.py), which has no weight decay; where a
+protocol asks for some, each with every rate.
 
 The choice is made on labelled images held out for it: the validation images give one number, with the chosen setting,
 of a classifier that was then trained on all labelled images. To a network that has itself learnt from these labels the
@@ -28,7 +29,7 @@ from torch.nn import functional as F
 
 from fastssl import dist
 from fastssl.errors import ConfigError
-from fastssl.evaluation.accuracies import wilson
+from fastssl.evaluation.accuracies import top5, top5_correct, wilson
 from fastssl.evaluation.cosine import full_fp32
 from fastssl.evaluation.subject import Subject
 from loaders.plan.draws import mix, tag
@@ -40,23 +41,28 @@ LARGEST_FOR_LBFGS = 2**31  # images x features x classes: all of CIFAR-10 with 4
 CS = tuple(10.0**k for k in range(-5, 4))  # decades; SimCLR sweeps 1 / C from 1e5 down, in finer steps
 MAX_ITERATIONS = 1000
 RATES = tuple(10.0 ** (k / 3) for k in range(-9, 4))  # thirteen over four decades, as in DINOv2; for 256 images a step
-BATCH, EPOCHS, MOMENTUM = 1024, 100, 0.9  # SemPPL; Nesterov, cosine to 0, no warm-up
+BATCH, EPOCHS, MOMENTUM = 1024, 100, 0.9  # SemPPL's release; Nesterov, cosine to 0, no warm-up
 HELD_OUT_PER_CLASS = 12  # as on PAWS's list of training images for such choices
 HELD_OUT_SHARE = 5  # one labelled image in so many, where that is fewer
 _QUERIES = 4096  # classified at a time
 
 
 def evaluate(subject: Subject) -> dict[str, Any]:
-    """`linear_top1` on the validation images, and how the classifier came about."""
-    tap = subject.method.taps[0]
+    """`linear_top1` and `_top5` on the validation images, and how the classifier came about."""
+    tap = subject.chosen_tap(subject.method.taps[0])
     labelled, validation = subject.labelled_and_validation(tap)
     held_N = held_out(labelled.labels, labelled.ids)
     found = choose_head(labelled.values, labelled.labels, held_N, subject.num_classes, device=subject.device)
     head, about = dist.broadcast_object(found)  # ranks round alike, but nothing promises it
     correct = int((head.classes(validation.values) == validation.labels).sum())
+    among_five = sum(
+        top5_correct(head.logits(x_qD)[0], labels_q)
+        for x_qD, labels_q in zip(validation.values.split(_QUERIES), validation.labels.split(_QUERIES), strict=True)
+    )
     images = len(validation.labels)
     return {
         "linear_top1": correct / images,
+        **top5("linear", among_five, images, subject.num_classes),
         "linear": {"tap": tap, **about, "images": images, "top1_ci95": wilson(correct, images)},
     }
 

@@ -2,7 +2,8 @@
 
 A validation image's prediction is the mean label of the labelled images, weighted by softmax(cosine / tau) (PAWS,
 arXiv 2104.13963, section 4; facebookresearch/suncet, snn_eval). As there: all labelled images, one central view each,
-the last tap (after the prediction head, although training takes its targets before it), one-hot labels, fp32.
+the last tap (after the prediction head, although training takes its targets before it), one-hot labels, fp32. The
+paper's appendix A compares f(x), from before the prediction head: `--tap h`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastssl.evaluation import collapse
-from fastssl.evaluation.accuracies import wilson
+from fastssl.evaluation.accuracies import top5, top5_correct, wilson
 from fastssl.evaluation.cosine import cosine_blocks, full_fp32
 from fastssl.evaluation.subject import Subject
 
@@ -22,9 +23,9 @@ TAU = 0.1  # as in training
 
 
 def evaluate(subject: Subject) -> dict[str, Any]:
-    """`soft_nn_top1`, and what tells a collapse: of the predictions (entropy of their mean in nats and as a share of
-    ln K, mean confidence) and of the validation embeddings (effective rank)."""
-    tap = subject.method.taps[-1]
+    """`soft_nn_top1` and `_top5`, and what tells a collapse: of the predictions (entropy of their mean in nats and as a
+    share of ln K, mean confidence) and of the validation embeddings (effective rank)."""
+    tap = subject.chosen_tap(subject.method.taps[-1])
     labelled, validation = subject.labelled_and_validation(tap)
     p_QK = soft_nn(
         validation.values, labelled.values, labelled.labels, subject.num_classes, device=subject.device
@@ -33,6 +34,7 @@ def evaluate(subject: Subject) -> dict[str, Any]:
     entropy = float(collapse.mean_prediction_entropy(p_QK))
     return {
         "soft_nn_top1": correct / len(p_QK),
+        **top5("soft_nn", top5_correct(p_QK, validation.labels), len(p_QK), subject.num_classes),
         "prediction_confidence": float(collapse.prediction_confidence(p_QK)),
         "mean_prediction_entropy": entropy,
         "mean_prediction_entropy_share": collapse.share_of_uniform(entropy, subject.num_classes),

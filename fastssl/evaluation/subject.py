@@ -62,11 +62,12 @@ class Subject:
         held_out: str | None = None,
         labels: str | None = None,
         sets: Mapping[str, Path] | None = None,
+        tap: str | None = None,
     ):
         self.method, self.nets, self.data = method, nets, data
         self.held_out, self.labels = held_out, method.config.labels if labels is None else labels
         self.device, self.threads, self.batch = torch.device(device), threads, batch
-        self.renderer, self.sets = renderer, sets or {}
+        self.renderer, self.sets, self.tap = renderer, sets or {}, tap
         self._bound: dict[str, Bound] = {}
         self._features: dict[tuple[str, str], Features] = {}
 
@@ -80,6 +81,10 @@ class Subject:
         if (role, tap) not in self._features:
             self._features[role, tap] = self._embed(self._bind(role), role, tap)
         return self._features[role, tap]
+
+    def chosen_tap(self, usual: str) -> str:
+        """Where a protocol takes its features: as was asked for, else its usual tap."""
+        return self.tap or usual
 
     def features_of(self, source: Source, tap: str, crop: Crop | None = None) -> Features:
         """Every image of a source that is none of the run's, with the labels it has there; not kept. `crop` takes the

@@ -12,5 +12,6 @@ from fastssl.evaluation.subject import Subject
 
 
 def evaluate(subject: Subject) -> dict[str, Any]:
-    """`turned_classifier_top1` on the validation images. Raises ConfigError where the method has no such classifier."""
+    """`turned_classifier_top1` and `_top5` on the validation images. Raises ConfigError where the method has no such
+    classifier."""
     return scores(subject, "turned_classifier", "turned-logits")

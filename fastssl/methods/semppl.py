@@ -88,7 +88,7 @@ def large(name: str, least_area: float, copies: int, odd: bool) -> View:
 
 
 def _small(name: str, odd: bool) -> View:
-    """The paper gives areas of large views only: these are those of the usual small crops."""
+    """Their areas stand in table 12's odd column."""
     return _view(name, 96, (0.05, 0.14), copies=1, odd=odd, mask=False)
 
 

@@ -3,7 +3,8 @@
 Paper      Assran et al., "Recovering Petaflops in Contrastive Semi-Supervised Learning of Visual Representations",
            arXiv 2006.10803; as the last step of PAWS on CIFAR-10: arXiv 2104.13963, appendix C
 Code       facebookresearch/suncet at 731547d, which this follows: LARS and two flipped views an image, where the PAWS
-           paper says momentum SGD and no augmentation; similarities in fp32, there in half precision
+           paper says momentum SGD and no augmentation (suncet.cifar10_sgd); similarities in fp32, there in half
+           precision
 Command    fastssl train suncet.cifar10 --init-from RUN --data PATH
 Published  CIFAR-10, 4,000 labels, soft nearest neighbours after PAWS: 96.0 +- 0.2 %
 

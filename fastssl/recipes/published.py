@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from fastssl.methods.base import Stages
+from fastssl.methods.base import Epochs, Stages
 
 Recipe = TypeVar("Recipe", bound=Callable[[], Stages])
 
@@ -64,12 +64,23 @@ def published_of(recipe: Callable[[], Stages]) -> tuple[Published, ...]:
 
 def cells(recipe: Callable[[], Stages]) -> tuple[str, str]:
     """For a table: accuracies by nearest neighbours, and fine-tuned or of the recipe's classifier. Several are divided
-    by slashes, in the order in which they are published; – where there is none."""
-    numbers = published_of(recipe)
-    nearest = [_cell(each.nearest, each.spread) for each in numbers if each.nearest is not None]
-    trained = [_cell(value, each.spread) for each in numbers if (value := each.fine_tuned or each.classifier)]
-    return " / ".join(nearest) or "–", " / ".join(trained) or "–"
+    by slashes, in the order in which they are published, those of a run of another length than the recipe's with that
+    length; – where there is none."""
+    numbers, first = published_of(recipe), recipe()[0]
+    fine_tunes = "init" in first.needs
+    lengths = [
+        "" if fine_tunes or Epochs(each.epochs) == first.length else f" ({each.epochs:,} ep.)" for each in numbers
+    ]
+    nearest = [_cell(n, n.nearest) + length for n, length in zip(numbers, lengths, strict=True)]
+    trained = [_cell(n, n.fine_tuned or n.classifier) + length for n, length in zip(numbers, lengths, strict=True)]
+    return _joined(nearest), _joined(trained)
 
 
-def _cell(value: float, spread: float | None) -> str:
-    return f"{value}" if spread is None else f"{value} ± {spread}"
+def _joined(found: list[str]) -> str:
+    return " / ".join(cell for cell in found if cell[0] != " ") or "–"
+
+
+def _cell(of: Published, value: float | None) -> str:
+    if value is None:
+        return " "
+    return f"{value}" if of.spread is None else f"{value} ± {of.spread}"

@@ -68,7 +68,7 @@ def cifar10_small() -> Stages:
     """CIFAR-10 without labels on two CPU cores in half an hour: the network and view size of paws.cifar10_small."""
     (stage,) = cifar10()
     small = stage.with_settings(
-        labels="paws-cifar10-4000-split-91",
+        labels="paws-cifar10-4000-split-152",
         encoder=SimclrResNet(10, stem="cifar", base_width=16),
         view=replace(stage.settings("view")["view"], size=24),
         rate=WarmupCosine(1.0, Epochs(4)),

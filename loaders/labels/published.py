@@ -59,6 +59,7 @@ PUBLISHED = {
         )
         for seed, sha256 in {
             73: "05ce529e1f757519038a48224685b2a5a0e0849028ddb8cf700f723dd4fc4ba6",
+            152: "1d8b8205e36137f750b6f762d5fb52329016de12a94015b8e5949beab4f57f8c",  # the authors' default
             91: "11914208239f272a2f1b71b5165015f91b80b4c4a51744ab68ec1bb5f8c326d8",
             321: "df1c1eecbecdc8e783eab52ff12f8825d6a445eacda59f321b332111795bf1cb",
             401: "737fd75cf37436bba00e1565a1667bc67e86a83207e1fe9895902d774ecc0fe5",

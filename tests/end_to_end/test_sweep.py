@@ -146,6 +146,17 @@ class Untrained:
         return {"classifier_top1": found, "classifier": {"top1_ci95": [found - 0.1, found + 0.1]}, "steps": 7}
 
 
+def test_top5_stands_beside_the_accuracy_that_chooses(capsys):
+    """Where the protocol gives it."""
+    start = Untrained({"0.1": 0.6, "0.2": 0.5, "final": 0.5})
+    run(sweep_of("rate.peak=0.1,0.2"), lambda job: start(job) | {"classifier_top5": 0.9})
+    assert record()["final"]["top5"] == record()["runs"]["rate.peak=0.1"]["top5"] == 0.9
+    table = capsys.readouterr().out
+    assert "| held out, classifier_top1 | top-5 | validation, classifier_top1 |" in table
+    assert "| 0.2 | 7 | 50.0 [40.0, 60.0] | 90.0 |  |" in table and "(single seed); top-5 90.0** |" not in table
+    assert "50.0 [40.0, 60.0] (single seed); top-5 90.0 |" in table
+
+
 def test_of_equals_the_first_is_chosen_and_what_diverged_is_not_tried_again(capsys):
     """Would catch a run of which nothing is known, taken for the best."""
     start = Untrained({"9": "diverges", "0.1": 0.8, "0.2": 0.8, "0.3": 0.7, "final": 0.5})

@@ -11,10 +11,12 @@ import torch
 
 from fastssl.config.plain import to_plain
 from fastssl.errors import ConfigError
-from fastssl.methods.base import Facts, Horizon
+from fastssl.methods.base import Facts, Horizon, Ref
 from fastssl.methods.suncet import suncet_loss
 from fastssl.nn.encoders.wide_resnet import WideResNet
 from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm
+from fastssl.optim.rates import WarmupCosine
+from fastssl.optim.sgd import Sgd
 from fastssl.recipes.resolve import resolve
 from fastssl.weights.read import Weights, WeightsError
 from loaders.batch import Batch, Part
@@ -148,3 +150,16 @@ def test_what_does_not_fit_is_refused():
         replace(method.config, images_per_class=1, view=replace(method.config.view, copies=1))
     with pytest.raises(ConfigError, match="a temperature, above zero"):
         replace(method.config, tau=0.0)
+
+
+def test_the_papers_way_is_momentum_sgd_on_images_as_they_are():
+    """Appendix C: 180 steps of 640 images, rate .1 along a cosine, no decay. Catches the code's two flipped views and
+    LARS under the paper's name; and one command that leaves PAWS out."""
+    (stage,) = resolve("suncet.cifar10_sgd")
+    c = stage.config
+    assert (c.view.ops, c.view.copies, c.classes_global * c.images_per_class) == ((), 1, 640)
+    assert (c.optimizer, c.rate) == (Sgd(momentum=0.9, weight_decay=0.0), WarmupCosine(0.1))
+    assert stage.length.steps(4000 // 640) == 180
+    pretrain, tuned = resolve("suncet.cifar10_two_stages")
+    assert (pretrain,) == resolve("paws.cifar10") and tuned.needs == {"init": Ref(stage=pretrain.name)}
+    assert tuned.config == resolve("suncet.cifar10")[0].config

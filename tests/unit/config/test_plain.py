@@ -191,6 +191,7 @@ print(json.dumps({name: to_plain(recipe()) for name, recipe in recipes().items()
 MEANT_TO_DIFFER = {
     r"(semppl|byol|relicv2)\.rn|semppl\.(byol|simclr)_": {"config.capacity", "config.rate.peak", "config.scaling"},
     r"simclrv2\.(distill|rn50_three)": {"config.rate", "config.scaling", "config.type"},
+    r".*cifar10": {"config.labels"},
     r"simclrv2\.rn": {"config.rate.warmup"},
     r"supervised\.simclrv2_": {"config.rate.peak", "config.scaling", "config.type"},
     r"supervised\.semppl_": {"config.rate.peak", "config.head_peak", "config.scaling"},

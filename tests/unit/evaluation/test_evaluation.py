@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import top_k_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
@@ -68,6 +69,49 @@ def test_knn_with_fewer_labelled_images_than_k_lets_all_of_them_vote(blobs):
     assert list(got) == [10, 20, 200]
     assert torch.equal(got[20], knn_by_sklearn(queries, bank, labels, 15))
     assert torch.equal(got[20], got[200])
+
+
+# --- among the five largest ---
+
+
+@pytest.mark.parametrize("round_to", [None, 0])
+def test_top5_is_scikit_learns(round_to):
+    """With and without equal scores. Catches a rank counted from one, and ties that all count, by which a classifier
+    that gives every class the same would always be right."""
+    torch.manual_seed(0)
+    scores, labels = torch.randn(400, 9, dtype=torch.float64), torch.randint(0, 9, (400,))
+    if round_to is not None:
+        scores = scores.round(decimals=round_to)
+    expected = top_k_accuracy_score(labels.numpy(), scores.numpy(), k=5, labels=range(9), normalize=False)
+    assert accuracies.top5_correct(scores, labels) == expected != 400
+    assert accuracies.top5_correct(scores * math.nan, labels) == 0
+
+
+@pytest.mark.parametrize("protocol", ["knn", "linear", "soft-nn"])
+def test_every_protocol_tells_top5_of_more_than_five_classes(protocol):
+    """Held to scikit-learn's of nothing but the ten digits; of five classes or fewer it is not told."""
+    train, validation = open_digits()
+    result = load_protocol(protocol).evaluate(subject_of(DataSets({"train": train, "validation": validation})))
+    name = protocol.replace("-", "_")
+    assert result[f"{name}_top1"] < result[f"{name}_top5"] <= 1
+    few = [
+        ArraySource(each.name, each.images[each.labels < 5], each.labels[each.labels < 5], each.class_names[:5])
+        for each in (train, validation)
+    ]
+    few_classes = load_protocol(protocol).evaluate(subject_of(DataSets({"train": few[0], "validation": few[1]})))
+    assert f"{name}_top1" in few_classes and f"{name}_top5" not in few_classes
+
+
+def test_neighbours_are_looked_for_at_the_tap_that_is_asked_for(digits):
+    """`evaluate --tap`: PAWS's appendix A takes features from before the prediction head."""
+    subject = subject_of(digits)
+    usual = load_protocol("soft-nn").evaluate(subject)["soft_nn"]["tap"]
+    subject.tap = "backbone"
+    assert usual == subject.method.taps[-1]
+    assert load_protocol("soft-nn").evaluate(subject)["soft_nn"]["tap"] == "backbone"
+    subject.tap = "h"
+    with pytest.raises(ConfigError, match="has no tap 'h'"):
+        load_protocol("soft-nn").evaluate(subject)
 
 
 # --- collapse ---
