@@ -46,7 +46,7 @@ def train(at: Joined) -> dict[str, Any]:
             with Watchdog(job.out, job.watchdog_s, lambda: Standing(trainer.step, clock.doing)):
                 trainer.run(recorder, evaluate if at.protocols else None, clock, at.here.stop)
             scores = evaluations[-1] if evaluations else evaluate() if at.protocols else {}
-            result = _result(at, trainer, scores)
+            result = _result(at, trainer, scores) | {"trained_s": recorder.trained_s()}
             recorder.finish(scores, job.next_commands())
     return result
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fastssl.methods.base import Epochs, Ref, Stage, Stages, Steps
+from fastssl.methods.base import Epochs, Ref, Stage, Stages
 from fastssl.methods.supervised import FirstLayer, SimclrFineTuning, SupervisedConfig
 from fastssl.nn.encoders.resnet import ByolResNet, ResNet, SimclrResNet
 from fastssl.optim.rates import WarmupCosine, WarmupStairs
 from fastssl.optim.sgd import Sgd
 from fastssl.recipes import paws
+from fastssl.recipes.labels_alone import alone, beside
 from fastssl.recipes.published import Published, published
 from loaders.plan.ops import Flip
 from loaders.plan.views import IMAGENET, UNIT, Centre, ClampedRrc, DistortedBox, Filter, Rrc, View
@@ -27,19 +28,19 @@ def _paws(labels: str, fine_tuned: dict[int, float]) -> list[Published]:
 
 def digits() -> Stages:
     """The network, labels and crops of paws.digits, trained on the hundred labelled digits alone."""
-    return (_stage(_beside(paws.digits(), batch_global=100, peak=0.1), Epochs(400)),)
+    return (alone(beside(paws.digits()[0], batch_global=100, peak=0.1), Epochs(400)),)
 
 
 def cifar10_small() -> Stages:
     """The network, labels and crops of paws.cifar10_small, trained on the 4,000 labelled images alone."""
-    return (_stage(_beside(paws.cifar10_small(), batch_global=128, peak=0.2), Epochs(2000)),)
+    return (alone(beside(paws.cifar10_small()[0], batch_global=128, peak=0.2), Epochs(2000)),)
 
 
 def cifar10_finetune() -> Stages:
     """A run of paws.cifar10_small, fine-tuned on its 4,000 labelled images from the first projection layer."""
     # Of views 24 and 32 pixels wide, rates of .01 and .05, decays of .0005 and .005, by a hundred held-out training
     # images a class (`--sweep`).
-    config = _beside(paws.cifar10_small(), batch_global=128, peak=0.05)
+    config = beside(paws.cifar10_small()[0], batch_global=128, peak=0.05)
     config = replace(
         config,
         view=replace(config.view, size=32),
@@ -135,7 +136,7 @@ def semppl_rn50_finetune_1pct() -> Stages:
 
 def finetune(config: SupervisedConfig, length: Epochs, init: Ref | None = None) -> Stage:
     """Train `config` from the weights `init`: by default those that `--init-from` names."""
-    return replace(_stage(config, length), name="finetune", needs={"init": init or Ref()})
+    return replace(alone(config, length), name="finetune", needs={"init": init or Ref()})
 
 
 def paws_finetune(labels: str, width: int = 1) -> SupervisedConfig:
@@ -198,25 +199,4 @@ def _imagenet_baseline(labels: str, epochs: int, weight_decay: float = 1e-4, pea
         rate=WarmupCosine(peak, Epochs(5)),
         label_smoothing=0.0,
     )
-    return (_stage(config, Epochs(epochs)),)
-
-
-def _beside(stages: Stages, batch_global: int, peak: float) -> SupervisedConfig:
-    """What trains on the labels of a PAWS recipe alone: everything that is not the method is the same."""
-    (stage,) = stages
-    view = replace(stage.settings("global_view")["global_view"], name="labelled", copies=1)
-    shared = stage.settings("dataset", "eval_view", "labels", "precision", "encoder")
-    return SupervisedConfig(**shared, view=view, batch_global=batch_global, rate=WarmupCosine(peak, Epochs(5)))
-
-
-def _stage(config: SupervisedConfig, length: Epochs) -> Stage:
-    tenth = Epochs(max(1, length.count // 10))
-    return Stage(
-        name="train",
-        config=config,
-        length=length,
-        evaluate=("classifier", "knn"),
-        evaluate_every=tenth,
-        log_every=Steps(100),
-        checkpoint_every=tenth,
-    )
+    return (alone(config, Epochs(epochs)),)

@@ -107,6 +107,14 @@ class Recorder:
         if self._main:
             self._print(Text(f"warning: {text}", "yellow"))
 
+    def trained_s(self) -> float:
+        """Seconds of training as the clock counted them, over all pieces of the run; 0 where this rank does not write.
+        Evaluations, checkpoints and start-up are not among them."""
+        if not self._main:
+            return 0.0
+        records = map(json.loads, self.path.read_text().splitlines())
+        return sum(float(record["time"]["elapsed_s"]) for record in records if "evaluation" not in record)
+
     def finish(self, result: Mapping[str, Any], next_commands: Sequence[str]) -> None:
         """Last thing seen: the headlines of the result, and what one would type next."""
         if not self._main:
