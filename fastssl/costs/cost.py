@@ -26,6 +26,10 @@ PASSES_EAGER = 14.8  # batch norm 7 (3 forward, 4 backward), ReLU 5 x .86, short
 PASSES_FUSED = 9.5  # batch norm, addition and ReLU in one kernel each way: 342 MB
 PASSES_IDEAL = 3.0  # statistics at the end of a convolution, normalisation at the beginning of the next: 197 MB
 
+# The same for a transformer's blocks, of whose products' outputs (10 widths a token: 3 of qkv, 1 of attention, 1, 4
+# and 1 of linear layers): two norms 10 widths (2 forward, 3 backward each), GELU 20, two additions 12.
+PASSES_TOKENS = 4.2
+
 
 @dataclass(frozen=True)
 class StepCost:
@@ -125,9 +129,12 @@ def _cost(
         rows=rows,
         decodes=sum(stream.batch_global for stream in streams),
         crops=sum(stream.batch_global * view.copies for stream in streams for view in stream.views),
-        traffic_bytes=trace.conv_traffic_bytes + passes * outputs_bytes,
+        traffic_bytes=trace.conv_traffic_bytes
+        + passes * outputs_bytes
+        + trace.tokens.traffic
+        + PASSES_TOKENS * trace.tokens.outputs,
         # A convolution keeps its input, the batch norm behind it the convolution's output.
-        activation_bytes=inputs_bytes + outputs_bytes,
+        activation_bytes=inputs_bytes + outputs_bytes + trace.tokens.kept,
     )
 
 

@@ -8,6 +8,9 @@ for each 224-pixel image under bf16; at the peak (benchmarks/results/step_memory
     eager-recompute   23.5 MB   blocks checkpointed; each one's last convolution, and the shortcut's, computed again
     compiled          24.9 MB   batch norms and ReLUs computed again
                       42.6 MB   nothing computed again, as where there is room: 44 of 390 MB less to read and write
+
+A transformer's blocks, which have no convolution, keep their inputs and, at their turn, one block's all when they are
+computed again; compiled, their inputs and the outputs of their products: modelled, not measured.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fastssl.costs.cost import FP32
 from fastssl.costs.trace import Trace, Untraceable, trace_step
 from fastssl.engine.job import Job
 from fastssl.engine.step import default_how
@@ -70,15 +74,19 @@ class MemoryNeeded:
 
 def memory_of(trace: Trace) -> MemoryNeeded:
     """What a rank of the traced step needs."""
-    inputs_bytes, outputs_bytes = trace.conv_io_bytes
-    rest = max(0, trace.saved_bytes - inputs_bytes - outputs_bytes)  # heads and loss keep theirs in any case
-    recomputed = {how: rest + kept * outputs_bytes for how, kept in KEPT_PER_OUTPUT.items()}
+    (inputs_bytes, outputs_bytes), tokens = trace.conv_io_bytes, trace.tokens
+    # Heads and loss keep theirs in any case.
+    rest = max(0, trace.saved_bytes - inputs_bytes - outputs_bytes - tokens.kept)
+    of_tokens = dict.fromkeys(KEPT_PER_OUTPUT, tokens.inputs + tokens.outputs)
+    of_tokens["eager-recompute"] = tokens.inputs + tokens.kept // max(tokens.num, 1)  # of one block, backward
+    recomputed = {how: rest + kept * outputs_bytes + of_tokens[how] for how, kept in KEPT_PER_OUTPUT.items()}
+    moments_bytes = FP32 * (trace.num_moments - 1)  # beside the momentum
     return MemoryNeeded(
-        state_bytes=trace.num_parameters * BYTES_PER_PARAMETER + trace.fixed_bytes,
+        state_bytes=trace.num_parameters * (BYTES_PER_PARAMETER + moments_bytes) + trace.fixed_bytes,
         batch_bytes=trace.batch_bytes,
         workspace_bytes=trace.peak_bytes - trace.saved_bytes,
         activations={"eager": trace.saved_bytes, **recomputed},
-        whole_bytes=rest + WHOLE_PER_OUTPUT * outputs_bytes,
+        whole_bytes=rest + WHOLE_PER_OUTPUT * outputs_bytes + tokens.kept,
     )
 
 

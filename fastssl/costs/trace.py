@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -28,6 +29,7 @@ from torch.utils.flop_counter import flop_registry
 from fastssl import dist
 from fastssl.errors import FastsslError
 from fastssl.methods.base import Artefact, Facts, Stage
+from fastssl.nn.recompute import Blocks
 from loaders.batch import Batch, Part
 from loaders.plan.plan import Plan
 from loaders.plan.views import Balanced, Stream, View
@@ -50,18 +52,39 @@ class Message:
 
 
 @dataclass(frozen=True)
+class TokenBlocks:
+    """Bytes of the residual blocks that have no convolution, as a transformer's, of one step.
+
+    num      blocks
+    inputs   what goes into them
+    outputs  of their products, attention among them
+    kept     for backward, by an eager step, their inputs included
+    traffic  what their products read and write, each tensor once a kernel, forward and backward
+    """
+
+    num: int = 0
+    inputs: int = 0
+    outputs: int = 0
+    kept: int = 0
+    traffic: int = 0
+
+
+@dataclass(frozen=True)
 class Trace:
     """Counts of one step on one rank of `world`: forward and backward, without DDP's gradient buckets and the update.
 
-    flops              multiply-adds count two; "convolutions", "linear layers" (products with a weight), and
-                       "similarities" (all other products)
+    flops              multiply-adds count two; "convolutions", "linear layers" (products with a weight), "attention"
+                       (its products, those of its backward pass included that it computes again), and "similarities"
+                       (all other products)
     conv_io_bytes      inputs and outputs of the convolutions that are trained: (inputs, outputs)
     conv_traffic_bytes what convolutions read and write, each tensor once a kernel; backward is two kernels, one for
                        the gradient of the input and one for that of the weight
+    tokens             of blocks without convolutions
     messages           in order
     norm_channels      of each batch norm of the online network
     embedding_width    of the online network's last linear layer; 0 without any
     num_parameters     trained
+    num_moments        numbers that the optimiser keeps for each
     gradient_bytes     what their gradients travel as
     fixed_bytes        everything else that lies beside them: other networks, buffers
     batch_bytes        the batch's pixels as the loss gets them
@@ -74,10 +97,12 @@ class Trace:
     flops: Mapping[str, int]
     conv_io_bytes: tuple[int, int]
     conv_traffic_bytes: int
+    tokens: TokenBlocks
     messages: tuple[Message, ...]
     norm_channels: tuple[int, ...]
     embedding_width: int
     num_parameters: int
+    num_moments: int
     gradient_bytes: int
     fixed_bytes: int
     batch_bytes: int
@@ -115,7 +140,8 @@ def _traced(stage: Stage, facts: Facts, world: int) -> Trace:
     lasting = [t for module in nets.modules().values() for t in (*module.parameters(), *module.buffers())]
 
     counter = _Counter(lasting + pixels)
-    with counter, _LinearLayers() as linear:
+    watched = _TokenBlocksOf(nets.online, counter)
+    with counter, _LinearLayers() as linear, watched:
         total = method.loss(nets, batch)["total"]
         saved_bytes = counter.live_bytes
         total.backward()
@@ -127,14 +153,17 @@ def _traced(stage: Stage, facts: Facts, world: int) -> Trace:
         flops={
             "convolutions": counter.flops["convolutions"],
             "linear layers": linear.flops,
+            "attention": counter.flops["attention"],
             "similarities": products - linear.flops,
         },
         conv_io_bytes=(counter.conv_inputs, counter.conv_outputs),
         conv_traffic_bytes=counter.conv_traffic,
+        tokens=watched.found(),
         messages=tuple(counter.messages),
         norm_channels=tuple(m.num_features for m in nets.online.modules() if isinstance(m, _BatchNorm)),
         embedding_width=widths[-1] if widths else 0,
         num_parameters=num_parameters,
+        num_moments=method.config.optimizer.num_moments,
         gradient_bytes=num_parameters * (2 if stage.gradients == "bf16" else 4),
         fixed_bytes=_num_bytes(lasting) - _num_bytes(trained),
         batch_bytes=_num_bytes(pixels),
@@ -178,6 +207,38 @@ def _fake_batch(plan: Plan, channels: int, world: int) -> Batch:
     return Batch(parts, torch.zeros((), dtype=torch.int64))
 
 
+class _TokenBlocksOf:
+    """While it is entered, watches the residual blocks of a network that have no convolution."""
+
+    def __init__(self, network: nn.Module, counter: _Counter) -> None:
+        groups = [m for m in network.modules() if isinstance(m, Blocks)]
+        blocks = [block for group in groups for block in group]
+        self._blocks: list[Any] = [b for b in blocks if not any(isinstance(m, nn.Conv2d) for m in b.modules())]
+        self._counter = counter
+        self._inputs = self._kept = 0
+        self._products = Counter[str]()
+
+    def __enter__(self) -> None:
+        for block in self._blocks:
+            block.lockstep = partial(self._watched, block.lockstep)
+
+    def __exit__(self, *_: object) -> None:
+        for block in self._blocks:
+            del block.lockstep
+
+    def _watched(self, lockstep: Callable[[Sequence[Tensor]], list[Tensor]], xs: Sequence[Tensor]) -> list[Tensor]:
+        before, products = self._counter.live_bytes, self._counter.products.copy()
+        ys = lockstep(xs)
+        self._inputs += _num_bytes(xs)
+        self._kept += self._counter.live_bytes - before
+        self._products += self._counter.products - products
+        return ys
+
+    def found(self) -> TokenBlocks:
+        traffic = 3 * self._products["traffic"]  # either gradient's kernel reads and writes as much as the product's
+        return TokenBlocks(len(self._blocks), self._inputs, self._products["outputs"], self._kept, traffic)
+
+
 class _LinearLayers(TorchFunctionMode):
     """FLOPs of products with weights: forward, and as often again as gradients of input and weight are needed."""
 
@@ -200,6 +261,7 @@ class _Counter(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.flops: Counter[str] = Counter()
         self.conv_inputs = self.conv_outputs = self.conv_traffic = 0
+        self.products = Counter[str]()  # bytes: "outputs", and "traffic" with what goes into them
         self.messages: list[Message] = []
         self.live_bytes = self.peak_bytes = 0
         self._storages = {t.untyped_storage()._cdata for t in lasting}
@@ -211,9 +273,15 @@ class _Counter(TorchDispatchMode):
         out: Any = _statistics_of(*args) if packet is _aten.batch_norm_update_stats else func(*args, **kwargs)
         # torch's formulas have no entry for what works in place: addmm_ costs what addmm does.
         formula = flop_registry.get(packet) or flop_registry.get(getattr(_aten, func._opname.rstrip("_"), None))
-        if formula is not None:
-            convolution = packet in (_aten.convolution, _aten.convolution_backward)
-            self.flops["convolutions" if convolution else "products"] += formula(*args, **kwargs, out_val=out)
+        part = _part(packet, func)
+        if part == "attention":
+            self.flops[part] += _attention_flops(func, args)
+        elif formula is not None:
+            self.flops[part] += formula(*args, **kwargs, out_val=out)
+        if part == "attention" or (formula is not None and part == "products"):
+            made = tree_leaves(out)[:1]
+            self.products["outputs"] += _num_bytes(made)
+            self.products["traffic"] += _num_bytes(made) + _num_bytes(t for t in args if isinstance(t, Tensor))
         if packet is _aten.convolution:
             self.conv_traffic += _num_bytes((*args[:2], out))
         elif packet is _aten.convolution_backward:
@@ -248,6 +316,22 @@ class _Counter(TorchDispatchMode):
     def _freed(self, key: int, num_bytes: int) -> None:
         self._storages.discard(key)
         self.live_bytes -= num_bytes
+
+
+def _part(packet: Any, func: Any) -> str:
+    """Of a step's arithmetic, which part an operation belongs to, if it has any."""
+    if "scaled_dot_product" in func._opname:
+        return "attention"
+    return "convolutions" if packet in (_aten.convolution, _aten.convolution_backward) else "products"
+
+
+def _attention_flops(func: Any, args: tuple[Any, ...]) -> int:
+    """Two products forward. Backward five: two gradients of each, and the first of them once again. (torch has no
+    formula for a CPU's kernels, which count as a GPU's.)"""
+    backward = "backward" in func._opname
+    q, k = args[1:3] if backward else args[:2]
+    product: int = 2 * q.numel() * k.shape[-2]
+    return product * (5 if backward else 2)
 
 
 def _statistics_of(x: Tensor, running_mean: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:

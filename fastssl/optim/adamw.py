@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ class AdamW(Optimiser):
     """Weight decay is on kernels only: `fastssl.optim.param_groups.kernel_names`. With `final_decay` it goes there over
     the stage, from `weight_decay` along half a cosine, as DINO's does (Caron et al. 2021)."""
 
+    num_moments: ClassVar[int] = 2
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.05

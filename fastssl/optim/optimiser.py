@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 from torch.optim import Optimizer
@@ -20,6 +21,8 @@ from fastssl.optim.horizon import Horizon
 @dataclass(frozen=True)
 class Optimiser(ABC):
     """Settings of an optimiser; the rate is not among them, for it is set at every step."""
+
+    num_moments: ClassVar[int] = 1  # numbers that it keeps for each parameter
 
     def __post_init__(self) -> None:
         refuse_negative(self)

@@ -153,8 +153,9 @@ class VitTrunk(Trunk):
             first, positions = first + positions[:, :1], positions[:, 1:]
         else:
             first = torch.cat([first, self.reg_token], 1)
-        patches = patches.flatten(1, 2) + interpolated(positions, (height, width)).to(patches.dtype)
-        return torch.cat([first.to(patches.dtype).expand(len(x), -1, -1), patches], 1)
+        # Under autocast what blocks add to stays in float32, as the positions are.
+        patches = patches.flatten(1, 2) + interpolated(positions, (height, width))
+        return torch.cat([first.expand(len(x), -1, -1), patches], 1)
 
 
 def interpolated(positions_1TD: Tensor, sides: tuple[int, int]) -> Tensor:
@@ -170,13 +171,13 @@ def interpolated(positions_1TD: Tensor, sides: tuple[int, int]) -> Tensor:
 
 @torch.no_grad()
 def _initialise(trunk: VitTrunk) -> None:
-    """As timm draws it: linear layers and positions by a truncated normal, biases zero, the patches' convolution as
-    torch does."""
+    """As timm draws it: linear layers and positions from a normal distribution (which timm cuts at a hundred standard
+    deviations), biases zero, the patches' convolution as torch does."""
     for layer in trunk.modules():
         if isinstance(layer, nn.Linear):
-            nn.init.trunc_normal_(layer.weight, std=STD)
+            nn.init.normal_(layer.weight, std=STD)
             nn.init.zeros_(layer.bias)
-    nn.init.trunc_normal_(trunk.pos_embed, std=STD)
+    nn.init.normal_(trunk.pos_embed, std=STD)
     for token in (trunk.cls_token, trunk.reg_token):
         if token is not None:
             nn.init.normal_(token, std=1e-6)

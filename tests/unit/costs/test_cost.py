@@ -1,6 +1,7 @@
 """The cost model against the published step's figures, closed formulas, and counters in a real step. About 20 s."""
 
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -140,6 +141,49 @@ def test_convolutions_equal_the_table_of_layers():
         for images, (macs, first) in ((14_912, resnet50_macs(224)), (24_576, resnet50_macs(96)))
     )
     assert ours(headline(64)).flops["convolutions"] == close(expected, 1e-6)
+
+
+def vits16_macs(size):
+    """Multiply-adds of ViT-S/16's (patches, linear layers, attention) for an image, forward, by its layers."""
+    tokens, width = (size // 16) ** 2 + 1, 384
+    linear = 12 * tokens * (3 + 1 + 4 + 4) * width**2
+    return (tokens - 1) * 3 * 16**2 * width, linear, 12 * 2 * tokens**2 * width
+
+
+def test_a_transformer_s_arithmetic_equals_the_table_of_layers():
+    """Three products a linear layer, but no gradient of the pixels; of attention's two, seven: two forward, four
+    gradients and one that is computed again. Catches attention taken for similarities, and left out."""
+    (stage,) = resolve("paws.vits16_100ep")
+    trace = trace_step(stage, IMAGENET, 64)
+    large, small = 2 * 1_024 + 6_720, 6 * 1_024
+    patches, linear, attention = (
+        large * of_large + small * of_small
+        for of_large, of_small in zip(vits16_macs(224), vits16_macs(96), strict=True)
+    )
+    heads = (large + small) * (384 * 256 + 4 * 256 * 256)
+    flops = ours(trace).flops
+    assert 2 * sum(vits16_macs(224)) == close(2 * 4.58e9)  # as others count it
+    assert flops["convolutions"] == 2 * 2 * patches
+    assert flops["linear layers"] == 2 * 3 * (linear + heads)
+    assert flops["attention"] == 2 * 3.5 * attention
+    assert flops["similarities"] < 0.001 * sum(flops.values())
+    assert sum(ours(trace).statistics["all_reduce"]) > 0 and ours(trace).num_statistics_messages == 8
+
+
+def test_a_transformer_s_blocks_keep_what_their_layers_need():
+    """In bfloat16, a token of a block: two norms keep their float32 input and its two statistics, linear layers their
+    inputs (2 norms' outputs, attention's, GELU's of 4 widths), attention three widths, GELU its
+    four. Catches memory of activations that is not seen, or seen twice."""
+    (stage,) = resolve("paws.vits16_100ep", ("small_view.copies=1", "small_view.size=32"))
+    few, many = (trace_step(replace(stage, config=replace(stage.config, images_per_class=n)), IMAGENET, 64)
+                 for n in (1, 2))  # fmt: skip
+    tokens = 960 / 64 * 197 * 12
+    assert many.tokens.num == 12
+    assert many.tokens.inputs - few.tokens.inputs == close(tokens * 384 * 4, 1e-6)
+    outputs = tokens * (10 * 384 * 2 + 6 * 4)
+    assert many.tokens.outputs - few.tokens.outputs == close(outputs, 0.01)
+    kept = tokens * (2 * 384 * 4 + (2 + 1 + 4 + 3 + 4) * 384 * 2)
+    assert many.tokens.kept - few.tokens.kept == close(kept, 0.01)
 
 
 class Collectives(TorchDispatchMode):
