@@ -412,6 +412,13 @@ def _fit(stage, row, sixteen, run_dir):
 # ------------------------------------------------------------------------------------------------------- recipes
 
 
+# Networks that are large, or that another recipe steps likewise.
+LIKE_ANOTHER = re.compile(
+    r"two_stages|rn(18|34|101|152|200)|rn50w|rn50_(sk|1pct)|smoothed|_finetune_(1|250|4000|all)|^(semppl|relicv2|byol).*rn50"
+    r"|s4l.(?!supervised$|(?!vat_ent)\w+_cifar)"
+)
+
+
 def _not_traced(stage, facts, world):
     """Large networks are counted as smaller ones are, in up to half a minute each, and several recipes as another."""
     raise Untraceable("too large for a test")
@@ -421,7 +428,7 @@ def _not_traced(stage, facts, world):
 def test_recipe_resolves_and_dry_runs_without_data_or_devices(name, tmp_path, monkeypatch):
     """Catches a recipe whose batches 64 ranks cannot share, and one that reads its data to say what it would do."""
     monkeypatch.chdir(tmp_path)
-    if re.search(r"rn(101|152|200)|rn50w|^(semppl|relicv2|byol).*rn50|s4l.(?!supervised$|(?!vat_ent)\w+_cifar)", name):
+    if LIKE_ANOTHER.search(name):
         for module in (dry_run, memory_model):
             monkeypatch.setattr(module, "trace_step", _not_traced)
     assert recipes()[name].__doc__

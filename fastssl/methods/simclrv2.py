@@ -197,6 +197,7 @@ class Simclrv2Config(Config):
     eval_view: View = EVAL_VIEW
     encoder: Encoder = SimclrResNet(50)
     head_layers: int = 3
+    hidden_features: int | None = None  # of the head's layers but the last; none: the trunk's (section 2, note 2)
     out_features: int = 128
     view: View = VIEW
     batch_global: int = 4096
@@ -213,6 +214,8 @@ class Simclrv2Config(Config):
             raise ConfigError(f"tau {self.tau}: a temperature, above zero")
         if self.head_layers < 2:
             raise ConfigError(f"head_layers {self.head_layers}: fine-tuning keeps the first of two or more")
+        if self.hidden_features == 0:
+            raise ConfigError("hidden_features 0: a head that lets nothing through; none is as wide as the trunk")
         if self.view.copies != 2:
             raise ConfigError(f"view.copies {self.view.copies}: SimCLR compares two views of each image")
         if self.memory is not None and not 0 <= self.memory.decay < 1:
@@ -232,7 +235,9 @@ class SimclrNet(nn.Module):
     def __init__(self, config: Simclrv2Config, channels: int):
         super().__init__()
         self.trunk = config.encoder.build(channels)
-        self.projection = simclr_head(self.trunk.num_features, config.out_features, config.head_layers)
+        self.projection = simclr_head(
+            self.trunk.num_features, config.out_features, config.head_layers, hidden_features=config.hidden_features
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [N, C, H, W] -> z [N, out_features] in full precision."""

@@ -59,19 +59,26 @@ def _activation(name: Activation) -> nn.Module:
 
 
 def simclr_head(
-    in_features: int, out_features: int = 128, num_layers: int = 3, norm: Norm = GlobalBatchNorm
+    in_features: int,
+    out_features: int = 128,
+    num_layers: int = 3,
+    norm: Norm = GlobalBatchNorm,
+    hidden_features: int | None = None,
 ) -> LockstepSequential:
     """SimCLRv2's: linear layers without bias, each with batch norm: [N, in_features] -> [N, out_features].
 
-    All but the last are as wide as the input and have a ReLU; the last one's norm has a weight and no bias. Weights
-    start at N(0, 0.01^2). CIFAR-10's head has two layers (paper, appendix).
+    All but the last are as wide as the input, or as `hidden_features`, and have a ReLU; the last one's norm has a
+    weight and no bias. Weights start at N(0, 0.01^2). CIFAR-10's head has two layers (paper, appendix).
     """
     layers: OrderedDict[str, nn.Module] = OrderedDict()
+    width = in_features
     for index in range(1, num_layers):
-        layers[f"fc{index}"] = nn.Linear(in_features, in_features, bias=False)
-        layers[f"bn{index}"] = norm(in_features)
+        hidden = hidden_features or in_features
+        layers[f"fc{index}"] = nn.Linear(width, hidden, bias=False)
+        layers[f"bn{index}"] = norm(hidden)
         layers[f"relu{index}"] = nn.ReLU(inplace=True)
-    layers[f"fc{num_layers}"] = nn.Linear(in_features, out_features, bias=False)
+        width = hidden
+    layers[f"fc{num_layers}"] = nn.Linear(width, out_features, bias=False)
     layers[f"bn{num_layers}"] = _without_bias(norm(out_features))
     head = LockstepSequential(layers)
     initialise(head, small_normal)

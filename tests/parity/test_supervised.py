@@ -44,7 +44,8 @@ def pretrained(head="PAWS", **changes):
     """Weights as a pre-training run leaves them: trunk and projection head, statistics unlike a fresh network's."""
     torch.manual_seed(1)
     config = method(**changes).config
-    online = nn.ModuleDict({"trunk": config.encoder.build(3), "projection": HEADS[head][0]})
+    projection = HEADS[head][0] if isinstance(head, str) else head
+    online = nn.ModuleDict({"trunk": config.encoder.build(3), "projection": projection})
     for layer in online.modules():
         if isinstance(layer, GlobalBatchNorm):
             layer.running_mean.normal_()
@@ -281,6 +282,32 @@ def test_rate_and_head_of_simclrv2s_fine_tuning_follow_encoder_and_labels(change
     all labels from a projection layer."""
     (stage,) = resolve("supervised.simclrv2_rn50_finetune_10pct", changes)
     assert stage.config.rates[0].peak == pytest.approx(peak) and stage.config.head == head
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_it_starts_from_as_many_projection_layers_as_it_keeps(layers):
+    """SimCLRv2's figure 5 and appendix E, and a head of a width of its own (section 2, note 2). Catches layers of fresh
+    weights, and one too many."""
+    torch.manual_seed(0)
+    head = simclr_head(TRUNK, 8, num_layers=3, hidden_features=24)
+    shapes = [tuple(head[i].weight.shape) for i in (0, 3, 6)]
+    assert shapes == [(24, TRUNK), (24, 24), (8, 24)]
+    ours = method(head=FirstLayer(24, bias=False, layers=layers))
+    net, weights = pretrained(head)
+    assert net.projection is head
+    nets = ours.nets()
+    ours.start_from(nets, weights)
+    nets.online.eval(), net.eval()
+    x = images(4)
+    expected = head.eval()[: 3 * layers](net.trunk(x))
+    assert torch.equal(nets.online.first(nets.online.trunk(x)), expected)
+
+
+def test_a_head_of_fewer_layers_is_refused():
+    ours = method(head=FirstLayer(TRUNK, bias=False, layers=4))
+    _, weights = pretrained(simclr_head(TRUNK, 8, num_layers=3))
+    with pytest.raises(WeightsError, match=r"has 3 of the 4 projection layers .*--set head.layers=3 or fewer"):
+        ours.start_from(ours.nets(), weights)
 
 
 def test_semppls_rates_are_of_256_images():

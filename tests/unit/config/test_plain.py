@@ -196,9 +196,14 @@ MEANT_TO_DIFFER = {
     r"supervised\.simclrv2_": {"config.rate.peak", "config.scaling", "config.type"},
     r"supervised\.semppl_": {"config.rate.peak", "config.head_peak", "config.scaling"},
 }
-NEW = {"PawsConfig": ("entropy", "label_targets", "me_max", "ropaws", "hidden_features", "activation"),
-       "FirstLayer": ("layers",), "DistilConfig": ("images", "labelled_batch", "scaling"),
-       "SempplConfig": ("scaling",), "SupervisedConfig": ("scaling",)}  # fmt: skip
+NEW = {
+    "PawsConfig": ("entropy", "label_targets", "me_max", "ropaws", "hidden_features", "activation"),
+    "FirstLayer": ("layers",),
+    "DistilConfig": ("images", "labelled_batch", "scaling"),
+    "SempplConfig": ("scaling",),
+    "SupervisedConfig": ("scaling",),
+    "Simclrv2Config": ("hidden_features",),
+}
 
 
 def unmeant(name, found):
