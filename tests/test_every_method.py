@@ -174,6 +174,7 @@ def table():
         # Digits look alike when turned; exemplar's term, ln 2 while all copies are equally far, takes longer. All cost
         # more a step, but half the steps are enough.
         "s4l rotation": Row(s4l("rotation", core_images=4), 0.6, 50),
+        "s4l rotation alone": Row(s4l("rotation", class_weight=0.0), 0.9, 50),
         "s4l exemplar": Row(s4l("exemplar", core_images=8), 0.9, 50),
         "s4l vat": Row(s4l("vat_entmin", vat=Vat(epsilon=0.5), core_images=8), 0.25, 50),
         "s4l vat by differences": Row(s4l("vat", vat=by_differences), 0.2, 50),

@@ -39,7 +39,8 @@ from loaders.store.data import LABELLED, VALIDATION, DataSets, open_data
 
 FINAL, RECORD, TABLE = "final", "sweep.json", "sweep.md"
 HELD_OUT_PER_CLASS = 12  # as PAWS's published list for ImageNet
-HELD_OUT_LISTS = {"imagenet": "paws-heldout"}  # published for this, by data set
+# Published for this, by data set, with the labels that share no image with it.
+HELD_OUT_LISTS = {"imagenet": ("paws-heldout", {"all", "simclr-1", "simclr-10"})}
 
 
 @dataclass(frozen=True)
@@ -143,8 +144,9 @@ def _grid(swept: tuple[str, ...], changes: tuple[str, ...]) -> dict[str, tuple[s
 
 
 def _default_held_out(method: Config) -> str:
-    if method.dataset in HELD_OUT_LISTS:
-        return HELD_OUT_LISTS[method.dataset]
+    published, apart = HELD_OUT_LISTS.get(method.dataset, ("", set()))
+    if method.labels in apart:
+        return published
     return f"per-class={HELD_OUT_PER_CLASS}" + ("" if method.labels == "all" else f" of not:{method.labels}")
 
 

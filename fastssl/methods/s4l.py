@@ -22,8 +22,7 @@ Batch norm and triplets know the images of one TPU core alone, `core_images` lab
 must share the cores evenly. With `core_images=none` they know the whole batch, which is another loss for exemplar.
 
 Label lists are the release's, with 128 and 13 images a class, `s4l-10` and `s4l-1`: not SimCLR's, which `--labels
-simclr-10` takes. They are published as JSON (`label_map_count_128000_index_0`, `label_map_count_13000_index_0`); save
-the file names under "values", one a line, as `s4l-10.txt` and `s4l-1.txt` beside the data.
+simclr-10` takes. Images with a label keep it where the paper's text gives every image a pseudo-label, as the release.
 
 Resizing is Pillow's bilinear filter, which widens when it shrinks an image, for the release's legacy bilinear in
 training and its area filter in evaluation.
@@ -39,6 +38,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from fastssl import dist
 from fastssl.errors import ConfigError
@@ -53,24 +53,14 @@ from fastssl.losses.adversarial import (
 )
 from fastssl.losses.keyed_draws import normals
 from fastssl.losses.triplet import exemplar_loss
-from fastssl.methods.base import (
-    Artefact,
-    Config,
-    Epochs,
-    Facts,
-    Horizon,
-    Method,
-    Nets,
-    Span,
-    autocast,
-    in_full,
-)
+from fastssl.methods.base import Artefact, Config, Epochs, Facts, Horizon, Method, Nets, Span, autocast, in_full
+from fastssl.methods.pseudo_labels import PseudoLabels, pseudo_labels
 from fastssl.nn.ema import copy_of, follow
 from fastssl.nn.encoders.encoder import Encoder
 from fastssl.nn.encoders.resnet import S4lResNet
 from fastssl.nn.initialisers import glorot_uniform, initialise
 from fastssl.nn.norm.group_batch_norm import GroupBatchNorm
-from fastssl.nn.norm.running_stats import frozen_running_stats
+from fastssl.nn.norm.running_stats import frozen_running_stats, set_batch_norm_mode
 from fastssl.nn.trunks.resnet_v2 import S4L_NORM
 from fastssl.nn.trunks.stem import Norm
 from fastssl.optim.optimiser import Optimiser
@@ -80,16 +70,7 @@ from loaders.batch import Batch, Part
 from loaders.plan.draws import tag
 from loaders.plan.ops import Flip
 from loaders.plan.plan import Plan
-from loaders.plan.views import (
-    SIGNED,
-    Centre,
-    DistortedBox,
-    Sequential,
-    Shuffled,
-    Stream,
-    View,
-    parse_subset,
-)
+from loaders.plan.views import SIGNED, Centre, DistortedBox, Sequential, Shuffled, Stream, View, parse_subset
 
 TURNS = (0, 1, 2, 3)  # quarter turns, counter-clockwise as numpy.rot90's
 RELEASE_XI = 1e-6  # the release's step, by which the lengths of its gradients count: semi_supervised/vat_utils.py
@@ -133,6 +114,7 @@ class Vat:
 
     product     "exact": derivatives; "differences": the release's quotient of step `xi` (there 1e-6, which float32 does
                 not resolve), of which a step of 1e-3 to 1e-2 is nearly the same
+    divergence  "release": as above; "paper": KL(p(x) || p(x + r)), as section 3.2 prints it
     normaliser  "unit": r has its length; "compat": the release's, which leaves gradients below 1e-6 small, so that r is
                 shorter than it says (the metric `perturbation` tells): those of the mean over a core's rows, 16 in the
                 release, at its step of 1e-6 whatever `xi` is. Without virtual cores all rows of the batch count
@@ -143,6 +125,12 @@ class Vat:
     product: Literal["exact", "differences"] = "exact"
     xi: float = 1e-3
     normaliser: Literal["unit", "compat"] = "unit"
+    divergence: Literal["release", "paper"] = "release"
+
+    def between(self, adversarial_NK: Tensor, clean_NK: Tensor) -> Tensor:
+        """Of perturbed and clean logits, [N]; the latter without gradient."""
+        pair = adversarial_NK, clean_NK.detach()
+        return divergence(*(pair if self.divergence == "release" else reversed(pair)))
 
 
 @dataclass(frozen=True)
@@ -154,7 +142,11 @@ class S4lConfig(Config):
     view: View = CROP
     batch_global: int = 256  # labelled images, and as many of all
     core_images: int | None = None  # a virtual core's labelled images; None: one core, as large as the batch
+    # Of the class's cross-entropy; at 0, without VAT and entropy, nothing labelled is shown: self-supervision alone.
     class_weight: float = 1.0
+    class_on: Literal["turns", "upright"] = "turns"  # whether turned copies are classified, too (section 4.4)
+    self_supervised_on: Literal["all", "unlabelled"] = "all"  # whose turns and copies are told apart (section 4.4)
+    trained: Literal["all", "classifier"] = "all"  # the latter on a trunk that stays as it is: a linear evaluation
     rotation: Rotation | None = None
     exemplar: Exemplar | None = None
     vat: Vat | None = None
@@ -178,6 +170,11 @@ class S4lConfig(Config):
             )
 
     @property
+    def sees_labelled(self) -> bool:
+        """Whether any term is about classes."""
+        return self.class_weight > 0 or self.vat is not None or self.entropy_weight > 0
+
+    @property
     def turned_view(self) -> View:
         """What is shown of every image."""
         return self.view if self.rotation is None else replace(self.view, turns=TURNS)
@@ -195,9 +192,11 @@ class S4lConfig(Config):
 @dataclass(frozen=True)
 class LabelConfig(S4lConfig):
     """Settings of the stage in between, which labels every image by the networks of the stage before: `label_view`'s
-    copies and turns of an image vote by their mean logits."""
+    copies and turns of an image vote by their mean logits. Images whose largest probability is below
+    `least_confidence` get no label; the paper tried .5 (section 4.2)."""
 
     label_view: View = EVAL
+    least_confidence: float = 0.0
 
     def build(self, facts: Facts, inputs: Mapping[str, Artefact]) -> Labeller:
         return Labeller(self, facts, inputs)
@@ -216,8 +215,10 @@ class S4lNet(nn.Module):
         if self.num_cores is not None:
             norm = partial(GroupBatchNorm, num_groups=self.num_cores, **S4L_NORM.keywords)
         self.trunk = config.encoder.build(facts.channels, norm)
-        self.fc = nn.Linear(self.trunk.num_features, facts.num_classes)
-        heads = [self.fc]
+        heads = []
+        if config.sees_labelled:
+            self.fc = nn.Linear(self.trunk.num_features, facts.num_classes)
+            heads.append(self.fc)
         if config.rotation is not None:
             self.turn = nn.Linear(self.trunk.num_features, len(TURNS))
             heads.append(self.turn)
@@ -230,7 +231,7 @@ class S4lNet(nn.Module):
     def forward(self, x: Tensor, num_images: int, noise: Tensor | None = None) -> dict[str, Tensor]:
         """This rank's images of all streams, each stream's rows view-major: [views * num_images, C, H, W] -> by name
 
-        logits        [N, num_classes] of all rows
+        logits        [N, num_classes] of all rows,
         turn          [N, 4], and
         embedding     [N, D], where there are such heads
         adversarial   where `noise` is given, as large as the last rows of x: the logits of these when perturbed, by
@@ -238,8 +239,8 @@ class S4lNet(nn.Module):
         perturbation  [rows of noise], the perturbations' lengths
         """
         features = self.features(x, num_images)
-        found = {"logits": self.fc(features)}
-        found |= {name: head(features) for name, head in self.named_children() if name in ("turn", "embedding")}
+        names = {"fc": "logits", "turn": "turn", "embedding": "embedding"}
+        found = {names[name]: head(features) for name, head in self.named_children() if name in names}
         if noise is not None:
             clean = x[-len(noise) :]
             with frozen_running_stats(self):
@@ -293,28 +294,19 @@ def _cores_of_this_rank(config: S4lConfig) -> int | None:
     return num_cores // world
 
 
-class PseudoLabels(nn.Module):
-    """A label for every image of the training set; none before they are loaded."""
-
-    label_I: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("label_I", torch.zeros(0, dtype=torch.int64))
-
-    def forward(self, id_B: Tensor) -> Tensor:
-        """The labels of images by their index, int64 [B]."""
-        return self.label_I[id_B]
-
-
 # ----------------------------------------------------------------------------------------------------------- method
 
 
 class S4l(Method[S4lConfig, S4lNet]):
     """The class's cross-entropy on labelled images, and terms that need no labels on all."""
 
-    taps = ("backbone", "turned-logits", "logits")
+    taps: tuple[str, ...] = ("backbone", "turned-logits", "logits")
     needs_classes = True
+
+    def __init__(self, config: S4lConfig, facts: Facts, inputs: Mapping[str, Artefact]):
+        if not config.sees_labelled:
+            self.needs_classes, self.taps = False, ("backbone",)
+        super().__init__(config, facts, inputs)
 
     def plan(self) -> Plan:
         c = self.config
@@ -332,10 +324,14 @@ class S4l(Method[S4lConfig, S4lNet]):
                 every_class=True,
             )
         unlabelled = Stream("unlabelled", "unlabelled", (c.turned_view,), Shuffled(), c.batch_global)
+        if not c.sees_labelled:
+            return Plan((unlabelled,), "unlabelled", self.facts.seed)
         return Plan((labelled, unlabelled) if c.sees_unlabelled else (labelled,), "labelled", self.facts.seed)
 
     def nets(self) -> Nets[S4lNet]:
         c, online = self.config, S4lNet(self.config, self.facts)
+        if c.trained == "classifier":
+            set_batch_norm_mode(online.trunk.requires_grad_(False), "frozen")
         return Nets(
             online,
             target=None if c.half_life is None else copy_of(online),
@@ -346,43 +342,62 @@ class S4l(Method[S4lConfig, S4lNet]):
         super().load_inputs(nets)
         if self.config.pseudo_labels:
             assert isinstance(nets.frozen, PseudoLabels)
-            nets.frozen.label_I = _pseudo_labels(self.facts, self.inputs)
+            nets.frozen.load(pseudo_labels(self.facts, self.inputs))
+
+    def optimizer(self, nets: Nets[S4lNet]) -> Optimizer:
+        """Over what is trained."""
+        return self.config.optimizer.build([[nets.online.fc if self.config.trained == "classifier" else nets.online]])
 
     def loss(self, nets: Nets[S4lNet], batch: Batch) -> dict[str, Tensor]:
-        c, labelled = self.config, batch.parts["labelled"]
+        c = self.config
         parts = [batch.parts[name] for name in ("labelled", "unlabelled") if name in batch.parts]
-        num_images = len(labelled.ids)
-        x = torch.cat([part.x[c.view.name] for part in parts]) if len(parts) > 1 else labelled.x[c.view.name]
+        num_images = len(parts[0].ids)
+        x = torch.cat([part.x[c.view.name] for part in parts]) if len(parts) > 1 else parts[0].x[c.view.name]
         smoothed = parts if c.smoothed == "all" else parts[1:]
         noise = None if c.vat is None else torch.cat([_noise(part, x) for part in smoothed])
         with autocast(batch.step.device, c.precision):
             found = nets.online(x, num_images, noise)
         found = {name: in_full(rows) for name, rows in found.items()}
 
-        logits = found["logits"]
-        num_rows = len(logits) // len(parts)
-        label_B = nets.frozen(labelled.ids) if nets.frozen is not None else labelled.labels
-        values = {"class": F.cross_entropy(logits[:num_rows], label_B.repeat(num_rows // num_images))}
-        total = c.class_weight * values["class"]
+        num_rows, values = len(x) // len(parts), {}
+        total = x.new_zeros(())
+        of_images = parts[-1:] if c.self_supervised_on == "unlabelled" else parts  # whose turns and copies count
+        if c.sees_labelled:
+            logits = found["logits"]
+            values["class"] = self._class_loss(nets, logits[:num_rows], parts[0])
+            total = c.class_weight * values["class"]
         if c.rotation is not None:
-            values["rotation"] = torch.stack([rotation_loss(rows) for rows in found["turn"].split(num_rows)]).mean()
+            turns = found["turn"].split(num_rows)[-len(of_images) :]
+            values["rotation"] = torch.stack([rotation_loss(rows) for rows in turns]).mean()
             total = total + c.rotation.weight * values["rotation"]
         if c.exemplar is not None:
             num_cores, compat = _cores_of_this_rank(c), c.exemplar.compat_identities
-            of_streams = [
-                exemplar_loss(rows, num_images, num_cores, compat=compat) for rows in found["embedding"].split(num_rows)
-            ]
+            copies = found["embedding"].split(num_rows)[-len(of_images) :]
+            of_streams = [exemplar_loss(rows, num_images, num_cores, compat=compat) for rows in copies]
             values["exemplar"] = torch.stack(of_streams).mean()
             total = total + c.exemplar.weight * values["exemplar"]
-        clean = logits if c.smoothed == "all" else logits[num_rows:]
+        if c.vat is not None or c.entropy_weight > 0:
+            clean = logits if c.smoothed == "all" else logits[num_rows:]
         if c.vat is not None:
-            values["vat"] = divergence(found["adversarial"], clean.detach()).mean()
+            values["vat"] = c.vat.between(found["adversarial"], clean).mean()
             values["perturbation"] = found["perturbation"].mean()
             total = total + c.vat.weight * values["vat"]
         if c.entropy_weight > 0:
             values["entropy"] = entropy(clean).mean()
             total = total + c.entropy_weight * values["entropy"]
         return {"total": total, **values}
+
+    def _class_loss(self, nets: Nets[S4lNet], logits_NK: Tensor, labelled: Part) -> Tensor:
+        """Mean cross-entropy of the rows that count: of the upright ones where the settings say so, and of images whose
+        pseudo-label is believed."""
+        label_B = labelled.labels if nets.frozen is None else nets.frozen(labelled.ids)
+        if self.config.class_on == "upright":
+            logits_NK = logits_NK[: len(logits_NK) // len(self.config.turned_view.turns)]
+        label_N = label_B.repeat(len(logits_NK) // len(label_B))
+        if not isinstance(nets.frozen, PseudoLabels) or not nets.frozen.partial:
+            return F.cross_entropy(logits_NK, label_N)
+        count = dist.mean_over_ranks((label_N >= 0).to(logits_NK.dtype).sum()).clamp_min(1.0)
+        return F.cross_entropy(logits_NK, label_N, ignore_index=-1, reduction="sum") / count
 
     def after_step(self, nets: Nets[S4lNet], step: int, horizon: Horizon) -> None:
         """The average of the weights since the start, of which half is from the last `half_life`: begun at zero and
@@ -421,7 +436,9 @@ class Labeller(S4l):
         part, view = batch.parts["images"], self.config.label_view
         logits = self.embed(nets, part.x[view.name], "logits")
         votes = logits.unflatten(0, (view.copies * len(view.turns), len(part.ids))).mean(dim=0)
-        return {"pseudo_label": torch.where(part.labels >= 0, part.labels, votes.argmax(dim=1))}
+        confidence_B, voted_B = votes.softmax(dim=1).max(dim=1)
+        believed_B = torch.where(confidence_B >= self.config.least_confidence, voted_B, -1)
+        return {"pseudo_label": torch.where(part.labels >= 0, part.labels, believed_B)}
 
 
 def _noise(part: Part, like: Tensor) -> Tensor:
@@ -430,25 +447,3 @@ def _noise(part: Part, like: Tensor) -> Tensor:
     num_views = sum(len(x) for x in part.x.values()) // num_images
     draws = normals(part.keys, _NOISE, num_views * shape.numel())
     return draws.view(num_images, num_views, *shape).transpose(0, 1).flatten(0, 1).to(like.dtype)
-
-
-def _pseudo_labels(facts: Facts, inputs: Mapping[str, Artefact]) -> Tensor:
-    """The input "labels": of every training image by its index, int64 [N]. Raises ConfigError where it was not made of
-    our images, of all of them, or not by the networks that the inputs "init" or "teacher" name."""
-    labels = inputs["labels"]
-    made = labels.made_of()
-    if not made:
-        raise ConfigError(f"{labels.path}: nothing beside it says of which images it was made, and by which networks")
-    if facts.train_fingerprint not in made["data"].values():
-        raise ConfigError(f"{labels.path} was made of other images than these: make it anew")
-    by = inputs.get("init") or inputs.get("teacher")
-    if by is not None and by.sha256 not in made["inputs"].values():
-        raise ConfigError(f"{labels.path} was made by other networks than those in {by.path}: make it anew")
-    found = labels.load()
-    if not torch.equal(found["ids"], torch.arange(made["num_images"])):
-        raise ConfigError(
-            f"{labels.path} does not hold the labels of images 0 to {made['num_images'] - 1} in this order, which are "
-            "all training images: make it anew"
-        )
-    labels_N: Tensor = found["pseudo_label"]
-    return labels_N

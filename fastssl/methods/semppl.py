@@ -11,6 +11,18 @@ Hours      13 on 64 TPUv3 cores (the authors')
 Embeddings of labelled images wait in queues, one for each large view. The nearest ones vote on what an unlabelled image
 is, and then every view of an image is drawn to its other views and to some queued images of its class. Without that
 (`alpha` 0) it is ReLICv2, BYOL or SimCLR: `base` says which.
+
+Where the paper is silent, or its parts do not agree, and no setting below says what is done:
+- Positives are taken from each of the four queues, as the divisor 96 has it; the listing's loop uses the last one.
+- A small view's semantic term is of that view; the listing prints the large view's output.
+- Every copy draws its mask anew; in the listing an image once masked stays so.
+- Negatives, and a queue's positives, are drawn once an image and shared by its views' pairs; the listing draws anew.
+- Solarising inverts from half on, as in the release; appendix E.6 says black and white.
+- Blur of 96-pixel views has 9 taps, a tenth of the side as in the release; appendix E.5 says 23 for all.
+- Every view is cropped, as appendix E says; table 12 has half of them.
+- ResNets are v1, as in the release; the text calls them pre-activation.
+- Without voting the first view asks; appendix D.2 picks one at random.
+- Fine-tuning's classifier begins at zero; appendix A.1 draws it.
 """
 
 from __future__ import annotations
@@ -124,6 +136,9 @@ class SempplConfig(Config):
     own_entry: bool = True
     neighbours: int = 1
     voting: bool = True
+    # Whether images without a label in sight get one by vote. Otherwise labelled images alone have semantic positives:
+    # the middle of the paper's table 4b.
+    pseudo_labels: bool = True
     ties: Ties = "similarity"  # unstated: of equally many votes, the nearest; "lowest": the lowest class
     # Equation 10 has alpha on the contrast with semantic positives, and not on their divergence.
     alpha_on_kl: bool = False
@@ -241,7 +256,7 @@ class Semppl(Method[SempplConfig, SempplNet]):
                               "with labels, or set alpha=0")  # fmt: skip
         super().__init__(config, facts, inputs)
         every_label = facts.all_labelled and parse_subset(config.labels) == All()
-        self.votes = bool(config.alpha) and not every_label
+        self.votes = bool(config.alpha) and config.pseudo_labels and not every_label
         self._seen: tuple[Tensor, Tensor, Tensor, Majority | None]  # of the last loss, for `metrics`
 
     def plan(self) -> Plan:

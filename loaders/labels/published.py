@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import json
 import os
 import urllib.request
 from collections.abc import Iterable
@@ -20,12 +21,14 @@ TIMEOUT_S = 20.0
 
 @dataclass(frozen=True)
 class PublishedList:
-    """`repository` on GitHub and branch, `path` there; `alias`: a file name under which people keep the list."""
+    """`repository` on GitHub and branch, `path` there; `alias`: a file name under which people keep the list. Where it
+    is published as JSON, `as_lines` is the sha256 of its names one a line, which is the same list."""
 
     repository: str
     path: str
     alias: str
     sha256: str
+    as_lines: str = ""
 
     @property
     def address(self) -> str:
@@ -34,6 +37,7 @@ class PublishedList:
 
 
 _SIMCLR, _SUNCET = "google-research/simclr/master", "facebookresearch/suncet/main"
+_S4L = "google-research/s4l/master"
 PUBLISHED = {
     "simclr-1": PublishedList(
         _SIMCLR,
@@ -52,6 +56,20 @@ PUBLISHED = {
         "imagenet_subsets/val.txt",
         "paws-heldout-12-per-class.txt",
         "fde94a027633486479402248efb6c938763417979227555e4d541d36547a93a0",
+    ),
+    "s4l-1": PublishedList(
+        _S4L,
+        "label_map_count_13000_index_0",
+        "s4l-1.txt",
+        "18c3b29ae82707809a3509d039ce49d4f568be5af527c42414c8a18818a51acf",
+        "c378a7ea97848539865f636f69f455381f729ddf5119c2c46882767e95782b92",
+    ),
+    "s4l-10": PublishedList(
+        _S4L,
+        "label_map_count_128000_index_0",
+        "s4l-10.txt",
+        "10b8703cf81452a852536fc5c7fd21c1abc3ac0997997dffaaec4a1a86087c17",
+        "ef8ddc35e1fe376c51d4211625892507e90299a60a52a9715227c8ddb06271d9",
     ),
     **{
         f"paws-cifar10-4000-split-{seed}": PublishedList(
@@ -118,10 +136,21 @@ def _fetch(url: str) -> bytes:
 
 
 def _checked(name: str, data: bytes, where: str) -> bytes:
-    wanted, found = PUBLISHED[name].sha256, _sum(data)
-    if found != wanted:
-        raise StoreError(f"{where}: not the published list {name}: its sha256 is {found}, not {wanted}")
+    wanted, found = PUBLISHED[name], _sum(data)
+    if found not in (wanted.sha256, wanted.as_lines):
+        raise StoreError(f"{where}: not the published list {name}: its sha256 is {found}, not {wanted.sha256}")
     return data
+
+
+def entries_of(data: bytes) -> list[str]:
+    """The names on a list: one a line, or as S4L's authors publish theirs, JSON with the names under "values". Raises
+    ValueError where it is neither."""
+    if not data.lstrip().startswith(b"{"):
+        return [line.strip() for line in data.decode("utf-8-sig").splitlines() if line.strip()]
+    values = json.loads(data).get("values")
+    if not isinstance(values, list):
+        raise ValueError('no names under "values"')
+    return [str(value) for value in values]
 
 
 def _sum(data: bytes) -> str:

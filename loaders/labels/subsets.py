@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from loaders.errors import StoreError
-from loaders.labels.published import PUBLISHED, read_file, read_published
+from loaders.labels.published import PUBLISHED, entries_of, read_file, read_published
 from loaders.plan.draws import mix
 from loaders.plan.views import All, Complement, Listed, PerClass, Subset
 from loaders.store.source import Source
@@ -107,10 +107,11 @@ def listed(source: Named, name: str, search: tuple[Path, ...]) -> Resolved:
     path, data = _read_list(name, search)
     sha256 = hashlib.sha256(data).hexdigest()
     try:
-        lines = data.decode("utf-8-sig").splitlines()
+        entries = entries_of(data)
     except UnicodeDecodeError:
         raise StoreError(f"{path}: not a text file") from None
-    entries = [line.strip() for line in lines if line.strip()]
+    except ValueError as error:
+        raise StoreError(f'{path}: neither names one a line nor JSON with names under "values" ({error})') from None
     if not entries:
         raise StoreError(f"{path}: the list is empty")
     numbers = all(e.isascii() and e.isdigit() for e in entries)

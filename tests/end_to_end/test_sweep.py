@@ -206,6 +206,10 @@ def test_every_combination_is_a_run_with_the_recipes_own_held_out_images():
     job = Job("supervised.rn50_100pct", imagenet, (), (), Path("out"), 0, "cpu", 1)
     large = prepare(job, ("rate.peak=0.1",), None)
     assert large.held_out == "paws-heldout"
+    for labels in ("s4l-10", "s4l-1"):  # with which that list shares 1,141 and 105 images
+        changes = (f"labels={labels}",)
+        job = Job("s4l.rotation", resolve("s4l.rotation", changes), changes, (), Path("out"), 0, "cpu", 1)
+        assert prepare(job, ("rate.peak=0.1",), None).held_out == f"per-class=12 of not:{labels}"
     assert large.runs["rate.peak=0.1"].stages[0].config.labels == "not:paws-heldout"
 
 

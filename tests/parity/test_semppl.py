@@ -546,6 +546,13 @@ def test_the_imagenet_recipe_is_the_papers():
     assert nets.state.z_LCD.numel() * 4 == 335_544_320
 
 
+def test_without_pseudo_labels_only_labelled_images_have_semantic_positives():
+    """The middle of table 4b. Catches queues that are left out with the votes."""
+    ours = Semppl(config(pseudo_labels=False), Facts(10, 1, 0), {})
+    assert not ours.votes and ours.nets().state is not None and ours.plan().streams[0].every_class
+    assert Semppl(config(), Facts(10, 1, 0), {}).votes
+
+
 def test_rate_and_queues_follow_the_batch():
     """D.1: .3 for each 256 images; section 2.1: 20 batches. Catches a small batch at the rate of a large one."""
     (stage,) = resolve("semppl.rn50_300ep", ("batch_global=1024",))

@@ -200,7 +200,10 @@ NEW = {
     "PawsConfig": ("entropy", "label_targets", "me_max", "ropaws", "hidden_features", "activation"),
     "FirstLayer": ("layers",),
     "DistilConfig": ("images", "labelled_batch", "scaling"),
-    "SempplConfig": ("scaling",),
+    "SempplConfig": ("scaling", "pseudo_labels"),
+    "S4lConfig": ("class_on", "self_supervised_on", "trained"),
+    "LabelConfig": ("class_on", "self_supervised_on", "trained", "least_confidence"),
+    "Vat": ("divergence",),
     "SupervisedConfig": ("scaling",),
     "Simclrv2Config": ("hidden_features",),
 }

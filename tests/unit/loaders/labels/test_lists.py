@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import http.server
+import json
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 
 from loaders.errors import StoreError
 from loaders.labels import published, subsets
-from loaders.labels.published import HOME, PUBLISHED, PublishedList, cache_folder, read_published
+from loaders.labels.published import HOME, PUBLISHED, PublishedList, cache_folder, entries_of, read_published
 from loaders.labels.subsets import resolve
 from loaders.plan.views import Complement, Listed
 from loaders.store.source import ArraySource
@@ -130,7 +131,7 @@ def test_a_missing_list_of_no_published_name_is_not_fetched_and_names_those_ther
 
 def test_real_lists_have_the_pinned_sums(test_data):
     counts = {}
-    for name in list(PUBLISHED)[:-1]:
+    for name in [name for name in PUBLISHED if name != "few" and not name.startswith("s4l")]:
         path, data = read_published(name, [test_data / "splits"], "http://127.0.0.1:9")
         counts[name] = len(data.split())
         assert path == test_data / "splits" / PUBLISHED[name].alias
@@ -147,12 +148,33 @@ def test_real_lists_are_disjoint_or_nested_as_published(test_data):
     assert one < ten and not ten & held
 
 
-def test_addresses_are_https_and_of_the_two_repositories():
+def test_addresses_are_https_and_of_the_authors_repositories():
     assert HOME == "https://raw.githubusercontent.com"
-    homes = {entry.address.rsplit("/", 3)[0] for name, entry in PUBLISHED.items() if name != "few"}
-    assert homes == {"google-research/simclr", "facebookresearch/suncet"}
+    homes = {"/".join(entry.address.split("/")[:2]) for name, entry in PUBLISHED.items() if name != "few"}
+    assert homes == {"google-research/simclr", "facebookresearch/suncet", "google-research/s4l"}
     assert PUBLISHED["paws-cifar10-4000-split-91"].path == "cifar10_subsets/spc.4000_split.91.txt"
     assert all(len(entry.sha256) == 64 for entry in PUBLISHED.values())
+
+
+def test_s4ls_lists_are_read_as_their_authors_publish_them(server, tmp_path, monkeypatch):
+    """JSON with the names under "values", or these one a line. Catches a list that has to be made by hand, and other
+    JSON read as a name."""
+    told = json.dumps({"values": ["b.png", "d.png"]}).encode()
+    as_json = replace(PUBLISHED["few"], sha256=hashlib.sha256(told).hexdigest(), alias="json-list",
+                      as_lines=hashlib.sha256(b"b.png\nd.png\n").hexdigest())  # fmt: skip
+    monkeypatch.setitem(PUBLISHED, "s4l", as_json)
+    for name, content in (("json-list", told), ("s4l.txt", b"b.png\nd.png\n")):
+        (tmp_path / name).write_bytes(content)
+        assert read_published("s4l", [tmp_path])[1] == content
+        assert entries_of(content) == ["b.png", "d.png"]
+        (tmp_path / name).unlink()
+    (tmp_path / "other.txt").write_text('{"names": []}')
+    with pytest.raises(StoreError, match='neither names one a line nor JSON with names under "values"'):
+        resolve(Listed(str(tmp_path / "other.txt")), five())
+    with pytest.raises(
+        StoreError, match=r"s4l-10 is neither .*google-research/s4l/master/label_map_count_128000_index_0"
+    ):
+        read_published("s4l-10", [tmp_path / "none"], "http://127.0.0.1:9")
 
 
 def test_a_read_only_cache_does_not_stop_a_run(server, tmp_path, monkeypatch):
