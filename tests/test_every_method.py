@@ -431,7 +431,7 @@ def test_recipe_resolves_and_dry_runs_without_data_or_devices(name, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     if LIKE_ANOTHER.search(name):
         for module in (dry_run, memory_model):
-            monkeypatch.setattr(module, "trace_step", _not_traced)
+            monkeypatch.setattr(module, "traced", _not_traced)
     assert recipes()[name].__doc__
     config = resolve(name)[0].config
     known = KNOWN_SETS[config.dataset]

@@ -6,7 +6,7 @@ import torch
 
 from fastssl.costs import memory_model
 from fastssl.costs.cost import StepCost, ours
-from fastssl.costs.trace import Untraceable, trace_step
+from fastssl.costs.trace import Untraceable, traced
 from fastssl.engine.job import Job
 from fastssl.engine.join import joined
 from fastssl.errors import ConfigError
@@ -83,7 +83,7 @@ def _describe_stage(job: Job, stage: Stage, data: DataSets | None, warnings: lis
 def _describe_cost(stage: Stage, facts: Facts, world: int) -> list[str]:
     """What a step computes and sends, and what a card must hold; all modelled."""
     try:
-        trace = trace_step(stage, facts, world)
+        trace = traced(stage, facts, world)
     except Untraceable as error:
         return [f"  memory       not estimated: {error}"]
     needs, cards = memory_model.describe(memory_model.memory_of(trace))

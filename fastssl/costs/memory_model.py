@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from fastssl.costs.cost import FP32
-from fastssl.costs.trace import Trace, Untraceable, trace_step
+from fastssl.costs.trace import Trace, Untraceable, traced
 from fastssl.engine.job import Job
 from fastssl.engine.step import default_how
 from fastssl.errors import ConfigError
@@ -110,8 +110,8 @@ def stages_with_room(job: Job, card_bytes: float) -> tuple[str, ...]:
     how = _how(job)
     if how not in ("compiled", "graphed"):
         return ()
-    found = ((stage.name, _traced(stage, facts, job.world)) for stage, facts in _of_stages(job))
-    return tuple(name for name, traced in found if traced is not None and traced[0].has_room(how, card_bytes))
+    found = ((stage.name, _needs(stage, facts, job.world)) for stage, facts in _of_stages(job))
+    return tuple(name for name, needs in found if needs is not None and needs[0].has_room(how, card_bytes))
 
 
 def _how(job: Job) -> str:
@@ -129,28 +129,22 @@ def _of_stages(job: Job) -> Iterator[tuple[Stage, Facts]]:
         yield stage, facts
 
 
-_KNOWN: dict[str, tuple[MemoryNeeded, Plan] | None] = {}
-
-
-def _traced(stage: Stage, facts: Facts, world: int) -> tuple[MemoryNeeded, Plan] | None:
-    """Traced once a process, which takes seconds; None where it cannot be."""
-    key = repr((stage, facts, world))
-    if key not in _KNOWN:
-        try:
-            trace = trace_step(stage, facts, world)
-            _KNOWN[key] = memory_of(trace), trace.plan
-        except Untraceable:
-            _KNOWN[key] = None
-    return _KNOWN[key]
+def _needs(stage: Stage, facts: Facts, world: int) -> tuple[MemoryNeeded, Plan] | None:
+    """None where the stage cannot be traced."""
+    try:
+        trace = traced(stage, facts, world)
+    except Untraceable:
+        return None
+    return memory_of(trace), trace.plan
 
 
 def refuse_what_cannot_fit(stage: Stage, facts: Facts, world: int, how: str, card_bytes: float) -> None:
     """Raise ConfigError where a rank of `stage` would not fit a card of `card_bytes` with `--step how`, naming the
     setting, or else the number of ranks, that would. Says nothing about a stage that cannot be traced."""
-    traced = _traced(stage, facts, world)
-    if traced is None or traced[0].needed(how) <= card_bytes:
+    needs = _needs(stage, facts, world)
+    if needs is None or needs[0].needed(how) <= card_bytes:
         return
-    memory, plan = traced
+    memory, plan = needs
     fitting = memory.settings_within(card_bytes)
     if fitting:
         instead = f"--step {fitting[0]} needs about {_gb(memory.needed(fitting[0]))}"

@@ -120,7 +120,7 @@ def trace_step(stage: Stage, facts: Facts, world: int) -> Trace:
     assert stage.do == "train" and not td.is_initialized()
     try:
         with dist.first_of(world), FakeTensorMode(allow_fallback_kernels=False):
-            return _traced(stage, facts, world)
+            return _counted(stage, facts, world)
     except (
         fake_tensor.DataDependentOutputException,
         fake_tensor.DynamicOutputShapeException,
@@ -129,7 +129,23 @@ def trace_step(stage: Stage, facts: Facts, world: int) -> Trace:
         raise Untraceable(f"the loss cannot run on shapes alone ({error})") from error
 
 
-def _traced(stage: Stage, facts: Facts, world: int) -> Trace:
+_TRACED: dict[str, Trace | Untraceable] = {}
+
+
+def traced(stage: Stage, facts: Facts, world: int) -> Trace:
+    """What `trace_step` gives or raises, asked of it once a process; stages that compute the same share it."""
+    key = repr((stage.config, stage.gradients, facts, world))
+    if key not in _TRACED:
+        try:
+            _TRACED[key] = trace_step(stage, facts, world)
+        except Untraceable as error:
+            _TRACED[key] = error
+    if isinstance(found := _TRACED[key], Untraceable):
+        raise found
+    return found
+
+
+def _counted(stage: Stage, facts: Facts, world: int) -> Trace:
     method = stage.config.build(facts, _NotMade())
     plan, nets = method.plan(), method.nets()
     for name, module in nets.modules().items():

@@ -583,7 +583,7 @@ def test_the_header_s_sweeps_are_accepted(monkeypatch):
         raise Untraceable("too large for a test")
 
     for module in (dry_run, memory_model):
-        monkeypatch.setattr(module, "trace_step", not_traced)
+        monkeypatch.setattr(module, "traced", not_traced)
     text = recipes.__doc__.replace("\\\n", "")
     commands = re.findall(r"^ +fastssl (train s4l.rotation .*--sweep.*)$", text, re.MULTILINE)
     assert len(commands) == 2
