@@ -1,32 +1,22 @@
 """S4L's losses against loop-by-loop float64 transcriptions, value and gradient; which images they see; schedules."""
 
 import copy
-import json
-import math
-import re
-import shlex
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from click.testing import CliRunner
 
 from fastssl import dist
-from fastssl.commands import dry_run
-from fastssl.commands.main import main
-from fastssl.costs import memory_model
-from fastssl.costs.trace import Untraceable
 from fastssl.errors import ConfigError
 from fastssl.losses.adversarial import curvature_product, divergence, entropy, unit
 from fastssl.losses.triplet import exemplar_identities, exemplar_loss
-from fastssl.methods.base import Artefact, Epochs, Facts, Horizon
+from fastssl.methods.base import Epochs, Facts, Horizon
 from fastssl.methods.s4l import (
     TURNS,
     Exemplar,
     LabelConfig,
-    PseudoLabels,
     Rotation,
     S4lConfig,
     Vat,
@@ -34,14 +24,11 @@ from fastssl.methods.s4l import (
 )
 from fastssl.nn.encoders.resnet import ResNet
 from fastssl.nn.recompute import recompute_blocks
-from fastssl.optim.rates import WarmupStairs
-from fastssl.recipes import s4l as recipes
 from fastssl.recipes.resolve import resolve
 from loaders.errors import PlanError
 from loaders.loader import Loader, bind
-from loaders.plan.ops import Flip, HsvNoise
 from loaders.plan.plan import StreamFacts
-from loaders.plan.views import SIGNED, Centre, FiveCrops, Rrc, View, Whole
+from loaders.plan.views import SIGNED, FiveCrops, Rrc, View, Whole
 from loaders.store.data import DataSets, open_data
 from loaders.store.source import ArraySource
 
@@ -449,147 +436,3 @@ def test_classes_without_labelled_images_are_refused():
     data = DataSets({"train": ArraySource("digits", digits.images, unlabelled, digits.class_names)})
     with pytest.raises(PlanError, match="3 of its 1442 images carry no label"):
         bind(method.plan(), data)
-
-
-@pytest.fixture
-def made(tmp_path):
-    """What a stage leaves that labelled three images."""
-    torch.save({"pseudo_label": torch.tensor([2, 0, 1]), "ids": torch.arange(3)}, tmp_path / "produced.pt")
-    note(tmp_path)
-    return Artefact(tmp_path / "produced.pt", "labels")
-
-
-def note(folder, **changes):
-    """Write of what the stage made its labels; a change to None leaves that out."""
-    made_of = {"sha256": "labels", "inputs": {"init": "model"}, "data": {"images": "x"}, "num_images": 3} | changes
-    made_of = {name: value for name, value in made_of.items() if value is not None}
-    (folder / "result.json").write_text(json.dumps({"made_of": made_of}))
-
-
-def loaded(inputs, fingerprint="x"):
-    method = config(pseudo_labels=True).build(Facts(10, 1, 0, fingerprint), inputs)
-    nets = method.nets()
-    method.load_inputs(nets)
-    return nets
-
-
-def test_pseudo_labels_stand_in_for_labels(made):
-    nets = loaded({"labels": made})
-    assert isinstance(nets.frozen, PseudoLabels)
-    assert nets.frozen(torch.tensor([1, 2, 2])).tolist() == [0, 1, 1]
-
-
-def test_pseudo_labels_of_another_model_or_data_set_are_refused(made, tmp_path):
-    """As after the first stage was trained anew, with the labels of the old one still there."""
-    teacher = Artefact(tmp_path / "state.pt", "model")
-    loaded({"labels": made, "teacher": teacher})
-    with pytest.raises(ConfigError, match="made by other networks than those in .*state.pt"):
-        loaded({"labels": made, "teacher": replace(teacher, sha256="newer")})
-    with pytest.raises(ConfigError, match="made of other images"):
-        loaded({"labels": made}, fingerprint="y")
-    (tmp_path / "result.json").unlink()
-    with pytest.raises(ConfigError, match="nothing beside it says"):
-        loaded({"labels": made})
-
-
-def test_pseudo_labels_in_another_file_than_the_stage_wrote_are_refused(made, tmp_path):
-    """As when they were damaged, or exchanged for another run's; runs were once made that note no digest."""
-    with pytest.raises(ConfigError, match=r"produced.pt is not the file that .*result.json tells of: make it anew"):
-        loaded({"labels": replace(made, sha256="other")})
-    note(tmp_path, sha256=None)
-    with pytest.raises(ConfigError, match=r"produced.pt is older than the digests.*: make it anew"):
-        loaded({"labels": made})
-
-
-@pytest.mark.parametrize("ids", [[0, 2, 1], [0, 1, 1], [0, 1], [1, 2, 3]])
-def test_pseudo_labels_that_are_not_one_an_image_in_order_are_refused(ids, made):
-    """A row is looked up by the image's index: the labels of some images would be those of others."""
-    torch.save({"pseudo_label": torch.zeros(len(ids), dtype=torch.int64), "ids": torch.tensor(ids)}, made.path)
-    with pytest.raises(ConfigError, match=r"produced.pt does not hold the labels of images 0 to 2 in this order"):
-        loaded({"labels": made})
-
-
-def test_recipes_say_what_the_release_s_configurations_say():
-    """Batch, images to a core, rate, decay, warm-up and length of each, and its terms: the constants that the method's
-    numbers hang on."""
-    said = {}
-    for name in ("supervised", "supervised_1pct", "rotation", "exemplar", "vat", "vat_entmin", "pseudo_label", "moam"):
-        stage = resolve(f"s4l.{name}")[-1 if name == "pseudo_label" else 0]
-        c = stage.config
-        spans = c.rate.warmup, *c.rate.falls, stage.length
-        said[name] = (
-            c.batch_global,
-            c.core_images,
-            c.rate.peak,
-            c.optimizer.weight_decay,
-            *(span.count for span in spans),
-        )
-    tenth = 140, 160, 180, 200
-    assert said == {
-        "supervised": (256, 32, 0.1, 1e-3, 5, *tenth),
-        "supervised_1pct": (256, 32, 0.01, 1e-2, 5, 700, 800, 900, 1000),
-        "rotation": (256, 8, 0.03, 1e-3, 5, *tenth),
-        "exemplar": (512, 16, 0.1, 1e-3, 10, *tenth),
-        "vat": (256, 8, 0.03, 1e-3, 5, *tenth),
-        "vat_entmin": (256, 8, 0.03, 1e-3, 5, *tenth),
-        "pseudo_label": (256, 32, 0.1, 1e-4, 5, 30, 60, 90, 100),
-        "moam": (128, None, 0.1, 2e-4, 10, 100, 150, 190, 200),
-    }
-    terms = {}
-    for name in said:
-        c = resolve(f"s4l.{name}")[-1 if name == "pseudo_label" else 0].config
-        terms[name] = c.class_weight, c.rotation, c.exemplar, c.vat, c.entropy_weight, c.smoothed, c.half_life
-    none = 1.0, None, None, None, 0.0, "all", None
-    vat = Vat(0.5, 40.0, "exact", 1e-3, "unit")
-    assert terms == {
-        "supervised": none,
-        "supervised_1pct": none,
-        "rotation": (1.0, Rotation(1.0), None, None, 0.0, "all", None),
-        "exemplar": (1.0, None, Exemplar(1.0, 1000, False), None, 0.0, "all", None),
-        "vat": (1.0, None, None, vat, 0.0, "all", None),
-        "vat_entmin": (1.0, None, None, vat, 1.0, "all", None),
-        "pseudo_label": none,
-        "moam": (0.3, Rotation(0.4), None, replace(vat, weight=0.3, epsilon=32.0), 0.3, "unlabelled", Epochs(1)),
-    }
-    joint = resolve("s4l.moam")[0].config
-    assert math.isclose(joint.class_weight + joint.rotation.weight + joint.vat.weight, 1.0)
-    views = {name: (c.view.copies, c.view.ops) for name in said if (c := resolve(f"s4l.{name}")[0].config)}
-    plain = 1, (Flip(),)
-    noisy = {"supervised_1pct": (1, (Flip(), HsvNoise())), "exemplar": (8, (HsvNoise(), Flip()))}
-    assert views == dict.fromkeys(said, plain) | noisy
-
-
-def test_moam_s_later_stages_are_the_paper_s():
-    """Labels by five crops in four turns; the second stage with all losses on pseudo-labels, the third without any but
-    the class's, on the labels."""
-    joint, label, relearn, finetune = resolve("s4l.moam")
-    view = View("label", 224, FiveCrops(resize=256), pixels=SIGNED, copies=5, turns=(0, 1, 2, 3))
-    assert label.do == "produce" and label.config.label_view == view
-    again = {"pseudo_labels": True, "rate": WarmupStairs(0.1, (Epochs(6), Epochs(12)), warmup=Epochs(1))}
-    assert relearn.config == replace(joint.config, **again) and relearn.length == Epochs(18)
-    c = finetune.config
-    assert (c.batch_global, c.rate.peak, c.optimizer.weight_decay, c.rate.warmup) == (128, 5e-4, 3e-3, Epochs(0))
-    assert (*c.rate.falls, finetune.length) == (Epochs(5), Epochs(10), Epochs(15), Epochs(20))
-    assert (c.class_weight, c.rotation, c.exemplar, c.vat, c.entropy_weight) == (1.0, None, None, None, 0.0)
-    assert (c.labels, c.pseudo_labels, c.half_life) == ("s4l-10", False, None)
-    single = resolve("s4l.pseudo_label")[1].config.label_view
-    assert (single.copies, single.turns, single.crop) == (1, (0,), Centre(resize=256))
-
-
-def test_the_header_s_sweeps_are_accepted(monkeypatch):
-    """Catches a key that a recipe no longer has, and another recipe's weight that is named otherwise."""
-
-    def not_traced(stage, facts, world):
-        raise Untraceable("too large for a test")
-
-    for module in (dry_run, memory_model):
-        monkeypatch.setattr(module, "traced", not_traced)
-    text = recipes.__doc__.replace("\\\n", "")
-    commands = re.findall(r"^ +fastssl (train s4l.rotation .*--sweep.*)$", text, re.MULTILINE)
-    assert len(commands) == 2
-    for recipe, term in (("rotation", "rotation"), ("exemplar", "exemplar"), ("vat", "vat"), ("vat_entmin", "vat")):
-        for command in commands:
-            mine = command.replace("s4l.rotation", f"s4l.{recipe}").replace("rotation.weight", f"{term}.weight")
-            result = CliRunner().invoke(main, [*shlex.split(mine), "--dry-run"])
-            assert result.exit_code == 0, result.output
-            assert "18 runs" in result.output

@@ -1,22 +1,21 @@
-"""Global batch norm against `nn.BatchNorm` on the concatenated batch: one layer, resolutions in lockstep, a compiled
-network, a whole ResNet-50 under DDP."""
+"""Global batch norm against `nn.BatchNorm` on the concatenated batch: one layer, resolutions in lockstep, a whole
+ResNet-50 under DDP."""
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.profiler import profile
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastssl import dist
 from fastssl.nn.heads import prediction_head, projection_head
 from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm
 from fastssl.nn.norm.running_stats import frozen_running_stats
-from fastssl.nn.trunks.resnet import BasicBlock, ResNetTrunk, resnet
+from fastssl.nn.trunks.resnet import resnet
 from tests.ranks.pool import RanksFailed, run_ranks
+from tests.support.message_bytes import MessageBytes
+from tests.support.torch_norm import Encoder, TorchNorm1d, TorchNorm2d
 
 SHARDS = (slice(0, 7), slice(7, 10))  # uneven on purpose
 CHANNELS_LAST = torch.channels_last
@@ -326,92 +325,7 @@ def _other_layouts():
     return [str(key) for key, is_channels_last in layouts.items() if not is_channels_last]
 
 
-# Compiled
-
-
-class SmallEncoder(nn.Module):
-    """A stem, a block with projection shortcut, a head: six layers of batch norm."""
-
-    def __init__(self):
-        super().__init__()
-        self.trunk = ResNetTrunk(BasicBlock, (0, 1, 0, 0), 4, "cifar", 3, GlobalBatchNorm)
-        self.projection = projection_head(8, 8)
-
-    def forward(self, xs):
-        return self.projection.lockstep(self.trunk.lockstep(xs))
-
-
-@pytest.mark.parametrize("world", (1, 2))
-def test_compiled_is_one_graph_and_equals_eager(world):
-    """Catches a graph break, a message that the compiler drops, doubles or leaves outside, and gradients recomputed
-    from running statistics updated meanwhile (which aot_eager, unlike inductor, may get right)."""
-    ranks = run_ranks(world, _compiled_and_eager, timeout_s=300) if world > 1 else [_compiled_and_eager()]
-    for compiled, eager, graphs, breaks, messages in ranks:
-        for name, expected in eager.items():
-            assert (compiled[name] - expected).norm() < 1e-9 * max(expected.norm(), 0.1), name
-        assert (graphs, breaks) == (1, 0)
-        assert messages == (0 if world == 1 else 12)
-
-
-def _compiled_and_eager():
-    torch.manual_seed(0)
-    eager = SmallEncoder().double().to(memory_format=CHANNELS_LAST)
-    compiled = SmallEncoder().double().to(memory_format=CHANNELS_LAST)
-    compiled.load_state_dict(eager.state_dict())
-    counters.clear()
-    with torch._inductor.config.patch(compile_threads=1):  # no pool of compilers, which would outlive the test
-        compiled.compile(fullgraph=True)
-        _step_of_two(compiled)
-        with profile() as profiled:
-            _step_of_two(compiled)
-    for _ in range(2):
-        _step_of_two(eager)
-    messages = sum(event.name.startswith("_c10d_functional::all_reduce") for event in profiled.events())
-    graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
-    return *(_state(net) for net in (compiled, eager)), graphs, breaks, messages
-
-
-def _step_of_two(net):
-    xs = [
-        _normal(seed, (10, 3, size, size))[_shard()].to(memory_format=CHANNELS_LAST) for seed, size in ((8, 8), (9, 6))
-    ]
-    sum(z.pow(3).mean() for z in net(xs)).backward()
-
-
-def _state(net):
-    gradients = {f"{name} gradient": parameter.grad for name, parameter in net.named_parameters()}
-    return gradients | {name: buffer.double() for name, buffer in net.named_buffers()}
-
-
 # ResNet-50 with both heads, two resolutions, a loss across ranks
-
-
-class Encoder(nn.Module):
-    """(x of one resolution, x of another) -> z of all rows, as PAWS has it."""
-
-    def __init__(self, trunk_norm, head_norm):
-        super().__init__()
-        self.trunk = resnet(50, norm=trunk_norm, base_width=8)
-        self.projection = projection_head(self.trunk.num_features, 32, head_norm)
-        self.prediction = prediction_head(32, head_norm)
-
-    def forward(self, x_large, x_small):
-        h = self.projection.lockstep(self.trunk.lockstep([x_large, x_small]))
-        return torch.cat(self.prediction.lockstep(h))
-
-
-class TorchNorm2d(nn.BatchNorm2d):
-    """torch's batch norm, one resolution after the other."""
-
-    def lockstep(self, xs, residuals=None, *, relu=False):
-        ys = [self(x) for x in xs]
-        if residuals is not None:
-            ys = [y + residual for y, residual in zip(ys, residuals, strict=True)]
-        return [y.clamp(min=0) if relu else y for y in ys]
-
-
-class TorchNorm1d(nn.BatchNorm1d):
-    lockstep = TorchNorm2d.lockstep
 
 
 SUPPORTS, LARGE, SMALL = 6, 6, 12  # rows per rank
@@ -541,24 +455,6 @@ def _messages():
         for group in forward.groups | backward.groups
     }
     return forward.messages, backward.messages, groups, forward.operators | backward.operators
-
-
-class MessageBytes(TorchDispatchMode):
-    """Operators called within; of collectives, whichever way they were called, the bytes of each, and their groups."""
-
-    def __init__(self):
-        super().__init__()
-        self.messages: list[int] = []
-        self.groups: set[str] = set()
-        self.operators: set[str] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.operators.add(func.name())
-        if func.namespace in ("c10d", "_c10d_functional") and "wait" not in func.name():
-            tensors = args[0] if isinstance(args[0], (list, tuple)) else [args[0]]
-            self.messages.append(sum(t.nbytes for t in tensors))
-            self.groups.add(args[-1])
-        return func(*args, **(kwargs or {}))
 
 
 # Helpers

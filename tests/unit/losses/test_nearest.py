@@ -12,7 +12,7 @@ from fastssl.losses import nearest as module
 from fastssl.losses.nearest import majority, nearest
 from fastssl.losses.queues import LabelledQueues
 from fastssl.methods.semppl import vote
-from tests.parity.test_paws_loss import NoWaiting
+from tests.support.no_waiting import NoWaiting
 
 
 @pytest.mark.parametrize("elements", [1, 90, 2**23], ids=["k rows a tile", "uneven tiles", "one tile"])

@@ -10,7 +10,7 @@ from fastssl.methods.base import Facts
 from fastssl.recipes.resolve import resolve
 from loaders.errors import PlanError
 from loaders.plan.plan import StreamFacts
-from tests.parity.test_paws_loss import NoWaiting
+from tests.support.no_waiting import NoWaiting
 
 CLASSES = 3
 

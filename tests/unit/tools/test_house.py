@@ -1,8 +1,11 @@
 """What is too long is named, one line past the limit and not at it."""
 
+import subprocess
 from pathlib import Path
 
-from tools.house import faults
+import pytest
+
+from tools.house import faults, sources
 
 
 def function(name, num_lines):
@@ -37,3 +40,11 @@ def test_a_file_has_the_limit_of_its_room():
         f"{name}: {most + 1} lines, at most {most}" for name, most in names.items()
     ]
     assert faults({Path("loaders/finish/numba_cpu.py"): "#\n" * 900}) == []
+
+
+def test_nothing_here_is_too_long():
+    try:
+        texts = sources()
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout: which files belong to the project is not known")
+    assert len(texts) > 300 and faults(texts) == []
