@@ -189,6 +189,12 @@ def silenced(messages: Messages) -> Iterator[None]:
         _silent = None
 
 
+def _arrived(sent: Tensor) -> Tensor:
+    """What a functional collective gives, once it is there."""
+    arrived: Tensor = torch.ops._c10d_functional.wait_tensor(sent)
+    return arrived
+
+
 def _own_sum(x: Tensor, group_name: str) -> Tensor | None:
     """What stands for the sum where its messages are silenced."""
     of_statistics = _statistics_group is not None and group_name == _statistics_group.group_name
@@ -205,7 +211,7 @@ def sum_over_group(x: Tensor, group_name: str) -> Tensor:
     if _silent is not None and (own := _own_sum(x, group_name)) is not None:
         return own
     ops = torch.ops._c10d_functional
-    return ops.wait_tensor(ops.all_reduce(x, "sum", group_name))
+    return _arrived(ops.all_reduce(x, "sum", group_name))
 
 
 def gather_rows(x_ND: Tensor) -> Tensor:
@@ -215,7 +221,7 @@ def gather_rows(x_ND: Tensor) -> Tensor:
     own slice only: a reduce-scatter). After DDP's average over ranks, the parameter gradient is that of the mean of the
     ranks' losses, each a function of all rows.
     """
-    return _GatherRows.apply(None, x_ND)[0] if td.is_initialized() else x_ND
+    return gather_rows_together(x_ND)[0]
 
 
 def gather_rows_together(*rows: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
@@ -225,7 +231,10 @@ def gather_rows_together(*rows: Tensor, dtype: torch.dtype | None = None) -> tup
     Messages travel in `dtype` (default: the tensors' own), and results come back in the tensors' own. Values and
     gradients are rounded to `dtype` alone as well, so that one rank trains on the same numbers as many.
     """
-    return _GatherRows.apply(dtype, *rows) if td.is_initialized() or dtype is not None else rows
+    if not td.is_initialized() and dtype is None:
+        return rows
+    gathered: tuple[Tensor, ...] = _GatherRows.apply(dtype, *rows)  # type: ignore[no-untyped-call]
+    return gathered
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
@@ -236,7 +245,10 @@ def mean_over_ranks(x: Tensor) -> Tensor:
     F'(m) dx_r/dtheta: with another 1/W here, the term would weigh W times too little. It follows that F must enter the
     losses of all ranks alike. (PAWS: the mean prediction of me-max.)
     """
-    return _MeanOverRanks.apply(x) if td.is_initialized() else x
+    if not td.is_initialized():
+        return x
+    mean: Tensor = _MeanOverRanks.apply(x)  # type: ignore[no-untyped-call]
+    return mean
 
 
 class _GatherRows(torch.autograd.Function):
@@ -271,7 +283,7 @@ def _all_gather(x: Tensor) -> Tensor:
     if _silent == "rows":
         return x.repeat(world_size(), *[1] * (x.dim() - 1))
     ops = torch.ops._c10d_functional
-    return ops.wait_tensor(ops.all_gather_into_tensor(x, world_size(), _world_name()))
+    return _arrived(ops.all_gather_into_tensor(x, world_size(), _world_name()))
 
 
 def _reduce_scatter(x: Tensor) -> Tensor:
@@ -280,7 +292,7 @@ def _reduce_scatter(x: Tensor) -> Tensor:
     if _silent == "rows":
         return x[: len(x) // world_size()].clone()
     ops = torch.ops._c10d_functional
-    return ops.wait_tensor(ops.reduce_scatter_tensor(x, "sum", world_size(), _world_name()))
+    return _arrived(ops.reduce_scatter_tensor(x, "sum", world_size(), _world_name()))
 
 
 class _MeanOverRanks(torch.autograd.Function):
@@ -320,7 +332,7 @@ def least_over_ranks(x: Tensor) -> Tensor:
     if not td.is_initialized():
         return x
     ops = torch.ops._c10d_functional
-    return ops.wait_tensor(ops.all_reduce(x.contiguous(), "min", _world_name()))
+    return _arrived(ops.all_reduce(x.contiguous(), "min", _world_name()))
 
 
 def all_true(flag: bool) -> bool:

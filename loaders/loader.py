@@ -188,7 +188,7 @@ class Loader:
         One such iterator may run at a time; leaving it early stops its thread.
         """
         assert self._planner is None, "close the iterator before asking for another"
-        ready: queue.Queue = queue.Queue(maxsize=self.prefetch)
+        ready: queue.Queue[Any] = queue.Queue(maxsize=self.prefetch)
         self._stopping.clear()
         planner = threading.Thread(target=self._prepare, args=(start, stop, ready), name="fastssl-plan")
         planner.start()  # an interrupt may come here: a thread that has not begun cannot be joined
@@ -235,7 +235,7 @@ class Loader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _prepare(self, start: int, stop: int, ready: queue.Queue) -> None:
+    def _prepare(self, start: int, stop: int, ready: queue.Queue[Any]) -> None:
         """The planning thread: put batches, each with the event of its copy to the GPU, then `_DONE` or the exception
         that ended it, until told to stop."""
 
@@ -398,7 +398,7 @@ class _Timed:
         return self.pool.map(timed, starts)
 
 
-def _turn(out: Any, turns: tuple[int, ...], rot90: Callable) -> None:
+def _turn(out: Any, turns: tuple[int, ...], rot90: Callable[..., Any]) -> None:
     """From the crops in out[0], [M, S, S, C], the quarter turns of each."""
     for i, turn in reversed(list(enumerate(turns))):  # the original last
         if i or turn % 4:

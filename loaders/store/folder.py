@@ -39,7 +39,9 @@ def files_below(folder: Path, ignored: PassedOver, deep: bool = True) -> list[Ro
     return list(_walked(folder, "", ignored, deep, frozenset({_identity(folder)})))
 
 
-def _walked(folder: Path, below: str, ignored: PassedOver, deep: bool, above: frozenset) -> Iterator[Row]:
+def _walked(
+    folder: Path, below: str, ignored: PassedOver, deep: bool, above: frozenset[tuple[int, int]]
+) -> Iterator[Row]:
     inner, strange = [], []
     with os.scandir(folder) as entries:
         for e in entries:

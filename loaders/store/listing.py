@@ -150,7 +150,7 @@ class Listing:
         size, _, offset, container = self.numbers[i].tolist()
         try:
             if self.containers:
-                data = self.containers[container].read(offset, size)
+                data: bytes = self.containers[container].read(offset, size)
             else:
                 with open(self.path / self.path_of(i), "rb", buffering=0) as file:
                     data = file.read()
@@ -165,7 +165,8 @@ class Listing:
         num_bytes, _, offset, container = self.numbers[i].tolist()
         skipped = max(0, num_bytes - size)
         if self.containers:
-            return self.containers[container].read(offset + skipped, num_bytes - skipped)
+            end: bytes = self.containers[container].read(offset + skipped, num_bytes - skipped)
+            return end
         with open(self.path / self.path_of(i), "rb", buffering=0) as file:
             file.seek(skipped)
             return file.read(size)

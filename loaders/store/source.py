@@ -114,7 +114,7 @@ class ArraySource:
 
     @property
     def channels(self) -> int:
-        return self.images.shape[3]
+        return int(self.images.shape[3])
 
     def name_of(self, i: int) -> str:
         return str(i)
@@ -223,14 +223,15 @@ def relabelled(source: Source, class_names: tuple[str, ...]) -> np.ndarray:
         return source.labels
     column = {name: c for c, name in enumerate(class_names)}
     table = np.array([column.get(name, -1) for name in source.class_names] + [-1], np.int64)  # -1 picks the last
-    return table[source.labels]
+    labels: np.ndarray = table[source.labels]
+    return labels
 
 
 def joined_name(sources: Iterable[Source]) -> str:
     return " + ".join(s.name for s in sources)
 
 
-def digest(*parts: np.ndarray | Iterable) -> str:
+def digest(*parts: np.ndarray | Iterable[object]) -> str:
     """sha256 of arrays (bytes, shape and type) and of plain sequences (their repr), in order."""
     sha = hashlib.sha256()
     for part in parts:
