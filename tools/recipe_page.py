@@ -21,6 +21,7 @@ This page is written by `python -m tools.recipe_page` from `fastssl/recipes/`.
 
 `fastssl train RECIPE` trains one; `fastssl recipes` lists them with their sources; `--dry-run` prints what one would
 do, without data or devices. A recipe of your own needs no place here: [extending.md](extending.md).
+[papers.md](papers.md) has them in the order of the papers' sections and tables.
 
 Accuracies are top-1 in %. NN: by soft nearest neighbours, without training a classifier. Fine-tuned: or of the
 classifier that the recipe itself trains. Several numbers of a paper are with several shares of the labels, or after
