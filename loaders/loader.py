@@ -39,7 +39,7 @@ from loaders.renderers.pil import PilRenderer
 from loaders.renderers.turbo import TurboRenderer
 from loaders.store.data import VALIDATION, DataSets
 from loaders.store.masks import Masks
-from loaders.store.source import ArraySource, Source, is_encoded
+from loaders.store.source import ArraySource, Selected, Source, is_encoded
 from loaders.timing import FINISH, PLAN, PhaseTimes, Prepared, now
 
 _DONE = object()
@@ -94,7 +94,9 @@ def resolved(subset: Subset, source: Source, data: DataSets) -> Resolved:
         validation = data.get(VALIDATION)
         taken = 0 if validation is None else sum(validation.name_of(i) in error.names for i in range(len(validation)))
         if taken:
-            raise StoreError(f"{error}; {taken} of them are validation images of {validation.name}") from None
+            held_out = isinstance(validation, Selected)
+            way_out = "; give others, --data validation=PATH, or none, --data validation=none" if held_out else ""
+            raise StoreError(f"{error}; {taken} of them are validation images of {validation.name}{way_out}") from None
         raise
 
 

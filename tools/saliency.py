@@ -27,7 +27,7 @@ from PIL import Image, ImageFilter
 
 from loaders.errors import LoaderError, StoreError
 from loaders.plan.views import SaliencyMask
-from loaders.store.data import TRAIN, open_data
+from loaders.store.data import NOTHING_HELD_OUT, TRAIN, open_data
 from loaders.store.images import ImageError, decode, open_image
 from loaders.store.masks import MaskFile, MaskWriter, packed
 from loaders.store.source import ArraySource, Source, is_encoded
@@ -164,7 +164,7 @@ def main() -> None:
     if arguments.folder is not None and (arguments.made_by is None or arguments.saw_labels is None):
         parser.error("--from needs --made-by and --saw-labels: a run must be able to say what it looked through")
     try:
-        source = open_data((arguments.data,)).get(TRAIN)
+        source = open_data((arguments.data, NOTHING_HELD_OUT)).get(TRAIN)  # masks of all that may be learnt from
         if arguments.folder is None:
             write(out, source, classical(source), MADE_BY, False, arguments.threads)
         else:

@@ -38,13 +38,14 @@ def convert_imagenet(
     OUT/manifest.json. The same command continues a conversion that was stopped. SRC is only read."""
     from fastssl.commands import converting
     from loaders.convert import conversion as convert
+    from loaders.convert.manifest import verify as verified
 
     start_s = time.monotonic()
     if verify is not None:
         if src is not None or dry_run:
             raise ConfigError("--verify OUT stands alone: it reads a finished conversion")
         with converting.reporting() as report:
-            manifest = convert.verify(verify, report)
+            manifest = verified(verify, report)
         click.echo(converting.summary(manifest, time.monotonic() - start_s))
         return
     if src is None or out is None:

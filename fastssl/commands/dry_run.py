@@ -8,7 +8,7 @@ from fastssl.costs import memory_model
 from fastssl.costs.cost import StepCost, ours
 from fastssl.costs.trace import Untraceable, traced
 from fastssl.engine.job import Job
-from fastssl.engine.join import joined
+from fastssl.engine.join import fitted, joined
 from fastssl.errors import ConfigError
 from fastssl.launch.lines import lines
 from fastssl.launch.ranks import Ranks
@@ -17,13 +17,18 @@ from fastssl.recipes.datasets import KNOWN_SETS
 from loaders.errors import LoaderError
 from loaders.plan.plan import check_world
 from loaders.plan.views import All, Sequential
+from loaders.store.apart import check_apart
 from loaders.store.data import DataSets, open_data
 
 
 def describe(job: Job) -> str:
     """The resolved job as text. What is missing is a warning in it; what cannot work raises FastsslError."""
     data, warnings = _opened(job)
+    lowered: list[str] = []
+    if data:
+        job, lowered = fitted(job, data)
     told = [f"{job.recipe}, seed {job.seed}, {job.world} {'GPU' if job.device == 'cuda' else 'CPU'} rank(s)"]
+    told += [f"  data         {line}" for line in (*data.said, *lowered)] if data else []
     for stage in job.stages:
         told += _describe_stage(job, stage, data, warnings)
     told.append(f"  directory    {job.out}")
@@ -44,13 +49,14 @@ def _opened(job: Job) -> tuple[DataSets | None, list[str]]:
     if job.device == "cuda" and job.world > available:
         warnings.append(f"this host has {available} GPUs, {job.world} are asked for")
     try:
-        return (open_data(job.data) if job.data else None), warnings
+        data = open_data(job.data) if job.data else None
+        return data, warnings + (check_apart(data) if data else [])
     except LoaderError as error:
         return None, [*warnings, str(error)]
 
 
 def _describe_stage(job: Job, stage: Stage, data: DataSets | None, warnings: list[str]) -> list[str]:
-    steps_per_epoch = None
+    steps_per_epoch, bound = None, None
     if data:
         method, bound = joined(job, stage, data, {})
         plan, steps_per_epoch = method.plan(), bound.plan.steps_per_epoch
@@ -71,6 +77,8 @@ def _describe_stage(job: Job, stage: Stage, data: DataSets | None, warnings: lis
         per_rank = stream.batch_global // job.world
         views = ", ".join(f"{v.copies * len(v.turns)} x {v.name} {v.size}" for v in stream.views)
         lines.append(f"  {stream.name:12} {stream.batch_global:,} images a step, {per_rank:,} a rank; {views}")
+        if bound is not None and (repeats := bound.plan.repeats(stream.name)):
+            lines.append(f"  {'':12} {repeats}")
     if steps_per_epoch is not None:
         total = stage.length.steps(steps_per_epoch)
         lines.append(f"  steps        {total:,}, {steps_per_epoch:,} an epoch")

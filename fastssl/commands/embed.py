@@ -19,8 +19,9 @@ def embed(run: Path, data: tuple[str, ...], out: Path | None, tap: str | None) -
     """Write features, labels and ids of RUN's images as arrays."""
     from fastssl.engine.reopen import open_run
     from fastssl.evaluation.embed import embed as write_embeddings
+    from loaders.store.data import NOTHING_HELD_OUT
 
-    subject, _ = open_run(run, data)
+    subject, _ = open_run(run, (*data, NOTHING_HELD_OUT) if data else ())  # all of what somebody wants embedded
     roles = sorted(subject.data.sources.keys() - {"train"} | {"unlabelled"})
     for role in roles:
         click.echo(write_embeddings(subject, role, tap or subject.method.taps[0], out or run / "embeddings"))

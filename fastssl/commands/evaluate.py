@@ -38,12 +38,15 @@ def evaluate(run: Path, protocols: tuple[str, ...], data: tuple[str, ...], label
     """Score the encoder of RUN at its newest checkpoint; prints JSON."""
     from fastssl.engine.reopen import open_run
     from fastssl.evaluation import divide, load_protocol
+    from loaders.store.apart import check_apart
 
     chosen = [load_protocol(name) for name in protocols]
     own, sets = divide(data, chosen)
     if tap and (others := sorted(set(protocols) - _WITH_TAP)):
         raise ConfigError(f"--tap {tap}: {others[0]} takes features where it always does; leave one of them out")
     subject, step = open_run(run, own, sets, labels, tap)
+    for text in check_apart(subject.data):
+        click.echo(f"warning: {text}", err=True)
     scores = {key: value for protocol in chosen for key, value in protocol.evaluate(subject).items()}
     provenance = subject.provenance(subject.looked_at)
     click.echo(json.dumps({**scores, "step": step, "provenance": provenance, "command": as_typed()}, indent=2))

@@ -7,6 +7,7 @@ import os
 import click
 
 from fastssl.commands.convert_imagenet import convert_imagenet
+from fastssl.commands.data import data
 from fastssl.commands.doctor import doctor
 from fastssl.commands.embed import embed
 from fastssl.commands.evaluate import evaluate
@@ -29,5 +30,5 @@ def main() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
-for _command in (train, evaluate, embed, report, export, replay, profile, convert_imagenet, doctor, recipes):
+for _command in (train, evaluate, embed, report, export, replay, profile, data, convert_imagenet, doctor, recipes):
     main.add_command(_command)

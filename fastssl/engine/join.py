@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,29 @@ def joined(job: Job, stage: Stage, data: DataSets, inputs: Mapping[str, Artefact
     bound = bind(method.plan(), data)
     bound.plan.check_world(job.world)
     return method, bound
+
+
+def fitted(job: Job, data: DataSets) -> tuple[Job, list[str]]:
+    """The job for as many classes as `data` has, and what is said of it: settings of the recipe that want more classes
+    are lowered, but for those that the user has set, which are refused where they do not fit."""
+    num_classes = data.get(LABELLED).num_classes
+    typed = {change.partition("=")[0].strip().rpartition(".")[2] for change in job.changes}
+    stages, said = [], []
+    for stage in job.stages:
+        lowered = stage.config.for_classes(num_classes) if num_classes else stage.config
+        changes = {
+            each.name: (before, after)
+            for each in fields(lowered)
+            if (before := getattr(stage.config, each.name)) != (after := getattr(lowered, each.name))
+        }
+        if typed & changes.keys():
+            changes, lowered = {}, stage.config
+        said += [
+            f"{name} is {after} in place of {before}: the data has {num_classes} classes"
+            for name, (before, after) in changes.items()
+        ]
+        stages.append(replace(stage, config=lowered))
+    return replace(job, stages=tuple(stages)), said
 
 
 def facts_of(data: DataSets, seed: int) -> Facts:

@@ -21,7 +21,7 @@ from fastssl.run_dir.files import CHECKPOINTS, RESOLVED, read_json
 from fastssl.run_dir.written import Written, read_run
 from loaders.loader import resolved
 from loaders.plan.views import parse_subset
-from loaders.store.data import LABELLED, DataSets, open_data
+from loaders.store.data import LABELLED, NOTHING_HELD_OUT, VALIDATION, DataSets, open_data
 
 
 def open_run(
@@ -71,7 +71,15 @@ def open_method(run: Path, data: tuple[str, ...]) -> tuple[Method[Any, Any], Dat
 
 
 def _data_of(written: Written, data: tuple[str, ...]) -> DataSets:
-    return open_data(data) if data else open_data(written.data, validation=written.held_out is None)
+    """The data given, else the run's, with what it is said to be on stderr. A run that was begun without validation
+    images has none today either: what would be held out, it has learnt from."""
+    if not data:
+        had_some = written.held_out is not None or VALIDATION in written.resolved["data"]
+        data = written.data if had_some else (*written.data, NOTHING_HELD_OUT)
+    sources = open_data(data, validation=written.held_out is None or data is not written.data)
+    for line in sources.said:
+        print(line, file=sys.stderr)
+    return sources
 
 
 def _facts(written: Written, about: Mapping[str, Any] | None, sources: DataSets, is_own: bool) -> Facts:

@@ -16,7 +16,7 @@ import torch
 from fastssl import dist
 from fastssl.engine.claim import claim, finished
 from fastssl.engine.job import Job
-from fastssl.engine.join import Here, join, joined, made_by
+from fastssl.engine.join import Here, fitted, join, joined, made_by
 from fastssl.engine.produce_stage import produce
 from fastssl.engine.same_everywhere import check_same_everywhere
 from fastssl.engine.signals import StopRequest
@@ -26,8 +26,10 @@ from fastssl.methods.base import Artefact, Stage
 from fastssl.record.recorder import result_lines
 from fastssl.run_dir.files import CHECKPOINTS, RESULT, read_json
 from fastssl.run_dir.lock import held
+from loaders.errors import StoreError
 from loaders.files import write_file
 from loaders.store import staging
+from loaders.store.apart import check_apart
 from loaders.store.data import DataSets, open_data, search_folders
 
 
@@ -41,6 +43,7 @@ def run(job: Job) -> dict[str, Any]:
     if device.type == "cpu":
         keep_freed_memory()
     data = _opened(job)
+    job = _told(job, data)
     check_same_everywhere(job, data)
     result = finished(job, data)
     if job.replay is not None:
@@ -103,6 +106,27 @@ def _replayed(here: Here) -> dict[str, Any]:
     earlier = {ref.stage for ref in stage.needs.values() if ref.stage is not None}
     artefacts = {each.name: made_by(each, job.folder(each)) for each in job.stages if each.name in earlier}
     return replayed(join(here, stage, artefacts))
+
+
+def _told(job: Job, data: DataSets) -> Job:
+    """The job as it fits the data, after the first rank has said what that is. Raises StoreError, on every rank, where
+    too many validation images are labelled ones."""
+    job, lowered = fitted(job, data)
+    # The first rank alone reads what it takes: 64 would ask a file system for the same bytes.
+    warnings, refused = dist.broadcast_object(_apart(data) if dist.is_main() else ([], None))
+    if refused is not None:
+        raise StoreError(refused)
+    if dist.is_main():
+        print("\n".join([*data.said, *lowered, *(f"warning: {text}" for text in warnings)]), flush=True)
+    return job
+
+
+def _apart(data: DataSets) -> tuple[list[str], str | None]:
+    """`check_apart`, and why it refuses the data."""
+    try:
+        return check_apart(data), None
+    except StoreError as error:
+        return [], str(error)
 
 
 def _opened(job: Job) -> DataSets:

@@ -153,6 +153,8 @@ def _streams(at: Joined) -> dict[str, object]:
             f"{source.name}: {subset.name}, {subset.count:,} images; {stream.batch_global:,} a step"
             + (f", {stream.batch_global // world:,} a rank" if world > 1 else "")
         )
+        if repeats := at.bound.plan.repeats(stream.name):
+            table[f"{stream.name} classes"] = repeats
         if (masks := at.bound.masks.get(stream.name)) is not None:
             table[f"{stream.name} masks"] = f"{masks.name}: {masks.about}"
     return table

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -137,6 +137,10 @@ class Config(ABC):
     def following(self, said: Collection[str]) -> Config:
         """What this becomes where a user has set `said`, dotted names of its fields: with what its paper derives from
         those of them that he did set, in those that he did not. Here: as it is."""
+        return self
+
+    def for_classes(self, num_classes: int) -> Self:
+        """These settings for data of so many classes: what no data of fewer could have is lowered. Here: all stay."""
         return self
 
     @abstractmethod

@@ -127,6 +127,9 @@ class PawsConfig(Config):
         if not 0 <= self.label_smoothing <= 1:
             raise ConfigError(f"label_smoothing {self.label_smoothing}: a share between 0 and 1")
 
+    def for_classes(self, num_classes: int) -> PawsConfig:
+        return replace(self, classes_global=min(self.classes_global, num_classes))
+
     def build(self, facts: Facts, inputs: Mapping[str, Artefact]) -> Paws:
         return Paws(self, facts, inputs)
 

@@ -15,7 +15,7 @@ batch norms stay those of pre-training; their weights and biases are trained.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -86,6 +86,9 @@ class SuncetConfig(Config):
             raise ConfigError(f"tau {self.tau}: a temperature, above zero")
         if self.images_per_class * self.view.copies < 2:
             raise ConfigError("images_per_class is 1, but a row needs another one of its class")
+
+    def for_classes(self, num_classes: int) -> SuncetConfig:
+        return replace(self, classes_global=min(self.classes_global, num_classes))
 
     def build(self, facts: Facts, inputs: Mapping[str, Artefact]) -> Suncet:
         return Suncet(self, facts, inputs)

@@ -17,7 +17,6 @@ import shutil
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
@@ -29,10 +28,11 @@ import PIL
 
 from loaders.convert.journal import RECORD, Journal, write_all
 from loaders.convert.judge import MAX_BYTES, SAID, Outcome, Reencode, Verdict, judge, scaled
+from loaders.convert.manifest import HASH_DIGITS, MANIFEST, in_chunks, read_manifest, tables_sha256
 from loaders.errors import StoreError
 from loaders.files import Progress, partial_of, put, write_file
 from loaders.labels.subsets import Resolved, listed
-from loaders.store.beton import PAGE_SIZE, BetonFile, Stored, data_start, place, write_tables
+from loaders.store.beton import PAGE_SIZE, Stored, data_start, place, write_tables
 from loaders.store.data import VALIDATION, described
 from loaders.store.folder import ListedSource
 from loaders.store.images import ImageError, decode
@@ -41,13 +41,8 @@ from loaders.store.openers import open_path
 from loaders.store.source import Source, digest
 
 TRAIN, VAL = "train", "val"
-MANIFEST = "manifest.json"
 FORMAT = 1  # of the manifest and of the way images are laid out
 COMMIT_S = 5.0  # a kill loses about this much work
-
-_CHUNK = 16  # images a thread takes at once
-_HASH_DIGITS = 8  # of each image's sha256 in the manifest: enough to find the damaged one
-_COPY_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -193,51 +188,6 @@ def _convert(plan: Conversion, out: Path, progress: Progress) -> dict[str, Any]:
     return manifest
 
 
-def verify(out: Path, progress: Progress = lambda what, done, total: None) -> dict[str, Any]:
-    """Read all of a finished conversion against its manifest, which is returned. Raises StoreError that names what is
-    damaged."""
-    manifest = read_manifest(out)
-    for name, said in manifest["splits"].items():
-        beton = BetonFile(out / said["file"])
-        if len(beton) != said["images"] or _tables_sha256(beton.path, said["data"]) != said["tables_sha256"]:
-            raise StoreError(f"{beton.path}: damaged: its tables are not those of the manifest")
-        expected, by_class = (
-            "".join(c["sha256"] for c in said["classes"].values()),
-            np.argsort(beton.labels, kind="stable"),
-        )
-        place = np.empty(len(beton), np.int64)  # of each image among the classes' hashes
-        place[by_class] = np.arange(len(beton))
-        all_of_them, wrong = hashlib.sha256(), []
-        for ids, digests in _in_chunks(np.arange(len(beton)), lambda ids: _digests(beton, ids)):  # noqa: B023
-            progress(f"verify {name}", int(ids[-1]) + 1, len(beton))
-            for i, found in zip(ids.tolist(), digests, strict=True):
-                all_of_them.update(found)
-                at = int(place[i]) * _HASH_DIGITS
-                if found.hex()[:_HASH_DIGITS] != expected[at : at + _HASH_DIGITS]:
-                    wrong.append(i)
-        if wrong:
-            first = f"first {beton.class_names[beton.labels[wrong[0]]]}/{beton.name_of(wrong[0])} (id {wrong[0]})"
-            raise StoreError(f"{beton.path}: {len(wrong)} of {len(beton)} images are damaged, {first}")
-        if all_of_them.hexdigest() != said["images_sha256"]:
-            raise StoreError(f"{beton.path}: damaged: its images are not those of the manifest")
-    return manifest
-
-
-def read_manifest(out: Path) -> dict[str, Any]:
-    path = out / MANIFEST
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_bytes())
-        for said in manifest["splits"].values():
-            _ = [said[key] for key in ("file", "images_sha256", "tables_sha256", "odd", "quarantined", "ignored")]
-            _ = said["images"] + sum(said["data"]), ["".join(c["sha256"]) for c in said["classes"].values()]
-        _ = manifest["plan_sha256"]
-    except OSError as e:
-        raise StoreError(f"{path}: cannot be read: {e.strerror}; a conversion writes it last") from e
-    except (ValueError, LookupError, TypeError, AttributeError) as e:
-        raise StoreError(f"{path}: not the manifest of a conversion") from e
-    return manifest
-
-
 class _Split:
     """One split's files: final, and while it is made the partial one, the spill and the journal."""
 
@@ -299,7 +249,7 @@ class _Split:
             with ThreadPoolExecutor(1) as committer:  # its waiting for the disk holds nobody up
                 committed: Future[None] = committer.submit(commit, [])
                 since_s = time.monotonic()
-                for ids, records in _in_chunks(todo, lambda ids: self._take(ids, fd, spill)):
+                for ids, records in in_chunks(todo, lambda ids: self._take(ids, fd, spill)):
                     finished.append(records)
                     num_done += len(ids)
                     progress(self.name, num_done, total)
@@ -405,7 +355,7 @@ class _Split:
         bounds = np.searchsorted(listing.labels[kept][order], np.arange(-1, len(listing.class_names) + 1))
         classes = {}
         for class_name, first, beyond in zip(("", *listing.class_names), bounds[:-1], bounds[1:], strict=True):
-            starts = records["sha256"][kept[order[first:beyond]], : _HASH_DIGITS // 2]
+            starts = records["sha256"][kept[order[first:beyond]], : HASH_DIGITS // 2]
             if class_name or len(starts):
                 classes[class_name] = {"images": len(starts), "sha256": starts.tobytes().hex()}
         plain = np.isin(records["outcome"], [Outcome.KEPT, Outcome.REENCODED])
@@ -415,7 +365,7 @@ class _Split:
             "bytes": self._final.stat().st_size,
             "images": len(kept),
             "images_sha256": hashlib.sha256(records["sha256"][kept].tobytes()).hexdigest(),
-            "tables_sha256": _tables_sha256(self._final, data),
+            "tables_sha256": tables_sha256(self._final, data),
             "data": data,
             "odd": [row for row, in_set in aside if in_set],
             "quarantined": [row for row, in_set in aside if not in_set],
@@ -439,44 +389,6 @@ def _page_size(sizes: np.ndarray) -> int:
     """FFCV's pages are a power of two and hold the largest image."""
     largest = int(sizes[sizes <= MAX_BYTES].max(initial=1))
     return max(PAGE_SIZE, 1 << (largest - 1).bit_length())
-
-
-def _num_threads() -> int:
-    return len(os.sched_getaffinity(0))
-
-
-def _in_chunks(ids: np.ndarray, work: Callable[[np.ndarray], Any]) -> Iterator[tuple[np.ndarray, Any]]:
-    """(ids, work(ids)) of a few ids at a time, in order, done by as many threads as there are cores to use."""
-    num_threads = _num_threads()
-    chunks = (ids[k : k + _CHUNK] for k in range(0, len(ids), _CHUNK))
-    pool = ThreadPoolExecutor(num_threads)
-    pending: list[tuple[np.ndarray, Future[Any]]] = []
-    try:
-        while True:
-            while len(pending) < 8 * num_threads and (chunk := next(chunks, None)) is not None:
-                pending.append((chunk, pool.submit(work, chunk)))
-            if not pending:
-                return
-            chunk, future = pending.pop(0)
-            yield chunk, future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _digests(beton: BetonFile, ids: np.ndarray) -> list[bytes]:
-    return [hashlib.sha256(beton.stored(int(i))).digest() for i in ids]
-
-
-def _tables_sha256(path: Path, data: list[int]) -> str:
-    """Of all but bytes data[0]..data[1], where the images are."""
-    sha = hashlib.sha256()
-    with open(path, "rb") as file:
-        for start, end in ((0, data[0]), (data[1], path.stat().st_size)):
-            file.seek(start)
-            while start < end and (more := file.read(min(_COPY_BYTES, end - start))):
-                sha.update(more)
-                start += len(more)
-    return sha.hexdigest()
 
 
 def _check_space(plan: Conversion, out: Path) -> None:

@@ -15,7 +15,7 @@ from loaders.errors import StoreError
 from loaders.labels.published import PUBLISHED, entries_of, read_file, read_published
 from loaders.plan.draws import mix
 from loaders.plan.views import All, Complement, Listed, PerClass, Subset
-from loaders.store.source import Source
+from loaders.store.source import Selected, Source
 
 LISTS_VARIABLE = "FASTSSL_LISTS"
 
@@ -137,6 +137,16 @@ def _read_list(name: str, search: tuple[Path, ...]) -> tuple[Path, bytes]:
 
 
 def _ids_of_indices(source: Named, path: Path, entries: list[str]) -> np.ndarray:
+    """Indices count the images of the data as it lies there, also where some of them are held out."""
+    if isinstance(source, Selected):
+        wanted = _ids_of_indices(source.whole, path, entries)
+        held = np.setdiff1d(wanted, source.ids)
+        if len(held):
+            names = [source.whole.name_of(int(i)) for i in held]
+            raise NotAmong(
+                f"{path}: {len(held)} of its {len(entries)} images are not in {source.name}, first {held[0]}", names
+            )
+        return np.searchsorted(source.ids, wanted)
     beyond = [e for e in entries if int(e) >= len(source)]
     if beyond:
         raise StoreError(

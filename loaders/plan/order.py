@@ -93,9 +93,12 @@ def balanced_classes(step: int, num_classes: int, classes_global: int, key: Key)
 def balanced(
     rows: np.ndarray, step: int, index: ClassIndex, classes_global: int, per_class: int, key: Key
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Global row numbers of one step's class-major batch -> (image ids, class columns), int64 each."""
+    """Global row numbers of one step's class-major batch -> (image ids, class columns), int64 each. A class of fewer
+    than `per_class` images is gone through again and again, in a new order each time."""
     pass_, classes = balanced_classes(step, len(index.counts), classes_global, key)
     columns, member = np.divmod(rows, per_class)
     of_class = classes[columns]
-    chosen = permute(member, index.counts[of_class], mix(key, tag("images"), pass_, of_class))
+    count, image_key = index.counts[of_class], mix(key, tag("images"), pass_, of_class)
+    turn, place = np.divmod(member, count)
+    chosen = permute(place, count, np.where(turn > 0, mix(image_key, turn), image_key))
     return index.ids[index.starts[of_class] + chosen], columns

@@ -149,6 +149,20 @@ class BoundPlan:
             views=tuple(_view_rows(view, ids, facts, image_keys) for view in stream.views),
         )
 
+    def repeats(self, stream_name: str) -> str:
+        """What is to be said of classes whose images repeat within a batch; "" where none do."""
+        order, index = self.asked.stream(stream_name).order, self._class_index.get(stream_name)
+        if (
+            index is None
+            or not isinstance(order, Balanced)
+            or not (short := int((index.counts < order.per_class).sum()))
+        ):
+            return ""
+        return (
+            f"{short:,} of {len(index.counts):,} classes have fewer than {order.per_class} (the least "
+            f"{int(index.counts.min())}), so their images repeat in a batch, cropped anew"
+        )
+
     def masked_share(self, step: int, rank: int = 0, world: int = 1) -> float | None:
         """The share of this rank's copies at `step`, of views with a mask, that are masked; None where no view has
         one."""
@@ -209,19 +223,16 @@ class BoundPlan:
         index = ClassIndex.of(ids, facts.labels[ids], facts.num_classes)
         self._class_index[stream.name] = index
         assert stream.batch_global == order.classes_global * order.per_class, "batch_global disagrees with the order"
-        num_labelled = int((index.counts > 0).sum())
         if order.classes_global > facts.num_classes:
             raise PlanError(
                 f"stream {stream.name!r} wants {order.classes_global} classes a batch, "
                 f"the data has {facts.num_classes}: lower classes_global"
             )
-        short = np.flatnonzero(index.counts < order.per_class)
-        if len(short):
-            c = int(short[0])
+        without = np.flatnonzero(index.counts == 0)
+        if len(without):
             raise PlanError(
-                f"stream {stream.name!r} wants {order.per_class} labelled images of every class; class {c} has "
-                f"{int(index.counts[c])} ({len(short)} of {facts.num_classes} classes have too few, {num_labelled} "
-                "have any): lower images_per_class or give more labels"
+                f"stream {stream.name!r} wants labelled images of every class; class {without[0]} has none "
+                f"({len(without)} of {facts.num_classes} classes have none): give labels of every class"
             )
 
 

@@ -184,8 +184,8 @@ class Balanced:
     """Each batch holds `per_class` images of each of `classes_global` classes, counted over all ranks.
 
     Classes come from a keyed permutation that is renewed when the next block would not fit; a class's images are
-    drawn without replacement within a batch, afresh each time. Rows are class-major. Label columns number the
-    classes of the batch, 0..classes_global-1, not the classes of the data set.
+    drawn without replacement within a batch, afresh each time; a class of fewer images repeats them. Rows are
+    class-major. Label columns number the classes of the batch, 0..classes_global-1, not the classes of the data set.
     """
 
     classes_global: int

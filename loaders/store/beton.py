@@ -245,6 +245,11 @@ class BetonFile(OpenFile):
         return [self.path]
 
     @property
+    def is_raw(self) -> np.ndarray:
+        """bool [N]: stored decoded."""
+        return self._raw
+
+    @property
     def num_bytes(self) -> np.ndarray:
         return self._jpeg_size.astype(np.int64)
 

@@ -9,14 +9,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, overload
 
+import numpy as np
+
 from loaders.errors import StoreError
-from loaders.store.masks import MaskFile, Masks, check_count, masks_by_key
+from loaders.store.held_out import MOST, SHARE, held_out
+from loaders.store.listing import PassedOver
+from loaders.store.masks import MaskFile, Masks, PickedMasks, check_count, masks_by_key
 from loaders.store.openers import DIGITS, Splits, open_path
-from loaders.store.source import Source, concatenate, digest, is_encoded, relabelled
+from loaders.store.source import Selected, Source, concatenate, digest, is_encoded, relabelled
 
 TRAIN, VALIDATION, LABELLED, UNLABELLED = "train", "validation", "labelled", "unlabelled"
+_LEARNT = (TRAIN, LABELLED)  # keys of images whose labels are learnt from
 MASKS = "masks"  # the key of files that say what is foreground in the images of the others
 NONE = "none"  # in place of a path of validation images: hold nothing out
+NOTHING_HELD_OUT = f"{VALIDATION}={NONE}"
 _KEYED = re.compile(r"([a-z][a-z0-9_]*)=(.+)", re.DOTALL)
 _MAX_SAID = 3  # things left out that are named in one line
 
@@ -53,13 +59,15 @@ class DataSets:
     """The sources of a run by key; all number their classes as the labelled one does.
 
     `search` are the folders of the data, where label lists may lie. `masks` say what is foreground in the images of a
-    key, for views with a mask. `said` are lines that say what each path holds, and what of it is left out.
+    key, for views with a mask. `said` are lines that say what each path holds, and what of it is left out; `left_out`
+    has all of that, by path.
     """
 
     sources: Mapping[str, Source]
     search: tuple[Path, ...] = ()
     masks: Mapping[str, Masks] = field(default_factory=dict)
     said: tuple[str, ...] = ()
+    left_out: Mapping[str, PassedOver] = field(default_factory=dict)
 
     @overload
     def get(self, key: Literal["validation"]) -> Source | None: ...  # type: ignore[overload-overlap]
@@ -109,12 +117,13 @@ def open_data(specs: Iterable[str], *, validation: bool = True) -> DataSets:
     validation images, and none of theirs are looked at.
 
     PATH is whatever `loaders.store.openers` knows; under the key `masks`, a file of masks of any of the others. Where
-    there are labels and no validation images, some are held out, unless `validation=none` is among the values. Raises
-    StoreError that says what was looked for.
+    there are labels and no validation images, some are held out (`loaders.store.held_out`), unless `validation=none` is
+    among the values. Raises StoreError that says what was looked for.
     """
     parsed = [DataSpec(spec) for spec in specs]
     found: dict[str, list[Source]] = defaultdict(list)
-    mask_files, said = [], []
+    mask_files, said, left_out = [], [], {}
+    is_split = any(spec.key == VALIDATION for spec in parsed)  # also into all and none
     for spec in parsed:
         key, path = spec.key, spec.path
         if key == MASKS:
@@ -123,16 +132,51 @@ def open_data(specs: Iterable[str], *, validation: bool = True) -> DataSets:
         if spec.holds_nothing_out or (key == VALIDATION and not validation):
             continue
         splits = open_path(path, validation)
-        used = dict(zip((TRAIN, VALIDATION), (splits.train, splits.validation), strict=True))
-        if key is not None:
-            used = {key: _chosen(splits, key, path)}
+        used = _used(splits, spec, with_validation=not any(other.key == VALIDATION for other in parsed))
+        is_split |= splits.is_divided and key in (None, *_LEARNT)
         for role, source in used.items():
             if source is not None and (validation or role != VALIDATION):
                 found[role].append(source)
         said.append(described(path, splits, used))
+        left_out[path] = splits.ignored()
     sources = _with_common_classes(found)
     masks = masks_by_key(sources, mask_files)
-    return DataSets(sources, search_folders(parsed), masks, tuple(said))
+    if not is_split:
+        said += _hold_out(sources, masks, validation)
+    return DataSets(sources, search_folders(parsed), masks, tuple(said), left_out)
+
+
+def _used(splits: Splits, spec: DataSpec, with_validation: bool) -> dict[str, Source | None]:
+    """What of a path serves as what. Labelled images bring their validation images along, where others are not given:
+    `with_validation`."""
+    if spec.key is None:
+        return {TRAIN: splits.train, VALIDATION: splits.validation}
+    used: dict[str, Source | None] = {spec.key: _chosen(splits, spec.key, spec.path)}
+    if spec.key in _LEARNT and with_validation and not splits.single:
+        used[VALIDATION] = splits.validation
+    return used
+
+
+def _hold_out(sources: dict[str, Source], masks: dict[str, Masks], validation: bool) -> list[str]:
+    """Divide the labelled set in place into what is learnt from and validation images, which are kept where
+    `validation` says so; what is said of it."""
+    key = LABELLED if LABELLED in sources else TRAIN
+    whole = sources.get(key)
+    if whole is None or not is_encoded(whole):
+        return []
+    held = held_out(whole)
+    if not len(held):
+        return []
+    kept = np.setdiff1d(np.arange(len(whole)), held, assume_unique=True)
+    sources[key] = Selected(whole, kept, whole.name)
+    if key in masks:
+        masks[key] = PickedMasks(masks[key], kept)
+    if validation:
+        sources[VALIDATION] = Selected(whole, held, f"{whole.name} (held out)")
+    return [
+        f"{whole.name}: no validation images, so {len(held):,} of its {len(whole):,} are held out: one in {SHARE} of "
+        f"each class, {MOST} at most; others are --data validation=PATH, and --data {NOTHING_HELD_OUT} trains on all"
+    ]
 
 
 def described(path: str, splits: Splits, used: Mapping[str, Source | None]) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from loaders.errors import StoreError
-from loaders.store.images import SUFFIXES, Header, ImageError, decode, header_of, header_of_bytes
+from loaders.store.images import FORMATS, SUFFIXES, Header, ImageError, decode, header_of, header_of_bytes
 from loaders.store.listing import Listing, PassedOver, Row, by_class, numbers_of
 from loaders.store.source import digest
 
@@ -155,17 +155,28 @@ class ListedSource:
         more = [turned, self._headers[2][turned]] if len(turned) else []
         return digest([self.path_of(i) for i in range(len(self))], self.class_names, self.labels, self.sizes, *more)
 
+    @property
+    def orientations(self) -> np.ndarray:
+        """uint8 [N], as EXIF has them; 1 of what cannot be read."""
+        return self._headers[2]
+
+    @property
+    def forms(self) -> np.ndarray:
+        """Names of formats, str [N]; "" of what cannot be read."""
+        return np.array(["", *FORMATS])[self._headers[3]]
+
     @cached_property
-    def _headers(self) -> tuple[np.ndarray, dict[int, str], np.ndarray]:
-        """Sizes int32 [N, 2], what cannot be read, and EXIF orientations uint8 [N]."""
+    def _headers(self) -> tuple[np.ndarray, dict[int, str], np.ndarray, np.ndarray]:
+        """Sizes int32 [N, 2], what cannot be read, EXIF orientations and numbers of formats, both uint8 [N]."""
         sizes, orientations = np.zeros((len(self), 2), np.int32), np.ones(len(self), np.uint8)
+        forms, number = np.zeros(len(self), np.uint8), {form: k for k, form in enumerate(FORMATS, 1)}
         unreadable: dict[int, str] = {}
 
         def read(begin: int) -> None:
             for i in range(begin, min(begin + _HEADERS_A_TASK, len(self))):
                 try:
-                    height, width, orientations[i] = self._header(i)
-                    sizes[i] = height, width
+                    height, width, orientations[i], form = self._header(i)
+                    sizes[i], forms[i] = (height, width), number.get(form, 0)
                 except (ImageError, StoreError) as e:
                     unreadable[i] = str(e)
 
@@ -177,7 +188,7 @@ class ListedSource:
                              f"{unreadable[i]}")  # fmt: skip
         if unreadable:
             sizes[list(unreadable)] = sizes[next(i for i in range(len(self)) if i not in unreadable)]
-        return sizes, dict(sorted(unreadable.items())), orientations
+        return sizes, dict(sorted(unreadable.items())), orientations, forms
 
     def _header(self, i: int) -> Header:
         if not self.listing.containers:
@@ -230,7 +241,7 @@ class ImageFiles(ListedSource):
         header, px = super()._header(i), self._border_px
         if px and min(header[:2]) <= 2 * px:
             raise ImageError(f"nothing is left of it without its border of {px} pixels")
-        return Header(header.height - 2 * px, header.width - 2 * px, header.orientation)
+        return header._replace(height=header.height - 2 * px, width=header.width - 2 * px)
 
 
 def refuse_unreadable(source: ListedSource) -> None:

@@ -51,12 +51,13 @@ class OddSamples(ImageError):
 
 
 class Header(NamedTuple):
-    """What is known of an image before its pixels: its upright size, and the EXIF orientation, 1..8, that it is stored
-    in. Formats whose pixels Pillow itself turns (TIFF) count as stored upright."""
+    """What is known of an image before its pixels: its upright size, the EXIF orientation, 1..8, that it is stored in,
+    and which of FORMATS it is. Formats whose pixels Pillow itself turns (TIFF) count as stored upright."""
 
     height: int
     width: int
     orientation: int
+    form: str
 
 
 def open_image(file: Path | io.BytesIO, formats: tuple[str, ...] = FORMATS) -> Image.Image:
@@ -107,8 +108,9 @@ def header_of_bytes(head: bytes, whole: object = None) -> Header:
             raise ImageError(str(e)) from None
     with open_image(io.BytesIO(data)) as image:
         orientation = _orientation(image)
-        height, width = image.height, image.width
-    return Header(width, height, orientation) if orientation > 4 else Header(height, width, orientation)
+        height, width, form = image.height, image.width, image.format or ""
+    sides = (width, height) if orientation > 4 else (height, width)
+    return Header(*sides, orientation, form)
 
 
 def _jpeg_header(data: bytes) -> Header:
@@ -116,7 +118,7 @@ def _jpeg_header(data: bytes) -> Header:
     if facts.height * facts.width > MAX_PIXELS:
         raise TooManyPixels(f"{facts.width} x {facts.height} pixels are more than the {MAX_PIXELS} allowed")
     sides = (facts.width, facts.height) if facts.orientation > 4 else (facts.height, facts.width)
-    return Header(*sides, facts.orientation)
+    return Header(*sides, facts.orientation, "JPEG")
 
 
 def decode(data: bytes, keep_grey: bool = False, least: tuple[int, int] | None = None) -> Image.Image:

@@ -17,7 +17,7 @@ from loaders.store.beton import BetonSource
 from loaders.store.digits import open_digits
 from loaders.store.folder import ListedSource, files_below, folders_in, images_in, list_folder
 from loaders.store.images import SUFFIXES
-from loaders.store.listing import Listing, PassedOver
+from loaders.store.listing import PassedOver
 from loaders.store.source import Source, concatenate
 
 DIGITS = "digits"  # the embedded set, in place of a path
@@ -29,7 +29,8 @@ _VAL_FOLDERS = ("val", "valid", "validation", "test")  # the first that is there
 class Splits:
     """What one path holds. A `single` set, not divided into splits, serves as either.
 
-    `said` is what it was taken for; `left_out` what lies there and is used for neither split.
+    `said` is what it was taken for; `left_out` what lies there and is used for neither split; `is_divided` says whether
+    there are validation images, opened or not.
     """
 
     said: str
@@ -37,6 +38,7 @@ class Splits:
     validation: Source | None = None
     single: bool = False
     left_out: PassedOver | None = None
+    is_divided: bool = False
 
     def ignored(self) -> PassedOver:
         """All that is left out, of the path and of its splits."""
@@ -60,7 +62,7 @@ class Opener(NamedTuple):
 def open_path(path: str, validation: bool = True) -> Splits:
     """What `path` holds. Raises StoreError that says what was looked for."""
     if path == DIGITS:
-        return Splits("handwritten digits (embedded)", *open_digits())
+        return Splits("handwritten digits (embedded)", *open_digits(), is_divided=True)
     p = Path(path)
     try:
         if not p.exists():
@@ -87,34 +89,23 @@ def _betons_in(p: Path) -> list[Path]:
 def _open_betons(p: Path, validation: bool) -> Splits:
     betons = _betons_in(p)
     parts = [BetonSource(f) for f in betons if f.name != "val.beton"]
-    held_out = BetonSource(p / "val.beton") if len(parts) < len(betons) and validation else None
-    return Splits("a folder of .beton files", concatenate(parts) if parts else None, held_out)
+    has_val = len(parts) < len(betons)
+    held_out = BetonSource(p / "val.beton") if has_val and validation else None
+    return Splits("a folder of .beton files", concatenate(parts) if parts else None, held_out, is_divided=has_val)
 
 
 # Listings
 
 
-def _listing_opener(
-    said: str,
-    looks_like: Callable[[Path], bool],
-    train: Callable[[Path], Listing] | None,
-    val: Callable[[Path], Listing] | None = None,
-) -> Opener:
-    """An opener of a kind that lists its image files; a kind without `val` is one set."""
-
-    def opened(p: Path, validation: bool) -> Splits:
-        learnt = ListedSource(train(p)) if train else None
-        if val is None:
-            return Splits(said, learnt, single=True)
-        return Splits(said, learnt, ListedSource(val(p)) if validation else None)
-
-    return Opener(said, looks_like, opened)
+def _open_table(p: Path, validation: bool) -> Splits:
+    return Splits("a table of paths and labels", ListedSource(listed.list_table(p)), single=True)
 
 
 def _open_archives(p: Path, validation: bool) -> Splits:
     train = ListedSource(imagenet.train_archive(p)) if (p / imagenet.TRAIN_TAR).is_file() else None
-    has_val = validation and (p / imagenet.VAL_TAR).is_file()
-    return Splits("ImageNet's archives", train, ListedSource(imagenet.val_archive(p)) if has_val else None)
+    has_val = (p / imagenet.VAL_TAR).is_file()
+    val = ListedSource(imagenet.val_archive(p)) if has_val and validation else None
+    return Splits("ImageNet's archives", train, val, is_divided=has_val)
 
 
 def _class_archives_at(p: Path) -> Path | None:
@@ -128,20 +119,22 @@ def _open_class_archives(p: Path, validation: bool) -> Splits:
     val = next((p / name for name in _VAL_FOLDERS if (p / name).is_dir()), None)
     if val is None:
         return Splits(said, train, single=folder == p)
-    return Splits(said, train, ListedSource(list_folder(val)) if validation else None)
+    return Splits(said, train, ListedSource(list_folder(val)) if validation else None, is_divided=True)
 
 
 def _open_kaggle(p: Path, validation: bool) -> Splits:
     folder = imagenet.kaggle_folder(p)
     assert folder is not None
     val = ListedSource(imagenet.kaggle_val(folder)) if validation else None
-    return Splits("Kaggle's ILSVRC folders", ListedSource(imagenet.kaggle_train(folder)), val, left_out=_others(folder))
+    train = ListedSource(imagenet.kaggle_train(folder))
+    return Splits("Kaggle's ILSVRC folders", train, val, left_out=_others(folder), is_divided=True)
 
 
 def _open_tiny(p: Path, validation: bool) -> Splits:
     train = ListedSource(listed.tiny_train(p)) if (p / "train").is_dir() else None
-    val = ListedSource(listed.tiny_val(p)) if validation and (p / "val").is_dir() else None
-    return Splits("Tiny-ImageNet's layout", train, val, left_out=_others(p))
+    has_val = (p / "val").is_dir()
+    val = ListedSource(listed.tiny_val(p)) if has_val and validation else None
+    return Splits("Tiny-ImageNet's layout", train, val, left_out=_others(p), is_divided=has_val)
 
 
 def _open_shards(p: Path, validation: bool) -> Splits:
@@ -161,7 +154,8 @@ def _open_shards(p: Path, validation: bool) -> Splits:
             else None
         )
 
-    return Splits(said, source("train"), source("val") if validation else None, len(by_split) == 1, left_out)
+    val = source("val") if validation else None
+    return Splits(said, source("train"), val, len(by_split) == 1, left_out, "val" in by_split)
 
 
 def _divided(p: Path) -> tuple[str | None, str | None]:
@@ -180,7 +174,8 @@ def _open_divided(p: Path, validation: bool) -> Splits:
     train, val = _divided(p)
     said = f"image folders {' and '.join(f'{name}/' for name in (train, val) if name)}"
     learnt = ListedSource(list_folder(p / train)) if train else None
-    return Splits(said, learnt, ListedSource(list_folder(p / val)) if val and validation else None, left_out=_others(p))
+    held_out = ListedSource(list_folder(p / val)) if val and validation else None
+    return Splits(said, learnt, held_out, left_out=_others(p), is_divided=val is not None)
 
 
 def _others(p: Path) -> PassedOver:
@@ -219,10 +214,10 @@ def _named(p: Path, *suffixes: str) -> bool:
 
 OPENERS = (
     Opener("*.beton", lambda p: bool(_betons_in(p)), _open_betons),
-    _listing_opener("a .csv or .tsv of paths and labels", lambda p: _named(p, *listed.TABLES), listed.list_table),
+    Opener("a .csv or .tsv of paths and labels", lambda p: _named(p, *listed.TABLES), _open_table),
     Opener("a single image", lambda p: _named(p, *SUFFIXES), _one_image),
     Opener(f"CIFAR-10's {cifar.TRAIN[0]}", lambda p: cifar.find(p) is not None,
-           lambda p, validation: Splits("CIFAR-10", *cifar.open_cifar10(p))),
+           lambda p, validation: Splits("CIFAR-10", *cifar.open_cifar10(p), is_divided=True)),
     Opener(f"ImageNet's {imagenet.TRAIN_TAR}", imagenet.has_archives, _open_archives),
     Opener("Kaggle's ILSVRC/Data/CLS-LOC", lambda p: imagenet.kaggle_folder(p) is not None, _open_kaggle),
     Opener("Tiny-ImageNet's val_annotations.txt", listed.is_tiny_imagenet, _open_tiny),

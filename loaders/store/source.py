@@ -197,6 +197,60 @@ class Concatenated:
         return digest(self.class_names, [s.fingerprint() for s in self.sources])
 
 
+class Selected:
+    """Some images of an encoded source, `ids` int64 [M] in the whole, ascending, as a set of their own; all classes
+    stay."""
+
+    channels = 3
+
+    def __init__(self, whole: EncodedSource, ids: np.ndarray, name: str):
+        self.whole, self.ids, self.name = whole, ids, name
+        self.class_names, self.labels = whole.class_names, whole.labels[ids]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        sizes: np.ndarray = self.whole.sizes[self.ids]
+        return sizes
+
+    @property
+    def num_bytes(self) -> np.ndarray:
+        return self.whole.num_bytes[self.ids]
+
+    @cached_property
+    def unreadable(self) -> dict[int, str]:
+        lost = self.whole.unreadable
+        _, at, _ = np.intersect1d(self.ids, np.fromiter(lost, np.int64, len(lost)), return_indices=True)
+        return {i: lost[int(self.ids[i])] for i in at.tolist()}
+
+    def jpeg(self, i: int) -> bytes:
+        return self.whole.jpeg(int(self.ids[i]))
+
+    def tail(self, i: int, size: int) -> bytes:
+        return self.whole.tail(int(self.ids[i]), size)
+
+    def read_pixels(self, i: int, buffer: np.ndarray) -> np.ndarray | None:
+        return self.whole.read_pixels(int(self.ids[i]), buffer) if holds_pixels(self.whole) else None
+
+    def name_of(self, i: int) -> str:
+        return self.whole.name_of(int(self.ids[i]))
+
+    def path_of(self, i: int) -> str:
+        return self.whole.path_of(int(self.ids[i]))
+
+    def files(self) -> list[Path]:
+        return self.whole.files()
+
+    def fingerprint(self) -> str:
+        return digest([self.whole.fingerprint()], self.ids)
+
+
 def concatenate(sources: Sequence[Source], class_names: tuple[str, ...] | None = None) -> Source:
     """One set out of several, with the classes `class_names` (default: those of all, in order of appearance)."""
     if class_names is None:

@@ -74,7 +74,6 @@ def finished(tmp_path_factory):
         ("--labels per-class=ten", "write per-class=COUNT"),
         ("--labels per-class=500", LABELS),
         ("--labels nolist", "label list 'nolist' was not found"),
-        ("--labels per-class=4", "wants 8 labelled images of every class; class 0 has 4"),
         ("--set classes_global=20", "wants 20 classes a batch, the data has 10: lower classes_global"),
         ("--set batch_global=5000", "a batch of 5000 needs as many images"),
         ("--seeds zero", "write different whole numbers separated by commas, such as 0,1,2"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from loaders.convert import conversion
+from loaders.convert import manifest
 from loaders.convert.conversion import Options, convert, prepare
 from tests.support.imagenet_trees import encoded
 
@@ -19,7 +19,7 @@ Image.fromarray(np.arange(12, dtype=np.uint16).reshape(3, 4) * 5000).save(PNG16,
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
-    monkeypatch.setattr(conversion, "_num_threads", lambda: 1)
+    monkeypatch.setattr(manifest, "_num_threads", lambda: 1)
 
 
 def run(source: Path, out: Path, **options):

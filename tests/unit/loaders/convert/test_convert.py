@@ -18,8 +18,9 @@ import pytest
 from PIL import Image
 
 import loaders.convert.conversion as conversion
-from loaders.convert.conversion import Options, convert, prepare, verify
+from loaders.convert.conversion import Options, convert, prepare
 from loaders.convert.judge import Reencode
+from loaders.convert.manifest import verify
 from loaders.errors import StoreError
 from loaders.store.beton import PAGE_SIZE, BetonReader, place
 from tests.support.conversions import (
@@ -189,9 +190,9 @@ def test_again_is_nothing_and_another_conversion_is_refused(tmp_path):
 MORTAL_RUN = """
 import os, signal, sys
 from pathlib import Path
-import loaders.convert.conversion as c
+import loaders.convert.conversion as c, loaders.convert.manifest as m
 import loaders.convert.journal as j
-c.COMMIT_S, c._CHUNK, c._num_threads = 0.0, 2, lambda: 2
+c.COMMIT_S, m._CHUNK, m._num_threads = 0.0, 2, lambda: 2
 src, out, reencode, left = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 
 def mortal(call):
@@ -340,8 +341,8 @@ def test_places_never_straddle_a_page_and_waste_no_room():
 MEMORY = """
 import sys
 from pathlib import Path
-import loaders.convert.conversion as c
-c._num_threads = lambda: 2
+import loaders.convert.conversion as c, loaders.convert.manifest as m
+m._num_threads = lambda: 2
 c.convert(c.prepare(Path(sys.argv[1]), c.Options(decode_check=False)), Path(sys.argv[2]))
 print(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])  # ru_maxrss would count the parent's
 """

@@ -31,9 +31,10 @@ GLOBAL = View("global", 224, Rrc((0.14, 1.0)), OPS, copies=2)
 SMALL = View("small", 96, Rrc((0.05, 0.14)), OPS, copies=6)
 
 
-def paws_plan(batch=64, classes=8, per_class=6, num_images=1000, num_classes=16, seed=0):
+def paws_plan(batch=64, classes=8, per_class=6, num_images=1000, num_classes=16, seed=0, empty=False):
     rng = np.random.default_rng(1)
     labels = rng.permutation(np.arange(num_images) % num_classes)
+    labels = np.where(empty & (labels == 3), 2, labels)
     sizes = rng.integers(100, 500, (num_images, 2)).astype(np.int32)
     facts = StreamFacts(None, labels, sizes, num_classes)
     streams = (
@@ -166,12 +167,30 @@ def test_worlds_that_tile_the_batch_and_those_refused():
     [
         ({"batch": 2000}, "a batch of 2000 needs as many images, there are 1000"),
         ({"classes": 17}, "wants 17 classes a batch, the data has 16"),
-        ({"per_class": 100}, "wants 100 labelled images of every class; class 0 has 63"),
+        ({"empty": True}, r"wants labelled images of every class; class 3 has none \(1 of 16 classes have none\)"),
     ],
 )
 def test_impossible_streams_are_refused_in_users_words(changes, message):
     with pytest.raises(PlanError, match=message):
         paws_plan(**changes)
+
+
+def test_a_class_of_few_images_repeats_them_each_time_cropped_anew():
+    """Would catch a class drawn out of another, crops that repeat too, and other draws where no class is short."""
+    bound = paws_plan(per_class=100)
+    assert bound.repeats("support").startswith("16 of 16 classes have fewer than 100 (the least 62)")
+    assert paws_plan().repeats("support") == paws_plan().repeats("unlabelled") == ""
+    whole, few = bound.rows("support", 5), paws_plan(per_class=60).rows("support", 5)
+    labels = bound.facts["support"].labels
+    for column in range(8):
+        ids = whole.ids[whole.columns == column]
+        assert len(set(labels[ids])) == 1
+        size = (labels == labels[ids[0]]).sum()
+        assert len(set(ids[:size])) == size and len(set(ids[size:])) == 100 - size  # once through, then anew
+        assert (ids[:60] == few.ids[few.columns == column]).all()  # as where no class is short
+        assert (ids[size:] != ids[: 100 - size]).any()
+        boxes = whole.views[0].boxes[: len(whole.ids)][whole.columns == column]
+        assert len({tuple(box) for box in boxes.tolist()}) == 100
 
 
 @pytest.mark.parametrize("resize", [None, 32])

@@ -12,7 +12,7 @@ from loaders.loader import Loader, bind
 from loaders.plan.plan import Plan
 from loaders.plan.views import Balanced, Rrc, Sequential, Stream, View, Whole
 from loaders.store.beton import BetonReader, BetonWriter
-from loaders.store.data import open_data
+from loaders.store.data import NOTHING_HELD_OUT, open_data
 from loaders.store.images import decode
 
 pytest.importorskip("ffcv.libffcv", reason="the extra ffcv is not installed", exc_type=ImportError)
@@ -166,7 +166,7 @@ def test_a_file_of_ffcvs_writer_trains_here(theirs, renderer):
     model = torch.nn.Linear(3 * 16 * 16, 3)
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     losses = []
-    with Loader(bind(plan, open_data((str(theirs),))), renderer=renderer) as loader:
+    with Loader(bind(plan, open_data((str(theirs), NOTHING_HELD_OUT))), renderer=renderer) as loader:
         for batch in loader.batches(0, 60):
             part = batch.parts["s"]
             assert part.labels.tolist() == [LABELS[i] for i in part.ids]
@@ -181,7 +181,7 @@ def test_a_file_of_ffcvs_writer_trains_here(theirs, renderer):
 
 def test_a_pass_over_a_file_of_ffcvs_writer_meets_every_image_once(theirs):
     plan = Plan((Stream("s", "train", (View("whole", 8, Whole()),), Sequential(), 4),), "s", seed=0)
-    bound = bind(plan, open_data((str(theirs),)))
+    bound = bind(plan, open_data((str(theirs), NOTHING_HELD_OUT)))
     with Loader(bound, renderer="ffcv") as loader:
         ids = [i for batch in loader.batches(0, bound.plan.num_steps("s")) for i in batch.parts["s"].ids.tolist()]
     assert ids == list(range(NUM))

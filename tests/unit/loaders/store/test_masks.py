@@ -18,7 +18,7 @@ from loaders.plan.plan import Plan, StreamFacts
 from loaders.plan.views import Rrc, SaliencyMask, Shuffled, Stream, View
 from loaders.store import data as data_module
 from loaders.store import staging
-from loaders.store.data import DataSets, open_data
+from loaders.store.data import NOTHING_HELD_OUT, DataSets, open_data
 from loaders.store.folder import FolderSource
 from loaders.store.masks import MaskFile, MaskWriter, mask_of, packed
 from loaders.store.openers import Splits
@@ -222,9 +222,9 @@ def test_masks_find_their_images_among_several_sets(tmp_path):
     other = image_folder(tmp_path / "three", per_class=1, classes=("bee",))
     files = {}
     for folder in (*ours, other):
-        source = open_data((str(folder),)).get("train")
+        source = open_data((str(folder), NOTHING_HELD_OUT)).get("train")
         files[folder] = write(tmp_path / f"{folder.name}.masks", source, masks_for(source, seed=len(files)))
-    specs = [f"labelled={folder}" for folder in ours] + [f"unlabelled={other}"]
+    specs = [f"labelled={folder}" for folder in ours] + [f"unlabelled={other}", NOTHING_HELD_OUT]
     data = open_data((*specs, *(f"masks={file}" for file in reversed(files.values()))))
     joined = data.masks_of("labelled")
     expected = [MaskFile(files[folder]).mask(i) for folder in ours for i in range(4)]
@@ -242,7 +242,7 @@ def test_masks_find_their_images_among_several_sets(tmp_path):
 
 def test_masks_of_other_data_are_refused(tmp_path):
     folder = image_folder(tmp_path / "one", per_class=2)
-    source = open_data((str(folder),)).get("train")
+    source = open_data((str(folder), NOTHING_HELD_OUT)).get("train")
     first, second = (write(tmp_path / f"{n}.masks", source, masks_for(source, n)) for n in (1, 2))
     with pytest.raises(StoreError, match=r"1\.masks and .*2\.masks are both masks of .*one: give one of them"):
         open_data((str(folder), f"masks={first}", f"masks={second}"))

@@ -12,9 +12,10 @@ from click.testing import CliRunner
 from PIL import Image
 
 from fastssl.commands.main import main
-from loaders.convert import conversion
-from loaders.convert.conversion import MANIFEST, Options, convert, prepare, read_manifest, verify
+from loaders.convert import manifest
+from loaders.convert.conversion import Options, convert, prepare
 from loaders.convert.judge import Reencode
+from loaders.convert.manifest import MANIFEST, read_manifest, verify
 from loaders.errors import StoreError
 from loaders.loader import Loader, bind
 from loaders.plan.plan import Plan
@@ -31,7 +32,7 @@ VIEWS = (View("crop", 24, Rrc((0.2, 1.0)), copies=2), View("centre", 16, Centre(
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
-    monkeypatch.setattr(conversion, "_num_threads", lambda: 1)
+    monkeypatch.setattr(manifest, "_num_threads", lambda: 1)
 
 
 @pytest.fixture(scope="module")

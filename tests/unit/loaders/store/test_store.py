@@ -14,7 +14,7 @@ from loaders.plan.views import All, Complement, Listed, PerClass
 from loaders.store import digits
 from loaders.store.beton import BetonWriter
 from loaders.store.cifar import open_cifar10
-from loaders.store.data import open_data
+from loaders.store.data import NOTHING_HELD_OUT, open_data
 from loaders.store.digits import open_digits
 from loaders.store.folder import FolderSource
 from loaders.store.source import ArraySource, Concatenated, concatenate
@@ -201,7 +201,7 @@ def test_one_split_and_undivided_folders_have_no_validation(tmp_path):
     image_folder(tmp_path / "b")
     image_folder(tmp_path / "c", classes=("train", "boat"))
     for name, classes in (("a", ("ant", "bee")), ("b", ("ant", "bee")), ("c", ("boat", "train"))):
-        data = open_data((str(tmp_path / name),))
+        data = open_data((str(tmp_path / name), NOTHING_HELD_OUT))
         assert data.get("train").class_names == classes and data.get("validation") is None
 
 
@@ -212,7 +212,7 @@ def test_folder_of_betons(tmp_path):
     data = open_data((str(tmp_path),))
     assert data.get("train").labels.tolist() == [0, -1, 0, 1, 1]  # extra.beton, then train.beton
     assert data.get("validation").labels.tolist() == [1]
-    assert open_data((str(tmp_path / "train.beton"),)).get("validation") is None
+    assert open_data((str(tmp_path / "train.beton"), NOTHING_HELD_OUT)).get("validation") is None
 
 
 def test_keys_give_streams_their_own_source(tmp_path):
@@ -288,7 +288,7 @@ def test_per_class_names_the_class_that_is_too_small():
 
 @pytest.fixture
 def beton_source(tmp_path):
-    return open_data((str(small_beton(tmp_path / "set.beton", [0, 1, 0, 1], stem="n01")),))
+    return open_data((str(small_beton(tmp_path / "set.beton", [0, 1, 0, 1], stem="n01")), NOTHING_HELD_OUT))
 
 
 def test_listed_names_and_indices(tmp_path, monkeypatch, beton_source):

@@ -1,0 +1,281 @@
+"""What `fastssl data` says of a path: a look at every header, at some images whole, and advice on how to train."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+from rich.table import Table
+from rich.text import Text
+
+from loaders.errors import StoreError
+from loaders.files import write_file
+from loaders.store.apart import check_apart
+from loaders.store.beton import BetonFile
+from loaders.store.data import LABELLED, TRAIN, DataSets, open_data
+from loaders.store.folder import ListedSource
+from loaders.store.images import ImageError, decode
+from loaders.store.source import Concatenated, Selected, Source, is_encoded
+
+SAMPLE = 64  # images of a split that are decoded
+SHOWN = 8  # things left out, or damaged, that are named
+LARGE_SIDE, MANY = 96, 20_000  # shorter side in pixels and images from which a small network on a CPU is no advice
+LEAST_STEPS = 2000  # of a training that is advised: fewer leave a small set unlearnt
+_TURNED = 1  # EXIF's orientation of a picture that is stored upright
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split in numbers. Sizes are (height, width), of the image in the middle by area; `turned` counts images that
+    are stored on their side."""
+
+    images: int
+    unlabelled: int
+    classes: int
+    least: int
+    median: float
+    most: int
+    least_class: str
+    most_class: str
+    formats: dict[str, int]
+    smallest: tuple[int, int]
+    middle: tuple[int, int]
+    largest: tuple[int, int]
+    num_bytes: int
+    turned: int
+    unreadable: list[tuple[str, str]]
+    sampled: int
+    damaged: list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a path holds. `left_out` are the first things that are used for nothing, and why; `warnings` what else there
+    is to know; `command` would train on it."""
+
+    path: str
+    said: tuple[str, ...]
+    splits: dict[str, Split]
+    num_left_out: int
+    left_out: list[tuple[str, str]]
+    warnings: list[str]
+    command: str
+    advice: dict[str, object]
+    data: DataSets = field(repr=False)
+
+
+def look(path: str) -> Contents:
+    """Raises StoreError where there is nothing to look at, or what is there cannot be one set."""
+    data = open_data((path,))
+    splits = {role: _split(source) for role, source in data.sources.items()}
+    try:
+        warnings = check_apart(data)
+    except StoreError as error:
+        warnings = [str(error)]
+    advice = _advice(data, splits)
+    left_out = data.left_out[path]
+    command = _typed(path, advice)
+    shown = [*left_out.listed]
+    return Contents(path, data.said, splits, left_out.count, shown, warnings, command, advice, data)
+
+
+def _split(source: Source) -> Split:
+    labels, sizes = source.labels, source.sizes.astype(np.int64)
+    counts = np.bincount(labels[labels >= 0], minlength=source.num_classes)
+    order = np.argsort(sizes.prod(1), kind="stable")
+    ends = [(int(h), int(w)) for h, w in sizes[order[[0, len(order) // 2, -1]]]]
+    least, most = (int(counts.argmin()), int(counts.argmax())) if len(counts) else (0, 0)
+    unreadable = source.unreadable if is_encoded(source) else {}
+    sampled, damaged = _decoded(source, unreadable)
+    return Split(
+        images=len(source),
+        unlabelled=int((labels < 0).sum()),
+        classes=source.num_classes,
+        least=int(counts.min(initial=len(labels))) if len(counts) else 0,
+        median=float(np.median(counts)) if len(counts) else 0.0,
+        most=int(counts.max(initial=0)),
+        least_class=source.class_names[least] if len(counts) else "",
+        most_class=source.class_names[most] if len(counts) else "",
+        formats=dict(Counter(_forms(source).tolist()).most_common()),
+        smallest=ends[0],
+        middle=ends[1],
+        largest=ends[2],
+        num_bytes=int(source.num_bytes.sum()) if is_encoded(source) else int(3 * sizes.prod(1).sum()),
+        turned=int((_orientations(source) != _TURNED).sum()),
+        unreadable=[(source.path_of(i), why) for i, why in unreadable.items()] if is_encoded(source) else [],
+        sampled=sampled,
+        damaged=damaged,
+    )
+
+
+def _decoded(source: Source, unreadable: object) -> tuple[int, list[tuple[str, str]]]:
+    """How many images were decoded, evenly spaced over the set, and which of them could not be."""
+    if not is_encoded(source):
+        return 0, []
+    damaged, ids = [], np.unique(np.linspace(0, len(source) - 1, min(SAMPLE, len(source))).astype(np.int64))
+    for i in ids.tolist():
+        if i in source.unreadable:
+            continue
+        try:
+            decode(source.jpeg(i))
+        except (ImageError, StoreError) as error:
+            damaged.append((source.path_of(i), str(error)))
+    return len(ids), damaged
+
+
+def _forms(source: Source) -> np.ndarray:
+    """What each image is stored as, str [N]."""
+    match source:
+        case ListedSource():
+            return source.forms
+        case BetonFile():
+            return np.where(source.is_raw, "decoded", "JPEG")
+        case Selected():
+            return np.take(_forms(source.whole), source.ids)
+        case Concatenated():
+            return np.concatenate([_forms(part) for part in source.sources])
+    return np.full(len(source), "in memory")
+
+
+def _orientations(source: Source) -> np.ndarray:
+    """As EXIF has them, int [N]; converted images are upright."""
+    match source:
+        case ListedSource():
+            return source.orientations
+        case Selected():
+            return np.take(_orientations(source.whole), source.ids)
+        case Concatenated():
+            return np.concatenate([_orientations(part) for part in source.sources])
+    return np.full(len(source), _TURNED)
+
+
+# ------------------------------------------------------------------------------------------------------------ advice
+
+
+def _advice(data: DataSets, splits: dict[str, Split]) -> dict[str, object]:
+    """A recipe and the settings that fit the data; no recipe where nothing could be trained."""
+    from fastssl.methods.paws import PawsConfig
+    from fastssl.recipes.resolve import resolve
+
+    key = next((key for key in (LABELLED, TRAIN) if key in splits), None)
+    if key is None or not splits[key].classes:
+        return {}
+    split = splits[key]
+    if not is_encoded(data.get(key)) and data.get(key).channels == 1:
+        return {"recipe": "paws.digits"}
+    large = min(split.middle) >= LARGE_SIDE and split.images >= MANY
+    recipe = "paws.rn50_100ep_1gpu" if large else "paws.cifar10_small"
+    stage = resolve(recipe)[0]
+    config = stage.config
+    assert isinstance(config, PawsConfig)
+    fitting = {
+        "classes_global": min(config.classes_global, split.classes),
+        "images_per_class": min(config.images_per_class, max(4, split.least)),
+        "batch_global": min(config.batch_global, 1 << max(3, (split.images // 8).bit_length() - 1)),
+    }
+    settings: dict[str, object] = {k: v for k, v in fitting.items() if v != getattr(config, k)}
+    steps = max(1, split.images // fitting["batch_global"])
+    if stage.length.steps(steps) < LEAST_STEPS:
+        settings["epochs"] = -(-LEAST_STEPS // steps)
+    return {"recipe": recipe, "labels": "all", "gpus": 1 if large else None, "settings": settings}
+
+
+def _typed(path: str, advice: dict[str, object]) -> str:
+    """The command, as a shell takes it; "" where there is nothing to advise."""
+    if not advice:
+        return ""
+    words = ["fastssl", "train", str(advice["recipe"])]
+    words += [] if path == "digits" else ["--data", path]
+    words += ["--labels", str(advice["labels"])] if "labels" in advice else []
+    words += ["--gpus", str(advice["gpus"])] if advice.get("gpus") else []
+    for name, value in dict(advice.get("settings", {})).items():  # type: ignore[call-overload]
+        words += ["--set", f"{name}={value}"]
+    return shlex.join(words)
+
+
+# ------------------------------------------------------------------------------------------------------------- shown
+
+
+def as_json(found: Contents) -> str:
+    plain = {
+        "path": found.path,
+        "said": found.said,
+        "splits": {role: asdict(split) for role, split in found.splits.items()},
+        "left_out": {"count": found.num_left_out, "first": found.left_out},
+        "warnings": found.warnings,
+        "train": found.command or None,
+    }
+    return json.dumps(plain, indent=2)
+
+
+def as_tables(found: Contents) -> Iterator[Table | Text]:
+    """For a terminal: a table of the splits, then what there is to know beside them."""
+    yield Text(found.said[0].partition(": ")[2].partition(": ")[0], "bold")
+    table = Table("", *found.splits, box=None, pad_edge=False)
+    columns = [dict(_rows(split)) for split in found.splits.values()]
+    for name in dict.fromkeys(name for column in columns for name in column):
+        table.add_row(Text(name, "dim"), *(Text(column.get(name, "")) for column in columns))
+    yield table
+    for line in found.said[1:]:
+        yield Text(line)
+    yield from _listed("left out", found.num_left_out, found.left_out, "yellow")
+    for role, split in found.splits.items():
+        yield from _listed(f"{role}: cannot be used", len(split.unreadable), split.unreadable, "red")
+        yield from _listed(f"{role}: do not decode, of {split.sampled}", len(split.damaged), split.damaged, "red")
+    for text in found.warnings:
+        yield Text(f"warning: {text}", "yellow")
+    if found.command:
+        yield Text.assemble("\n", ("to train on it:  ", "dim"), (found.command, "bold green"))
+    else:
+        yield Text("\nno image has a label here: give --data unlabelled=PATH beside --data labelled=ANOTHER", "yellow")
+
+
+def _rows(split: Split) -> Iterator[tuple[str, str]]:
+    yield "images", f"{split.images:,}"
+    if split.classes:
+        yield "classes", f"{split.classes:,}"
+        yield "a class has", f"{split.least:,} ({split.least_class}) to {split.most:,} ({split.most_class})"
+        yield "in the middle", f"{split.median:,g}"
+    if split.unlabelled:
+        yield "without label", f"{split.unlabelled:,}"
+    yield "formats", ", ".join(f"{name or 'unreadable'} {count:,}" for name, count in split.formats.items())
+    sizes = [" x ".join(map(str, size)) for size in (split.smallest, split.middle, split.largest)]
+    yield "height x width", sizes[0] if len(set(sizes)) == 1 else f"{sizes[0]} to {sizes[2]}, mostly {sizes[1]}"
+    yield "bytes", f"{split.num_bytes / 1e6:,.1f} MB"
+    yield "on their side", f"{split.turned:,}, shown upright" if split.turned else "none"
+    yield "decoded to try", f"{split.sampled - len(split.damaged):,} of {split.sampled:,} are sound"
+
+
+def _listed(title: str, count: int, rows: list[tuple[str, str]], style: str) -> Iterator[Table | Text]:
+    if not count:
+        return
+    yield Text(f"{title}: {count:,}", style)
+    table = Table.grid(padding=(0, 2))
+    for name, why in rows[:SHOWN]:
+        table.add_row(Text(f"  {name}"), Text(why, "dim"))
+    if count > SHOWN:
+        table.add_row(Text(f"  and {count - SHOWN:,} more, which --json has", "dim"))
+    yield table
+
+
+def show(found: Contents, file: Path) -> None:
+    """Write a page of some images: as they are evaluated, and every crop that a step of the advised recipe makes of
+    them. Raises ConfigError or LoaderError where nothing could be trained."""
+    from fastssl.engine.join import facts_of
+    from fastssl.errors import ConfigError
+    from fastssl.html.page import page, paragraph
+    from fastssl.recipes.resolve import resolve
+    from fastssl.report.pictures import contact_sheet
+
+    if not found.advice:
+        raise ConfigError(f"{found.path}: no image has a label, so there is no recipe whose crops could be shown")
+    settings = dict(found.advice.get("settings", {})) | {"labels": "all"}  # type: ignore[call-overload]
+    stage = resolve(str(found.advice["recipe"]), tuple(f"{key}={value}" for key, value in settings.items()))[0]
+    method = stage.config.build(facts_of(found.data, seed=0), {})
+    text = page(f"Images in {found.path}", paragraph(found.command), contact_sheet(method, found.data))
+    write_file(file, text)
