@@ -17,6 +17,7 @@ def data(path: str, as_json: bool, contact_sheet: Path | None) -> None:
     """Look at the images in PATH as training would: splits, classes, formats, sizes, what is left out or damaged, and
     the command that would train on them."""
     from rich.console import Console
+    from rich.text import Text
 
     from fastssl.commands import contents
 
@@ -28,4 +29,4 @@ def data(path: str, as_json: bool, contact_sheet: Path | None) -> None:
     else:
         console = Console(markup=False, emoji=False, highlight=False)
         for part in contents.as_tables(found):
-            console.print(part)
+            console.print(part, soft_wrap=isinstance(part, Text))

@@ -13,7 +13,7 @@ from loaders.errors import StoreError
 from loaders.labels.subsets import resolve
 from loaders.plan.views import Listed
 from loaders.store.beton import BetonReader
-from loaders.store.data import DataSpec, open_data
+from loaders.store.data import NOTHING_HELD_OUT, DataSpec, open_data
 from loaders.store.folder import FolderSource
 from loaders.store.images import ImageError, decode, header_of_bytes
 from tests.unit.loaders.store.test_store import save
@@ -268,7 +268,7 @@ def test_all_that_cannot_be_used_is_found_at_once(tmp_path):
         2: "not a JPEG, PNG, WebP, TIFF, BMP or GIF",
         3: f"12000 x 6000 pixels are more than the {1 << 26} allowed",
     }
-    assert [path for _, path, _ in open_data((str(tmp_path),)).unreadable()] == [
+    assert [path for _, path, _ in open_data((str(tmp_path), NOTHING_HELD_OUT)).unreadable()] == [
         "cat/empty.jpg",
         "cat/page.jpg",
         "cat/panorama.png",
