@@ -35,6 +35,7 @@ from loaders.labels.subsets import Resolved, listed
 from loaders.store.beton import PAGE_SIZE, Stored, data_start, place, write_tables
 from loaders.store.data import VALIDATION, described
 from loaders.store.folder import ListedSource
+from loaders.store.held_out import held_out
 from loaders.store.images import ImageError, decode
 from loaders.store.listing import Listing
 from loaders.store.openers import open_path
@@ -106,6 +107,8 @@ def prepare(source: Path, options: Options) -> Conversion:
     chosen, said = None, [described(str(source), opened, {TRAIN: opened.train, VALIDATION: opened.validation})]
     if TRAIN in splits and VAL in splits:
         _number_classes(splits[VAL], splits[TRAIN].class_names)
+    if opened.train is not None and not opened.is_divided and (num_held := len(held_out(opened.train))):
+        said.append(f"no validation images: training will hold out {num_held:,} of them, as it does from {source}")
     if options.subset is not None:
         if TRAIN not in splits:
             raise StoreError(f"{source}: has no training images, of which --subset {options.subset} is a list")
