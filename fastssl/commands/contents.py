@@ -239,10 +239,8 @@ def _rows(split: Split) -> Iterator[tuple[str, str]]:
     yield "images", f"{split.images:,}"
     if split.classes:
         yield "classes", f"{split.classes:,}"
-        uneven = (
-            f"{split.least:,} ({split.least_class}) to {split.most:,} ({split.most_class}), median {split.median:,g}"
-        )
-        yield "a class has", f"{split.most:,}" if split.least == split.most else uneven
+        ends = f"{split.least:,} ({split.least_class}) to {split.most:,} ({split.most_class})"
+        yield "a class has", f"{split.most:,}" if split.least == split.most else f"{ends}, median {split.median:,g}"
     if split.unlabelled:
         yield "without label", f"{split.unlabelled:,}"
     yield "formats", ", ".join(f"{name or 'unreadable'} {count:,}" for name, count in split.formats.items())
