@@ -71,7 +71,7 @@ class Contents:
 
 def look(path: str) -> Contents:
     """Raises StoreError where there is nothing to look at, or what is there cannot be one set."""
-    data = open_data((path,))
+    data = open_data((path,), in_place=False)
     splits = {role: _split(source) for role, source in data.sources.items()}
     try:
         warnings = check_apart(data)
@@ -159,7 +159,6 @@ def _orientations(source: Source) -> np.ndarray:
 
 def _advice(data: DataSets, splits: dict[str, Split]) -> dict[str, object]:
     """A recipe and the settings that fit the data; no recipe where nothing could be trained."""
-    from fastssl.methods.paws import PawsConfig
     from fastssl.recipes.resolve import resolve
 
     key = next((key for key in (LABELLED, TRAIN) if key in splits), None)
@@ -171,14 +170,13 @@ def _advice(data: DataSets, splits: dict[str, Split]) -> dict[str, object]:
     large = min(split.middle) >= LARGE_SIDE and split.images >= MANY
     recipe = "paws.rn50_100ep_1gpu" if large else "paws.cifar10_small"
     stage = resolve(recipe)[0]
-    config = stage.config
-    assert isinstance(config, PawsConfig)
+    config = vars(stage.config)
     fitting = {
-        "classes_global": min(config.classes_global, split.classes),
-        "images_per_class": min(config.images_per_class, max(4, split.least)),
-        "batch_global": min(config.batch_global, 1 << max(3, (split.images // 8).bit_length() - 1)),
+        "classes_global": min(config["classes_global"], split.classes),
+        "images_per_class": min(config["images_per_class"], max(4, split.least)),
+        "batch_global": min(config["batch_global"], 1 << max(3, (split.images // 8).bit_length() - 1)),
     }
-    settings: dict[str, object] = {k: v for k, v in fitting.items() if v != getattr(config, k)}
+    settings: dict[str, object] = {k: v for k, v in fitting.items() if v != config[k]}
     steps = max(1, split.images // fitting["batch_global"])
     if stage.length.steps(steps) < LEAST_STEPS:
         settings["epochs"] = -(-LEAST_STEPS // steps)

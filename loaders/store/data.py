@@ -112,9 +112,10 @@ class DataSets:
         return found
 
 
-def open_data(specs: Iterable[str], *, validation: bool = True) -> DataSets:
+def open_data(specs: Iterable[str], *, validation: bool = True, in_place: bool = True) -> DataSets:
     """Open `PATH` and `key=PATH` values; several paths under one key are one set. Without `validation` there are no
-    validation images, and none of theirs are looked at.
+    validation images, and none of theirs are looked at; unless `in_place`, what must be converted before it is trained
+    on is opened as well.
 
     PATH is whatever `loaders.store.openers` knows; under the key `masks`, a file of masks of any of the others. Where
     there are labels and no validation images, some are held out (`loaders.store.held_out`), unless `validation=none` is
@@ -131,7 +132,7 @@ def open_data(specs: Iterable[str], *, validation: bool = True) -> DataSets:
             continue
         if spec.holds_nothing_out or (key == VALIDATION and not validation):
             continue
-        splits = open_path(path, validation)
+        splits = open_path(path, validation, in_place)
         used = _used(splits, spec, with_validation=not any(other.key == VALIDATION for other in parsed))
         is_split |= splits.is_divided and key in (None, *_LEARNT)
         for role, source in used.items():

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from loaders.errors import StoreError
-from loaders.store import cifar, imagenet, listed, shards
+from loaders.store import cifar, imagenet, listed, parquet, shards
 from loaders.store.beton import BetonSource
 from loaders.store.digits import open_digits
 from loaders.store.folder import ListedSource, files_below, folders_in, images_in, list_folder
 from loaders.store.images import SUFFIXES
-from loaders.store.listing import PassedOver
+from loaders.store.listing import Listing, PassedOver
 from loaders.store.source import Source, concatenate
 
 DIGITS = "digits"  # the embedded set, in place of a path
@@ -52,15 +52,18 @@ class Splits:
 
 class Opener(NamedTuple):
     """A kind of data: what messages call it, whether a path looks like it, and how it is opened. `open` gets the path,
-    and whether validation images are wanted: where not, nothing of theirs is looked at."""
+    and whether validation images are wanted: where not, nothing of theirs is looked at. What is not read `in_place` is
+    converted before it is trained on."""
 
     said: str
     looks_like: Callable[[Path], bool]
     open: Callable[[Path, bool], Splits]
+    in_place: bool = True
 
 
-def open_path(path: str, validation: bool = True) -> Splits:
-    """What `path` holds. Raises StoreError that says what was looked for."""
+def open_path(path: str, validation: bool = True, in_place: bool = False) -> Splits:
+    """What `path` holds. Raises StoreError that says what was looked for, and, where it is to be read `in_place` and
+    cannot be, how it is converted."""
     if path == DIGITS:
         return Splits("handwritten digits (embedded)", *open_digits(), is_divided=True)
     p = Path(path)
@@ -69,6 +72,8 @@ def open_path(path: str, validation: bool = True) -> Splits:
             raise StoreError(f"{path}: no such file or folder")
         for opener in OPENERS:
             if opener.looks_like(p):
+                if in_place and not opener.in_place:
+                    raise StoreError(f"{path}: {opener.said} are converted first: fastssl convert-imagenet {path} OUT")
                 return opener.open(p, validation)
     except OSError as e:
         raise StoreError(f"{e.filename or path}: cannot be read: {e.strerror}") from e
@@ -138,21 +143,28 @@ def _open_tiny(p: Path, validation: bool) -> Splits:
 
 
 def _open_shards(p: Path, validation: bool) -> Splits:
-    by_split = shards.shards_in(p) if p.is_dir() else {"train": [p]}
+    return _sharded("WebDataset shards", p, ".tar", shards.list_shards, validation)
+
+
+def _open_parquet(p: Path, validation: bool) -> Splits:
+    return _sharded("parquet files", p, parquet.SUFFIX, parquet.list_parquet, validation)
+
+
+def _sharded(
+    said: str, p: Path, suffix: str, listed_in: Callable[[Path, list[Path]], Listing], validation: bool
+) -> Splits:
+    """Files of many images each, by split as their names say it."""
+    by_split = shards.shards_in(p, suffix) if p.is_dir() else {"train": [p]}
     left_out = PassedOver()
     if "val" not in by_split and "test" in by_split and "train" in by_split:
         by_split["val"] = by_split.pop("test")
     for path in by_split.pop("test", []):
-        left_out.add(path.name, "shards of a test set")
-    said = "WebDataset shards"
+        left_out.add(path.name, "of a test set")
 
     def source(split: str) -> Source | None:
         paths = by_split.get(split)
-        return (
-            ListedSource(shards.list_shards(p if len(by_split) == 1 else p / f"{split} shards", paths))
-            if paths
-            else None
-        )
+        name = p if len(by_split) == 1 else p / f"{split} files"
+        return ListedSource(listed_in(name, paths)) if paths else None
 
     val = source("val") if validation else None
     return Splits(said, source("train"), val, len(by_split) == 1, left_out, "val" in by_split)
@@ -204,8 +216,8 @@ def _one_image(p: Path, validation: bool) -> Splits:
     raise StoreError(f"{p}: a single image; give the folder that it lies in")
 
 
-def _is_shards(p: Path) -> bool:
-    return p.suffix == ".tar" if p.is_file() else bool(shards.shards_in(p))
+def _is_sharded(p: Path, suffix: str) -> bool:
+    return p.suffix == suffix if p.is_file() else bool(shards.shards_in(p, suffix))
 
 
 def _named(p: Path, *suffixes: str) -> bool:
@@ -222,7 +234,8 @@ OPENERS = (
     Opener("Kaggle's ILSVRC/Data/CLS-LOC", lambda p: imagenet.kaggle_folder(p) is not None, _open_kaggle),
     Opener("Tiny-ImageNet's val_annotations.txt", listed.is_tiny_imagenet, _open_tiny),
     Opener("n*.tar of ImageNet's classes", lambda p: _class_archives_at(p) is not None, _open_class_archives),
-    Opener("WebDataset's *.tar", _is_shards, _open_shards),
+    Opener("WebDataset's *.tar", lambda p: _is_sharded(p, ".tar"), _open_shards),
+    Opener(f"Hugging Face's *{parquet.SUFFIX}", lambda p: _is_sharded(p, parquet.SUFFIX), _open_parquet, False),
     Opener("a .beton", Path.is_file, _open_beton),
     Opener("train/ and val/", lambda p: _divided(p) != (None, None), _open_divided),
     Opener("images, or folders of them", lambda p: bool(folders_in(p) or images_in(p)), _open_folder),

@@ -25,7 +25,7 @@ _LABELS = ("cls", "json")
 _LABEL_KEYS = ("label", "cls", "class", "class_id", "label_id")  # of a json
 _NAME_KEYS = ("class_name", "label_name", "classname")
 _MAX_LABEL_BYTES = 1 << 20
-_FOLDERS = ("train", "training", "val", "valid", "validation", "test")
+_FOLDERS = ("train", "training", "val", "valid", "validation", "test", "data")
 _SPLIT = re.compile(r"(?:^|[^a-z])(train|training|val|valid|validation|test)(?=[^a-z]|$)")
 
 
@@ -35,11 +35,11 @@ class _Sample(NamedTuple):
     labels: list[str]
 
 
-def shards_in(folder: Path) -> dict[str, list[Path]]:
+def shards_in(folder: Path, suffix: str = ".tar") -> dict[str, list[Path]]:
     """The shards in `folder`, or in its folders train/, val/, ..., by split as their names say it: train, val, test."""
     found: dict[str, list[Path]] = {}
     places = (folder, *(folder / name for name in _FOLDERS))
-    for path in sorted(p for place in places for p in place.glob("*.tar") if not p.name.startswith(".")):
+    for path in sorted(p for place in places for p in place.glob(f"*{suffix}") if not p.name.startswith(".")):
         match = _SPLIT.search(str(path.relative_to(folder)).lower())
         word = match[1] if match else "train"
         split = "val" if word.startswith("val") else "train" if word.startswith("train") else word
