@@ -397,7 +397,7 @@ class BetonFile(OpenFile):
         fitting = [k for k, f in enumerate(fields) if f["type_id"] == type_id]
         called = [k for k in fitting if fields[k]["name"] == name.encode()]
         if not called and len(fitting) != 1:
-            raise StoreError(f"{self.path}: has no {name} field")
+            raise StoreError(f"{self.path}: {_which(fields[fitting], name)}")
         return (called or fitting)[0]
 
     def _region_sizes(self, ptr: np.ndarray, regions: np.ndarray, what: str) -> np.ndarray:
@@ -456,3 +456,11 @@ class BetonSource(BetonFile):
 
 def _first(mask: np.ndarray) -> int:
     return int(np.flatnonzero(mask)[0])
+
+
+def _which(fitting: np.ndarray, name: str) -> str:
+    """Why no field of those `fitting` is the one."""
+    if not len(fitting):
+        return f"has no {name} field"
+    names = ", ".join(field.rstrip(b"\0").decode("utf-8", "replace") for field in fitting["name"].tolist())
+    return f"has {len(fitting)} fields that could be the {name}: {names}; write the one that is meant as {name!r}"

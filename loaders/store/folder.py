@@ -33,10 +33,10 @@ def folders_in(folder: Path) -> list[str]:
         return sorted(e.name for e in entries if e.name[0] != "." and e.name not in NO_CLASSES and e.is_dir())
 
 
-def files_below(folder: Path, ignored: PassedOver, deep: bool = True) -> list[Row]:
+def files_below(folder: Path, ignored: PassedOver, deep: bool = True, root: Path | None = None) -> list[Row]:
     """The image files in `folder` and, where `deep`, in the folders below, in no particular order; what else is there
-    is added to `ignored`. A link to a folder that it lies in is not followed. Raises OSError."""
-    return list(_walked(folder, "", ignored, deep, frozenset({_identity(folder)})))
+    is added to `ignored`. A link to a folder that it lies in, up to `root`, is not followed. Raises OSError."""
+    return list(_walked(folder, "", ignored, deep, frozenset({_identity(folder), _identity(root or folder)})))
 
 
 def _walked(
@@ -82,7 +82,7 @@ def list_folder(root: Path) -> Listing:
             ignored.add(f"{name}/", "not a folder of images by its name")
     asides = [PassedOver() for _ in classes]
     with ThreadPoolExecutor(min(32, 4 * _num_cpus())) as pool:  # on network file systems each answer takes its time
-        parts = list(pool.map(lambda name, aside: files_below(root / name, aside), classes, asides))
+        parts = list(pool.map(lambda name, aside: files_below(root / name, aside, root=root), classes, asides))
     for name, aside in zip(classes, asides, strict=True):
         ignored.update(aside, f"{name}/")
     if flat and any(parts):

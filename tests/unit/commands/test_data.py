@@ -18,7 +18,7 @@ def photos(tmp_path):
         for k in range(count):
             path = tmp_path / "photos" / name / f"{k}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
-            pixels = np.random.default_rng(k).integers(0, 256, (40 + k, 60, 3), np.uint8)
+            pixels = np.random.default_rng(1000 * count + k).integers(0, 256, (40 + k, 60, 3), np.uint8)
             exif = Image.Exif()
             if (name, k) == ("bee", 3):
                 exif[0x0112] = 6

@@ -213,7 +213,7 @@ def test_a_link_loop_ends(tmp_path):
     (tmp_path / "cat" / "again").symlink_to(tmp_path / "cat")
     (tmp_path / "cat" / "up").symlink_to(tmp_path)
     source = FolderSource(tmp_path)
-    assert len(source) <= 2 and ("cat/again/", "a link to a folder that it lies in") in source.listing.ignored.listed
+    assert len(source) == 1 and ("cat/again/", "a link to a folder that it lies in") in source.listing.ignored.listed
 
 
 def test_a_single_image_is_refused_with_what_to_give(tmp_path):
