@@ -213,7 +213,7 @@ def as_json(found: Contents) -> str:
 
 def as_tables(found: Contents) -> Iterator[Table | Text]:
     """For a terminal: a table of the splits, then what there is to know beside them."""
-    yield Text(found.said[0].partition(": ")[2].partition(": ")[0], "bold")
+    yield Text(found.said[0].partition(": ")[2].partition(": ")[0] if found.said else found.path, "bold")
     table = Table("", *found.splits, box=None, pad_edge=False)
     columns = [dict(_rows(split)) for split in found.splits.values()]
     for name in dict.fromkeys(name for column in columns for name in column):

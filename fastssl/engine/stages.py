@@ -117,7 +117,8 @@ def _told(job: Job, data: DataSets) -> Job:
     if refused is not None:
         raise StoreError(refused)
     if dist.is_main():
-        print("\n".join([*data.said, *lowered, *(f"warning: {text}" for text in warnings)]), flush=True)
+        for line in (*data.said, *lowered, *(f"warning: {text}" for text in warnings)):
+            print(line, flush=True)
     return job
 
 

@@ -138,7 +138,8 @@ def open_data(specs: Iterable[str], *, validation: bool = True, in_place: bool =
         for role, source in used.items():
             if source is not None and (validation or role != VALIDATION):
                 found[role].append(source)
-        said.append(described(path, splits, used))
+        if not spec.is_embedded:
+            said.append(described(path, splits, used))
         left_out[path] = splits.ignored()
     sources = _with_common_classes(found)
     masks = masks_by_key(sources, mask_files)

@@ -25,7 +25,7 @@ SUNCET = options("out_features=8", "images_per_class=2")
 
 
 def train(recipe, out, *arguments, images="images"):
-    data = ("--data", images, "--data", f"validation={images}", "--labels", "all")
+    data = ("--data", images, "--labels", "all")
     return CliRunner().invoke(main, ["train", recipe, "--out", str(out), *data, *map(str, arguments)])
 
 
@@ -45,7 +45,7 @@ def folder(tmp_path_factory):
         for label in range(num_classes):
             path = folder / kind / f"class{label}"
             path.mkdir(parents=True)
-            for i in range(4):
+            for i in range(5):
                 Image.fromarray(rng.integers(0, 256, (24, 24, 3), np.uint8)).save(path / f"{label}-{i}.png")
     with pytest.MonkeyPatch.context() as here:
         here.chdir(folder)

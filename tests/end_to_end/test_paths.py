@@ -26,10 +26,10 @@ DIGITS = (*command.CHANGES, "--set", "length=3steps", "--set", "precision=fp32")
 
 
 def invoke(*arguments):
-    """The output of a command that must succeed."""
+    """The output of a command that must succeed; without what it only tells a person."""
     result = CliRunner().invoke(main, [str(argument) for argument in arguments])
     assert result.exit_code == 0, result.output
-    return result.output
+    return result.stdout
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +59,7 @@ def test_beton_of_jpegs_trains_through_pil(images):
         for i, (jpeg, label) in enumerate(images):
             writer.add(jpeg, label, f"{i}.jpg")
     options = ("--data", "train.beton", "--labels", "per-class=20", "--loader", "pil", "--out", "run", *CIFAR)
-    output = invoke("train", "paws.cifar10_small", *options)
+    output = invoke("train", "paws.cifar10_small", *options, "--data", "validation=none")
     assert "train.beton: all, 1,000 images; 16 a step" in output
     assert "train.beton: 20-per-class-split-0, 200 images; 20 a step" in output
     assert "warning: no validation images, so nothing is evaluated: give --data validation=PATH" in output
@@ -74,23 +74,28 @@ def test_unlabelled_folder_beside_a_small_labelled_one_trains_paws(images):
         (path / f"{i}.jpg").write_bytes(jpeg)
     data = ("--data", "unlabelled=many", "--data", "labelled=labelled")
     output = invoke("train", "paws.cifar10_small", *data, "--labels", "all", "--out", "run", *CIFAR)
-    assert "many: all, 100 images; 16 a step" in output and "labelled: all, 100 images; 20 a step" in output
-    assert "warning: no validation images" in output
+    shown = np.array([label for _, label in images[:100]])  # all ten classes, whose names are in order
+    counts = np.bincount(shown)
+    held = np.where(counts > 1, np.maximum(1, counts // 10), 0)
+    assert "many: all, 100 images; 16 a step" in output
+    assert f"labelled: all, {100 - held.sum()} images; 20 a step" in output
+    assert f"labelled: no validation images, so {held.sum()} of its 100 are held out" in output
     assert len(losses("run")) == 2 and np.isfinite(losses("run")).all()
 
-    refused = CliRunner().invoke(main, ["evaluate", "run", "--protocol", "soft-nn"])
-    assert refused.exit_code == 1 and "no validation split: give --data validation=PATH" in refused.output
-    scores = json.loads(invoke("evaluate", "run", "--protocol", "soft-nn", *data, "--data", "validation=labelled"))
-    assert scores["step"] == 2 and scores["soft_nn_top1"] * 100 == pytest.approx(round(scores["soft_nn_top1"] * 100))
-    assert scores["provenance"]["validation"]["count"] == 100
+    scores = json.loads(invoke("evaluate", "run", "--protocol", "soft-nn"))
+    assert scores["step"] == 2 and scores["provenance"]["validation"]["count"] == held.sum()
+    both = [*data, "--data", "validation=labelled"]
+    refused = CliRunner().invoke(main, ["evaluate", "run", "--protocol", "soft-nn", *both])
+    assert refused.exit_code == 1
+    assert "100 of 100 validation images are among the labelled images of labelled too" in refused.output
 
     written = invoke("embed", "run").split()
-    assert written == ["run/embeddings/labelled.json", "run/embeddings/unlabelled.json"]
+    assert written == [f"run/embeddings/{role}.json" for role in ("labelled", "unlabelled", "validation")]
     features = np.load("run/embeddings/unlabelled.features.npy")
     assert features.shape == (100, 32) and features.dtype == np.float32 and np.isfinite(features).all()
     assert (np.load("run/embeddings/unlabelled.labels.npy") == -1).all()
-    shown = np.array([label for _, label in images[:100]])  # all ten classes, whose names are in order
-    assert (np.bincount(np.load("run/embeddings/labelled.labels.npy")) == np.bincount(shown)).all()
+    assert (np.bincount(np.load("run/embeddings/labelled.labels.npy")) == counts - held).all()
+    assert (np.bincount(np.load("run/embeddings/validation.labels.npy"), minlength=10) == held).all()
 
 
 def test_seeds_their_spread_and_what_a_finished_run_says():
