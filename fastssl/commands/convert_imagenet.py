@@ -34,7 +34,7 @@ def convert_imagenet(
     dry_run: bool,
     verify: Path | None,
 ) -> None:
-    """SRC, ImageNet's archives or folders train/CLASS/* and val/CLASS/*, to OUT/train.beton, OUT/val.beton and
+    """SRC, whatever --data takes and Hugging Face's parquet files, to OUT/train.beton, OUT/val.beton and
     OUT/manifest.json. The same command continues a conversion that was stopped. SRC is only read."""
     from fastssl.commands import converting
     from loaders.convert import conversion as convert
