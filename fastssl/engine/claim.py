@@ -21,7 +21,7 @@ from fastssl.run_dir.written import refuse_newer, stages_of, tell
 from loaders.files import write_file
 from loaders.finish import ROUNDING, SAME_BITS
 from loaders.plan import ops
-from loaders.store.data import LABELLED, DataSets
+from loaders.store.data import LABELLED, VALIDATION, DataSets
 
 
 def finished(job: Job, data: DataSets) -> dict[str, Any] | None:
@@ -42,6 +42,14 @@ def finished(job: Job, data: DataSets) -> dict[str, Any] | None:
                 "Continue it all the same with --allow-change rounding, or choose another --out"
             )
     return dist.broadcast_object(result)
+
+
+def continues_without_validation(job: Job) -> bool:
+    """Whether the run that the job continues was begun without validation images: it has learnt from all there were."""
+    path = job.out / RESOLVED
+    if job.held_out is not None or not path.exists() or not _continues(job):
+        return False
+    return VALIDATION not in read_json(path).get("data", {})
 
 
 def claim(job: Job, data: DataSets) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fastssl import dist
-from fastssl.engine.claim import claim, finished
+from fastssl.engine.claim import claim, continues_without_validation, finished
 from fastssl.engine.job import Job
 from fastssl.engine.join import Here, fitted, join, joined, made_by
 from fastssl.engine.produce_stage import produce
@@ -30,7 +30,7 @@ from loaders.errors import StoreError
 from loaders.files import write_file
 from loaders.store import staging
 from loaders.store.apart import check_apart
-from loaders.store.data import DataSets, open_data, search_folders
+from loaders.store.data import NOTHING_HELD_OUT, DataSets, open_data, search_folders
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -133,9 +133,10 @@ def _apart(data: DataSets) -> tuple[list[str], str | None]:
 def _opened(job: Job) -> DataSets:
     """The job's data, from copies on this host where it asks for them; label lists stay beside the originals."""
     validation = job.held_out is None
+    specs = (*job.data, NOTHING_HELD_OUT) if continues_without_validation(job) else job.data
     if job.stage_to is None:
-        return open_data(job.data, validation=validation)
-    copies = staging.stage(job.data, job.stage_to, _show_staging)
+        return open_data(specs, validation=validation)
+    copies = staging.stage(specs, job.stage_to, _show_staging)
     return replace(open_data(copies, validation=validation), search=search_folders(job.data))
 
 

@@ -64,6 +64,8 @@ def test_beton_of_jpegs_trains_through_pil(images):
     assert "train.beton: 20-per-class-split-0, 200 images; 20 a step" in output
     assert "warning: no validation images, so nothing is evaluated: give --data validation=PATH" in output
     assert len(losses("run")) == 2 and np.isfinite(losses("run")).all()
+    again = invoke("train", "paws.cifar10_small", *options)  # it goes on as it was begun: nothing is held out
+    assert "finished: paws.cifar10_small" in again and "held out" not in again
 
 
 def test_unlabelled_folder_beside_a_small_labelled_one_trains_paws(images):
