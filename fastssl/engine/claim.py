@@ -49,7 +49,8 @@ def continues_without_validation(job: Job) -> bool:
     path = job.out / RESOLVED
     if job.held_out is not None or not path.exists() or not _continues(job):
         return False
-    return VALIDATION not in read_json(path).get("data", {})
+    there = read_json(path)
+    return VALIDATION not in there.get("data", {}) and there.get("held_out") is None
 
 
 def claim(job: Job, data: DataSets) -> None:
