@@ -247,7 +247,8 @@ class BetonFile(OpenFile):
     @property
     def is_raw(self) -> np.ndarray:
         """bool [N]: stored decoded."""
-        return self._raw
+        raw: np.ndarray = self._raw
+        return raw
 
     @property
     def num_bytes(self) -> np.ndarray:

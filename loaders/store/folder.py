@@ -163,7 +163,7 @@ class ListedSource:
     @property
     def forms(self) -> np.ndarray:
         """Names of formats, str [N]; "" of what cannot be read."""
-        return np.array(["", *FORMATS])[self._headers[3]]
+        return np.take(np.array(["", *FORMATS]), self._headers[3])
 
     @cached_property
     def _headers(self) -> tuple[np.ndarray, dict[int, str], np.ndarray, np.ndarray]:

@@ -221,7 +221,7 @@ class Selected:
 
     @property
     def num_bytes(self) -> np.ndarray:
-        return self.whole.num_bytes[self.ids]
+        return np.take(self.whole.num_bytes, self.ids)
 
     @cached_property
     def unreadable(self) -> dict[int, str]:
