@@ -76,6 +76,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"torch"},
     ),
     "fastssl.nn": ({"fastssl.dist", "fastssl.machine"}, {"torch"}),
+    "fastssl.nn.encoders.timm_models": ({"fastssl.nn", "fastssl.errors"}, {"torch", "timm"}),
     "fastssl.nn.norm.triton_kernels": (set(), {"torch", "triton"}),
     "fastssl.optim": ({"fastssl.errors", "fastssl.machine"}, {"torch"}),
     "fastssl.optim.lars_triton": (set(), {"torch", "triton"}),

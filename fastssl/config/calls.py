@@ -28,13 +28,18 @@ def is_structure(kind: Any) -> bool:
 
 
 def is_call(text: str) -> bool:
-    return re.fullmatch(r"\s*\w+\s*\(.*\)\s*", text) is not None
+    return re.fullmatch(r"\s*\w+\s*\(.*\)\s*", _whole(text)) is not None
+
+
+def _whole(text: str) -> str:
+    """`timm:resnet50` is short for `timm(resnet50)`."""
+    return re.sub(r"^\s*(\w+):([^()]+)$", r"\1(\2)", text)
 
 
 def parse_call(text: str, kinds: Sequence[type], path: str, parse: Parse) -> Any:
     """The value of one of `kinds` that `text` describes; `parse` reads each argument. Raises ConfigError for names that
     there are not, with the nearest, and for arguments that are too many, missing or wrong."""
-    there = known(kinds)
+    there, text = known(kinds), _whole(text)
     if not is_call(text):
         whole = " or ".join(f"{name}(...)" for name in sorted(there)[:5])
         raise ConfigError(f"{path}={text}: write it whole, as {whole}, or set one of its parts ({path}.name=value)")

@@ -54,7 +54,7 @@ def test_what_may_be_absent_or_one_of_several_is_written_so_too():
         ("encoder=wideresnt(2)", "encoder: there is no 'wideresnt'; did you mean 'WideResNet'?"),
         (
             "encoder=sgd()",
-            "encoder: there is no 'sgd'; known: ResNet, S4lResNet, WideResNet, ByolResNet, SimclrResNet and 1 more",
+            "encoder: there is no 'sgd'; known: ResNet, S4lResNet, WideResNet, ByolResNet, SimclrResNet and 2 more",
         ),
         ("optimizer=muon(1)", "optimizer: there is no 'muon'; known: AdamW, Lars, Sgd"),
         ("encoder=wide_resnet(depht=28)", "encoder: WideResNet has no 'depht'; did you mean 'depth'?"),
