@@ -230,6 +230,10 @@ class Method(ABC, Generic[AnyConfig, Net]):
         own, theirs = parts_of(nets.online.state_dict()), parts_of(weights.nets["online"])
         for module, tensors in found:
             module.load_state_dict(tensors, strict=False)
+        taken = found[0][1]
+        resized = [key for key, t in weights.nets["online"].items() if key in taken and t.shape != taken[key].shape]
+        if resized and dist.is_main():
+            print(f"interpolated: {', '.join(resized)}", flush=True)
         if own != theirs and dist.is_main():
             named = [", ".join(sorted(parts)) or "none" for parts in (own & theirs, own - theirs, theirs - own)]
             print("taken: {}; as they were drawn: {}; left out: {}".format(*named), flush=True)

@@ -266,6 +266,11 @@ def _check_first_layer(weights: Weights, first: Mapping[str, Tensor], head: Firs
             f"{weights.source} has no first projection layer to start from, but {', '.join(parts)}: --set head=none "
             "starts from the trunk; nothing loaded"
         )
+    if setting_of(weights, str, "activation") == "gelu":
+        raise WeightsError(
+            f"{weights.source} has GELU in its projection head, where fine-tuning from its layers has ReLU: --set "
+            "head=none starts from the trunk; nothing loaded"
+        )
     found = FirstLayer.found_in(first)
     assert found is not None
     if found == head:

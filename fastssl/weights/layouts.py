@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
+
+from fastssl.weights import transformers
 
 Tensors = dict[str, Mapping[str, Tensor]]  # "online", "target" -> a state dict in our names
 
 CHECKPOINT, EXPORT = "fastssl checkpoint", "fastssl export"  # the latter is recognised by its metadata
 PAWS, TORCHVISION = "checkpoint of PAWS's authors", "torchvision's or timm's ResNet"
+TIMM = "timm's network"
 
 # Where training scripts keep a network's weights, the average first, as timm's own loading prefers it: timm
 # (state_dict_ema, state_dict), torchvision's references (model_ema, model), pytorch/examples (state_dict).
@@ -70,6 +73,26 @@ def _of_paws(state: Mapping[str, Any]) -> Recognised | None:
     return _found(PAWS, encoder, heads, "encoder", state)
 
 
+def _of_transformer(state: Mapping[str, Any]) -> Recognised | None:
+    """One flat state dict, or a training script's checkpoint around it; the classifier is `head`."""
+    entry = entry_of(state)
+    net = _without_wrappers(state[entry] if entry else state)
+    if net is None or not transformers.is_transformer(net):
+        return None
+    layout, tensors, left = transformers.in_timms_names(net)
+    found = _found(layout, tensors, {"head.": "fc."}, entry, state)
+    return replace(found, left=(*left, *found.left))
+
+
+def _of_timm(state: Mapping[str, Any]) -> Recognised | None:
+    """As `_of_transformer`, a convolutional network that timm names its own way."""
+    entry = entry_of(state)
+    net = _without_wrappers(state[entry] if entry else state)
+    if net is None or not net.keys() & {"conv_stem.weight", "stem.conv.weight", "stem.0.weight"}:
+        return None
+    return _found(TIMM, net, {"head.fc.": "fc.", "classifier.": "fc."}, entry, state)
+
+
 def _of_torchvision(state: Mapping[str, Any]) -> Recognised | None:
     """One flat state dict, or a training script's checkpoint around it; the classifier is `fc`."""
     entry = entry_of(state)
@@ -81,6 +104,8 @@ _LAYOUTS: dict[str, Callable[[Mapping[str, Any]], Recognised | None]] = {
     CHECKPOINT: _of_checkpoint,
     PAWS: _of_paws,
     TORCHVISION: _of_torchvision,
+    transformers.TIMM_VIT: _of_transformer,
+    TIMM: _of_timm,
 }
 
 
@@ -94,14 +119,18 @@ def _found(
 def _unwrapped(net: object) -> Mapping[str, Tensor] | None:
     """A state dict without what wrappers put into its names: DataParallel, DistributedDataParallel and AveragedModel
     `module.`, torch.compile `_orig_mod.`. None where it is none, or none of a ResNet."""
+    bare = _without_wrappers(net)
+    return bare if bare is not None and _has_trunk(bare) else None
+
+
+def _without_wrappers(net: object) -> Mapping[str, Tensor] | None:
     if not isinstance(net, Mapping) or not _is_state_dict(net):
         return None
-    bare = {
+    return {
         re.sub(r"^(module\.)+", "", key.replace("_orig_mod.", "")): tensor
         for key, tensor in net.items()
         if key != AVERAGE_COUNTER
     }
-    return bare if _has_trunk(bare) else None
 
 
 def _in_parts(key: str, heads: Mapping[str, str]) -> str:

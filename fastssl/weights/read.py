@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastssl.weights import layouts
 from fastssl.weights.tensor_files import WeightsError, read_tensors
+from fastssl.weights.transformers import why_not, with_positions
 from loaders.files import sha256_of
 
 BACKBONE, HEADS, CONFIG = "backbone.safetensors", "heads.safetensors", "config.json"  # an exported folder
@@ -87,9 +88,11 @@ def load_whole(module: nn.Module, theirs: Mapping[str, Tensor], source: str) -> 
 
 
 def fitting(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """`theirs`, to be loaded where `own` are; counters that they lack stay our own. Raises WeightsError, which lists
-    what is missing, left over or of another shape."""
-    found = {key: t for key, t in own.items() if key.endswith(COUNTER)} | dict(theirs)
+    """`theirs`, to be loaded where `own` are; counters that they lack stay our own, and a transformer's positions are
+    interpolated. Raises WeightsError, which lists what is missing, left over or of another shape."""
+    if differs := why_not(own, theirs):
+        raise WeightsError(f"{source} is another vision transformer than this recipe's: {differs}; nothing loaded")
+    found = {key: t for key, t in own.items() if key.endswith(COUNTER)} | with_positions(own, theirs)
     wrong = []
     for key in sorted(found.keys() | own.keys()):
         if key not in found:
@@ -107,8 +110,8 @@ def fitting(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor], source: str
 def read_weights(path: Path, unsafe_pickle: bool = False) -> Weights:
     """The networks in the file `path`, or in an exported folder, its layout recognised: a checkpoint or export of
     ours, a checkpoint of PAWS's authors, a ResNet of torchvision's or timm's, or a checkpoint of one, from timm's
-    training script, torchvision's or pytorch/examples'. `unsafe_pickle` as in `read_tensors`. Raises WeightsError where
-    it holds none."""
+    training script, torchvision's or pytorch/examples', or a vision transformer of timm's, DINOv2's or DINOv3's, or
+    another network of timm's. `unsafe_pickle` as in `read_tensors`. Raises WeightsError where it holds none."""
     state, metadata = read_tensors(path / BACKBONE if path.is_dir() else path, unsafe_pickle)
     if metadata.get("layout") == layouts.EXPORT:
         return _exported(path if path.is_dir() else path.parent)

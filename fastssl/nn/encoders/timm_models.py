@@ -45,6 +45,8 @@ class Timm(Encoder):
         """Also raises ConfigError where there is no such model, or timm is missing."""
         try:
             _features(self.model, 3, size)
+        except ConfigError:
+            raise
         except (AssertionError, RuntimeError, ValueError) as error:
             return str(error).splitlines()[0] if str(error) else type(error).__name__
         return ""

@@ -93,7 +93,7 @@ def test_every_batch_norm_is_ours_with_timm_s_settings(model):
 
 
 def test_our_vision_transformer_is_timm_s():
-    """Ours, with timm's weights, on both crop sizes, to the bit; and DINOv2's kind, with registers and scaled layers."""
+    """Ours, with timm's weights, on both crop sizes, to the bit; and DINOv2's kind, with registers and layer scale."""
     pairs = {
         "vit_small_patch16_224": ViT(),
         "vit_small_patch14_reg4_dinov2": ViT(518, 14, registers=4, layer_scale=1e-5),
@@ -153,10 +153,10 @@ def drawn_batch(method, seed=0):
 def test_timm_s_resnet_50_trains_as_ours():
     """Three steps of PAWS in float64, from the same weights. Catches statistics that move in another order over the
     resolutions, and a gradient that is lost on the way through timm's network."""
-    (method, own), (other, timms) = small_method(ResNet(50)), small_method(Timm("resnet50"))
-    timms.online.load_state_dict(own.online.state_dict())
+    both = [small_method(encoder) for encoder in (ResNet(50), Timm("resnet50"))]
+    both[1][1].online.load_state_dict(both[0][1].online.state_dict())
     found = []
-    for method, nets in ((method, own), (other, timms)):
+    for method, nets in both:
         optimizer = torch.optim.SGD(nets.online.parameters(), lr=0.05)
         losses = []
         for seed in range(3):
@@ -220,7 +220,7 @@ def refused(encoder: str, *changes: str) -> str:
 
 
 def test_an_unknown_name_is_told_the_nearest_three():
-    assert refused("timm:resnet5o") == "timm has no model 'resnet5o'; the nearest are resnet50, resnet50s, resnet50t"
+    assert refused("timm:resnet5o") == "timm has no model 'resnet5o'; the nearest are resnet50, resnet51q, resnet50t"
 
 
 def test_sizes_that_a_model_does_not_take_are_refused_by_name():
