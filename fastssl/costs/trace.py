@@ -292,6 +292,8 @@ class _Counter(TorchDispatchMode):
         part = _part(packet, func)
         if part == "attention":
             self.flops[part] += _attention_flops(func, args)
+        elif part == "convolutions":
+            self.flops[part] += _convolution_flops(packet, args, out)
         elif formula is not None:
             self.flops[part] += formula(*args, **kwargs, out_val=out)
         if part == "attention" or (formula is not None and part == "products"):
@@ -339,6 +341,14 @@ def _part(packet: Any, func: Any) -> str:
     if "scaled_dot_product" in func._opname:
         return "attention"
     return "convolutions" if packet in (_aten.convolution, _aten.convolution_backward) else "products"
+
+
+def _convolution_flops(packet: Any, args: tuple[Any, ...], out: Any) -> int:
+    """As many forward and for each gradient that is wanted. (torch's formula takes no account of groups backward.)"""
+    backward = packet is _aten.convolution_backward
+    made, weight = (args[0], args[2]) if backward else (out, args[1])
+    product: int = 2 * made.numel() * weight[0].numel()
+    return product * (sum(args[-1][:2]) if backward else 1)
 
 
 def _attention_flops(func: Any, args: tuple[Any, ...]) -> int:

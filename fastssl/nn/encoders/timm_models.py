@@ -39,7 +39,7 @@ class Timm(Encoder):
 
     def build(self, in_channels: int = 3, norm: Norm = GlobalBatchNorm) -> TimmTrunk:
         num_features = _features(self.model, in_channels, None)
-        return TimmTrunk(_created(self.model, in_channels), num_features, norm)
+        return TimmTrunk(_drawn_or_shaped(self.model, in_channels), num_features, norm)
 
     def refused_size(self, size: int) -> str:
         """Also raises ConfigError where there is no such model, or timm is missing."""
@@ -97,6 +97,17 @@ def _created(model: str, channels: int) -> nn.Module:
         network: nn.Module = timm.create_model(model, dynamic_img_size=True, **known)
     except TypeError:
         network = timm.create_model(model, **known)
+    return network
+
+
+def _drawn_or_shaped(model: str, channels: int) -> nn.Module:
+    """The network with its first weights; among fake tensors, where timm's draws cannot be, its shapes alone."""
+    with unset_fake_temporarily() as faked:
+        if faked is None:
+            return _created(model, channels)
+        with torch.device("meta"):
+            network = _created(model, channels)
+    network._apply(lambda t: torch.empty(t.shape, dtype=t.dtype))
     return network
 
 
