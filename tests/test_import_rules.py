@@ -102,7 +102,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         CONTRACT | {"fastssl.evaluation.accuracies", "fastssl.nn", "fastssl.run_dir", "fastssl.weights"},
         {"torch", "safetensors"},
     ),
-    "fastssl.costs": (CONTRACT | {"fastssl.engine", "fastssl.recipes"}, {"torch"}),
+    "fastssl.costs": (CONTRACT | {"fastssl.engine", "fastssl.nn.recompute", "fastssl.recipes"}, {"torch"}),
     "fastssl.report": (
         CONTRACT | {"fastssl.engine", "fastssl.evaluation", "fastssl.html", "fastssl.record", "fastssl.run_dir"},
         {"torch", "numpy", "PIL", "sklearn"},
