@@ -184,7 +184,8 @@ S4L = (
         "differs: weights and length of VAT are the code's"),
     Row("5", "its weight of rotation, .7", "`s4l.moam --set joint.rotation.weight=0.7`", "there"),
     Row("table 2", "MOAM with all labels", "`s4l.moam_100pct`", "there"),
-    Row("6, figure 2", "Places205: accuracy by epoch of a linear classifier", "", "missing"),
+    Row("6, figure 2", "Places205: accuracy by epoch of a linear classifier", "`--protocol probe --labels all`",
+        "there, on any images; without augmentation"),
     Row("7, figure 3", "choosing by 1,000, 5,000 or 50,046 images", "`python -m tools.validation_sizes SWEEP`",
         "there"),
 )  # fmt: skip

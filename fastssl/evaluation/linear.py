@@ -193,7 +193,7 @@ def linear_heads(
     batch = min(batch, count)
     steps_per_epoch = count // batch
     total_steps = epochs * steps_per_epoch
-    scale = _root_mean_square(train_ND)
+    scale = root_mean_square(train_ND)
     rate_S, decay_S = torch.tensor(settings, dtype=train_ND.dtype, device=device).T
     peak_S11 = rate_S[:, None, None] * (batch / 256)
     # The bias is the weight of one more feature, which is 1.
@@ -228,7 +228,7 @@ def logistic_regression(
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    scale = _root_mean_square(train_ND)
+    scale = root_mean_square(train_ND)
     x_ND, labels = train_ND.double().numpy() / scale, labels_N.numpy()
     model = LogisticRegression(max_iter=max_iterations, warm_start=True)
     weight_SKD = torch.zeros(len(cs), num_classes, train_ND.shape[1], dtype=torch.float64)
@@ -245,6 +245,6 @@ def logistic_regression(
     return Heads(weight_SKD, bias_SK)
 
 
-def _root_mean_square(x_ND: Tensor) -> float:
+def root_mean_square(x_ND: Tensor) -> float:
     """1 for features that are all 0."""
     return float(torch.linalg.vector_norm(x_ND, dtype=torch.float64)) / math.sqrt(x_ND.numel()) or 1.0

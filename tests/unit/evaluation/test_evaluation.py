@@ -87,7 +87,7 @@ def test_top5_is_scikit_learns(round_to):
     assert accuracies.top5_correct(scores * math.nan, labels) == 0
 
 
-@pytest.mark.parametrize("protocol", ["knn", "linear", "soft-nn"])
+@pytest.mark.parametrize("protocol", ["knn", "linear", "soft-nn", "probe"])
 def test_every_protocol_tells_top5_of_more_than_five_classes(protocol):
     """Held to scikit-learn's of nothing but the ten digits; of five classes or fewer it is not told."""
     train, validation = open_digits()
