@@ -87,9 +87,13 @@ def test_unlabelled_folder_beside_a_small_labelled_one_trains_paws(images):
     scores = json.loads(invoke("evaluate", "run", "--protocol", "soft-nn"))
     assert scores["step"] == 2 and scores["provenance"]["validation"]["count"] == held.sum()
     both = [*data, "--data", "validation=labelled"]
-    refused = CliRunner().invoke(main, ["evaluate", "run", "--protocol", "soft-nn", *both])
-    assert refused.exit_code == 1
-    assert "100 of 100 validation images are among the labelled images of labelled too" in refused.output
+    for words in (
+        ["evaluate", "run", "--protocol", "soft-nn"],
+        ["train", "paws.cifar10_small", "--labels", "all", *CIFAR],
+    ):
+        refused = CliRunner().invoke(main, [*words, *both])
+        assert refused.exit_code == 1
+        assert "100 of 100 validation images are among the labelled images of labelled too" in refused.output
 
     written = invoke("embed", "run").split()
     assert written == [f"run/embeddings/{role}.json" for role in ("labelled", "unlabelled", "validation")]
