@@ -8,7 +8,8 @@ from fastssl.costs import memory_model
 from fastssl.costs.cost import StepCost, ours
 from fastssl.costs.trace import Untraceable, traced
 from fastssl.engine.job import Job
-from fastssl.engine.join import fitted, joined
+from fastssl.engine.join import fitted, joined, protocols_of
+from fastssl.engine.train_stage import NOTHING_EVALUATED
 from fastssl.errors import ConfigError
 from fastssl.launch.lines import lines
 from fastssl.launch.ranks import Ranks
@@ -83,6 +84,10 @@ def _describe_stage(job: Job, stage: Stage, data: DataSets | None, warnings: lis
         total = stage.length.steps(steps_per_epoch)
         lines.append(f"  steps        {total:,}, {steps_per_epoch:,} an epoch")
     lines.append(f"  network      {num_parameters:,} parameters")
+    if data and stage.do == "train" and stage.evaluate:
+        protocols = protocols_of(job, stage, data)
+        lines += [f"  evaluated    by {', '.join(protocols)}"] if protocols else []
+        warnings += [] if protocols or NOTHING_EVALUATED in warnings else [NOTHING_EVALUATED]
     if stage.do == "train":
         lines += _describe_cost(stage, method.facts, job.world)
     return lines

@@ -25,6 +25,7 @@ from fastssl.config.calls import split
 from fastssl.config.plain import differences
 from fastssl.engine.job import Job
 from fastssl.errors import ConfigError, FastsslError, Hung, Stopped
+from fastssl.evaluation import FAILED
 from fastssl.evaluation.accuracies import accuracy_cell, mean_and_spread
 from fastssl.methods.base import Config, Epochs, Stage
 from fastssl.recipes.resolve import resolve
@@ -224,6 +225,8 @@ def _scored(job: Job, score: str, start: Callable[[Job], Any]) -> dict[str, Any]
             raise
         print(f"{job.out.name} diverged: {error}", flush=True)
         return {"diverged": True}
+    if why := result.get(FAILED, {}).get(job.stages[-1].evaluate[0]):
+        raise FastsslError(f"{job.out} could not be scored: {why}; remove its {RESULT}, and the same command scores it")
     if score not in result:
         raise ConfigError(f"--sweep chooses by {score}, which is not measured: --set evaluate=knn")
     interval = result[score.removesuffix("_top1")]["top1_ci95"]

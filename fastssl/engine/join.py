@@ -13,6 +13,8 @@ from fastssl import dist
 from fastssl.engine.job import Job
 from fastssl.engine.signals import StopRequest
 from fastssl.errors import ConfigError
+from fastssl.evaluation import check_protocol
+from fastssl.evaluation.subject import Roles
 from fastssl.methods.base import Artefact, Facts, Method, Stage
 from fastssl.run_dir.checkpoint import STATE, Checkpoints, verified_sha256
 from fastssl.run_dir.files import CHECKPOINTS, PRODUCED, RESOLVED, read_json
@@ -51,9 +53,7 @@ class Joined:
 
     @property
     def protocols(self) -> tuple[str, ...]:
-        """Which evaluate it: none where there is nothing to evaluate on."""
-        can_be = VALIDATION in self.here.data.sources or self.here.job.held_out is not None
-        return self.stage.evaluate if can_be else ()
+        return protocols_of(self.here.job, self.stage, self.here.data)
 
     def loader(self) -> Loader:
         return Loader(
@@ -77,10 +77,12 @@ def join(here: Here, stage: Stage, artefacts: Mapping[str, Artefact]) -> Joined:
 
 def joined(job: Job, stage: Stage, data: DataSets, inputs: Mapping[str, Artefact]) -> tuple[Method[Any, Any], Bound]:
     """`stage`'s method, and its plan joined with `data`; nothing in `inputs` is opened, none need be there. Raises
-    FastsslError or LoaderError where method, data and number of ranks do not fit."""
+    FastsslError or LoaderError where method, data, number of ranks and evaluations do not fit."""
     method = stage.config.build(facts_of(data, job.seed), inputs)
     bound = bind(method.plan(), data)
     bound.plan.check_world(job.world)
+    for protocol in protocols_of(job, stage, data):
+        check_protocol(protocol, Roles(method, data, held_out=job.held_out))
     return method, bound
 
 
@@ -105,6 +107,12 @@ def fitted(job: Job, data: DataSets) -> tuple[Job, list[str]]:
         ]
         stages.append(replace(stage, config=lowered))
     return replace(job, stages=tuple(stages)), said
+
+
+def protocols_of(job: Job, stage: Stage, data: DataSets) -> tuple[str, ...]:
+    """Which evaluate `stage`: none where there is nothing to evaluate on, and nothing is evaluated."""
+    can_be = VALIDATION in data.sources or job.held_out is not None
+    return stage.evaluate if can_be and stage.do == "train" and job.replay is None else ()
 
 
 def facts_of(data: DataSets, seed: int) -> Facts:

@@ -111,6 +111,8 @@ class Trainer:
         stop = stop or StopRequest()
         total = self.horizon.total_steps
         self._check_ranks_agree()
+        if evaluate is not None and self._lacks_evaluation(recorder):
+            self._evaluate(evaluate, recorder)
         if self.step >= total:
             return
         with clock.paused():
@@ -130,13 +132,13 @@ class Trainer:
                     self._warn_of_replaced(recorder)
                 batch.release()
                 asked = agreement.exchange(SAVE_FAILED if self.saver.failed else stop.signum)
-                if asked or self._due(self.stage.evaluate_every, *self._saves):
+                evaluates = evaluate if self._due(self.stage.evaluate_every) else None
+                if asked or evaluates or self._due(*self._saves):
                     with clock.paused():
                         self._stop_if_diverged(and_weights=True)
-                        if evaluate is not None and self._due(self.stage.evaluate_every):
-                            recorder.evaluation({"step": self.step, "epoch": self.epoch, "evaluation": evaluate()})
-                        if asked or self._due(*self._saves):
-                            self._save()
+                        self._save()
+                        if evaluates:
+                            self._evaluate(evaluates, recorder)
                 if asked:
                     break
             agreement.close()
@@ -144,6 +146,17 @@ class Trainer:
         if self.step < total:
             raise Stopped(f"saved and stopped after step {self.step} of {total}, as {Signals(asked).name} asked; "
                           "the same command continues", asked)  # fmt: skip
+
+    def _evaluate(self, evaluate: Evaluate, recorder: Recorder) -> None:
+        """Evaluate and record it, once the checkpoint is on disk: whatever ends the process then takes no step with
+        it."""
+        self._finish_saving()
+        recorder.evaluation({"step": self.step, "epoch": self.epoch, "evaluation": evaluate()})
+
+    def _lacks_evaluation(self, recorder: Recorder) -> bool:
+        """Whether the process that wrote this checkpoint ended before the evaluation that was due then."""
+        due = self.step > 0 and self._due(self.stage.evaluate_every)
+        return due and dist.broadcast_object(recorder.evaluated_step) != self.step
 
     def _stepped(self, batch: Batch) -> dict[str, Tensor]:
         """Do one step; the parts of its loss."""

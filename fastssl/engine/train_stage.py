@@ -15,14 +15,18 @@ from fastssl.engine.settings import How
 from fastssl.engine.step import default_how
 from fastssl.engine.train import Trainer
 from fastssl.engine.watchdog import Standing, Watchdog
-from fastssl.evaluation import load_protocol
+from fastssl.errors import FastsslError
+from fastssl.evaluation import FAILED, load_protocol
 from fastssl.evaluation.subject import Subject
 from fastssl.machine import versions
 from fastssl.record.clock import Clock
 from fastssl.record.recorder import Recorder
 from fastssl.run_dir.files import read_json
 from fastssl.weights.read import Weights, read_weights
+from loaders.errors import LoaderError, RenderError
 from loaders.loader import Loader
+
+NOTHING_EVALUATED = "no validation images, so nothing is evaluated: give --data validation=PATH"
 
 
 def train(at: Joined) -> dict[str, Any]:
@@ -34,7 +38,7 @@ def train(at: Joined) -> dict[str, Any]:
         clock, evaluations = Clock(), []
 
         def evaluate() -> dict[str, Any]:
-            evaluations.append(_scores(at, trainer))
+            evaluations.append(_scores(at, trainer, recorder.warn))
             return evaluations[-1]
 
         with Recorder(at.folder, main=dist.is_main(), resume_step=trainer.step, log_to=job.log_to) as recorder:
@@ -42,7 +46,7 @@ def train(at: Joined) -> dict[str, Any]:
                 recorder.warn(text)
             _announce(recorder, at, trainer)
             if at.stage.evaluate and not at.protocols:
-                recorder.warn("no validation images, so nothing is evaluated: give --data validation=PATH")
+                recorder.warn(NOTHING_EVALUATED)
             with Watchdog(job.out, job.watchdog_s, lambda: Standing(trainer.step, clock.doing)):
                 trainer.run(recorder, evaluate if at.protocols else None, clock, at.here.stop)
             scores = evaluations[-1] if evaluations else evaluate() if at.protocols else {}
@@ -110,12 +114,22 @@ def _replaced(loader: Loader, device: torch.device) -> dict[str, dict[str, int]]
     return {stream: instead for stream, instead in found.items() if instead}
 
 
-def _scores(at: Joined, trainer: Trainer) -> dict[str, Any]:
+def _scores(at: Joined, trainer: Trainer, warn: Callable[[str], None]) -> dict[str, Any]:
+    """What the stage's protocols measure; under `failed` the message of each that could not, whose numbers are lost and
+    nothing else."""
     subject = _subject(at, trainer)
     scores: dict[str, Any] = {}
+    failed: dict[str, str] = {}
     for protocol in at.protocols:
-        scores |= load_protocol(protocol).evaluate(subject)
-    return scores
+        try:
+            scores |= load_protocol(protocol).evaluate(subject)
+        except Exception as error:
+            said = isinstance(error, FastsslError | LoaderError)
+            if dist.world_size() > 1 and (not said or isinstance(error, RenderError)):
+                raise  # of this rank alone, it may be: the others' collectives would be answered by later ones
+            failed[protocol] = str(error) if said else f"{type(error).__name__}: {error}"
+            warn(f"the evaluation {protocol} after step {trainer.step:,} failed: {failed[protocol]}")
+    return scores | ({FAILED: failed} if failed else {})
 
 
 def _subject(at: Joined, trainer: Trainer) -> Subject:

@@ -7,16 +7,20 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fastssl.config.names import suggest
-from fastssl.errors import ConfigError
-from fastssl.evaluation.subject import Subject
+from fastssl.errors import ConfigError, FastsslError
+from fastssl.evaluation.subject import Roles, Subject
+from loaders.errors import LoaderError
 from loaders.store.data import LABELLED, TRAIN, VALIDATION, DataSpec
+
+FAILED = "failed_evaluations"  # among the scores of a run: {protocol: message} of those that could not be measured
 
 _OF_A_RUN = (TRAIN, "unlabelled", LABELLED, VALIDATION)
 
 
 class EvaluationProtocol(Protocol):
     """A module of this package: `soft-nn` is soft_nn.py. Where it measures on published sets, they are `SETS`, keys of
-    `--data`."""
+    `--data`. Where it asks something of the data, its `check(roles)` raises FastsslError or LoaderError for what is not
+    there, before anything is read of images; training asks it before its first step."""
 
     def evaluate(self, subject: Subject) -> Mapping[str, Any]:
         """Numbers by name, and under the protocol's own name the settings and the interval they came with.
@@ -31,6 +35,17 @@ def load_protocol(name: str) -> EvaluationProtocol:
         raise ConfigError(f"unknown protocol {name!r}{suggest(name, protocol_names())}")
     protocol: EvaluationProtocol = _module(name)
     return protocol
+
+
+def check_protocol(name: str, roles: Roles) -> None:
+    """Raise FastsslError or LoaderError where the protocol `name` cannot measure on the images in `roles`, in words
+    that name it."""
+    check = getattr(load_protocol(name), "check", None)
+    if check is not None:
+        try:
+            check(roles)
+        except (FastsslError, LoaderError) as error:
+            raise type(error)(f"{error} (asked for by the evaluation {name})") from None
 
 
 def protocol_names() -> list[str]:

@@ -13,11 +13,16 @@ from torch import Tensor
 
 from fastssl.evaluation.accuracies import top5, top5_correct, wilson
 from fastssl.evaluation.cosine import cosine_blocks, full_fp32
-from fastssl.evaluation.subject import Subject
+from fastssl.evaluation.subject import Roles, Subject
 
 TEMPERATURE = 0.07
 KS = (10, 20, 100, 200)
 DEFAULT_K = 20  # fixed beforehand: taking the best k would be choosing on the validation images
+
+
+def check(roles: Roles) -> None:
+    """Raises ConfigError where labelled or validation images lack labels, or are the same."""
+    roles.check_apart()
 
 
 def evaluate(subject: Subject) -> dict[str, Any]:

@@ -31,8 +31,9 @@ from fastssl import dist
 from fastssl.errors import ConfigError
 from fastssl.evaluation.accuracies import top5, top5_correct, wilson
 from fastssl.evaluation.cosine import full_fp32
-from fastssl.evaluation.subject import Subject
+from fastssl.evaluation.subject import Roles, Subject
 from loaders.plan.draws import mix, tag
+from loaders.store.data import LABELLED
 
 Solver = Literal["l-bfgs", "sgd"]
 Setting = Mapping[str, float]
@@ -45,6 +46,14 @@ BATCH, EPOCHS, MOMENTUM = 1024, 100, 0.9  # SemPPL's release; Nesterov, cosine t
 HELD_OUT_PER_CLASS = 12  # as on PAWS's list of training images for such choices
 HELD_OUT_SHARE = 5  # one labelled image in so many, where that is fewer
 _QUERIES = 4096  # classified at a time
+
+
+def check(roles: Roles) -> None:
+    """Raises ConfigError where labelled or validation images lack labels, or are the same, and where there are too few
+    labelled ones to choose by."""
+    roles.check_apart()
+    labels_N, ids_N = roles.labels_and_ids(LABELLED)
+    _check_choice(labels_N, held_out(labels_N, ids_N))
 
 
 def evaluate(subject: Subject) -> dict[str, Any]:
@@ -90,10 +99,7 @@ def choose_head(
     rate, and computes on `device`; L-BFGS, whose C is one, on the CPU; the head is on the CPU. Raises ConfigError where
     nothing is held out, or one class alone is learnt from.
     """
-    if not held_N.any():
-        raise ConfigError("a linear probe holds labelled images out to choose its settings: it needs two of a class")
-    if len(labels_N[~held_N].unique()) < 2:
-        raise ConfigError("a linear probe needs labelled images of two classes at least")
+    _check_choice(labels_N, held_N)
     if solver is None:
         solver = "l-bfgs" if train_ND.numel() * num_classes <= LARGEST_FOR_LBFGS else "sgd"
 
@@ -125,6 +131,13 @@ def choose_head(
            {"batch": min(BATCH, len(labels_N)), "epochs": EPOCHS, "momentum": MOMENTUM}),
     }  # fmt: skip
     return fitted(slice(None), [chosen]).cpu(), about
+
+
+def _check_choice(labels_N: Tensor, held_N: Tensor) -> None:
+    if not held_N.any():
+        raise ConfigError("a linear probe holds labelled images out to choose its settings: it needs two of a class")
+    if len(labels_N[~held_N].unique()) < 2:
+        raise ConfigError("a linear probe needs labelled images of two classes at least")
 
 
 def in_words(setting: Setting) -> str:

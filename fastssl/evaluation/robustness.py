@@ -21,12 +21,17 @@ from fastssl.errors import ConfigError
 from fastssl.evaluation.accuracies import wilson
 from fastssl.evaluation.linear import choose_head, held_out
 from fastssl.evaluation.progress import tell
-from fastssl.evaluation.subject import Subject
+from fastssl.evaluation.subject import Roles, Subject
 from loaders.plan.views import Whole
 from loaders.published.robustness import ALEXNET_ERROR, SEVERITIES, SHIFTS, V2_FOLDERS, Shift, ShiftedSet
 
 SETS = tuple(SHIFTS)
 _WNID = re.compile(r"n\d{8}")
+
+
+def check(roles: Roles) -> None:
+    """Raises ConfigError where no set is given."""
+    roles.given(SETS)
 
 
 def evaluate(subject: Subject) -> dict[str, Any]:

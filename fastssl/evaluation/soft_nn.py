@@ -17,9 +17,14 @@ from torch.nn import functional as F
 from fastssl.evaluation import collapse
 from fastssl.evaluation.accuracies import top5, top5_correct, wilson
 from fastssl.evaluation.cosine import cosine_blocks, full_fp32
-from fastssl.evaluation.subject import Subject
+from fastssl.evaluation.subject import Roles, Subject
 
 TAU = 0.1  # as in training
+
+
+def check(roles: Roles) -> None:
+    """Raises ConfigError where labelled or validation images lack labels, or are the same."""
+    roles.check_apart()
 
 
 def evaluate(subject: Subject) -> dict[str, Any]:

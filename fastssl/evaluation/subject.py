@@ -1,4 +1,4 @@
-"""What a protocol measures: a method's networks and the data they are shown, as embeddings.
+"""What a protocol measures: the images of a run by the part they play, and a method's networks' embeddings of them.
 
 Embeddings are computed once for each (role, tap), so protocols that look at the same ones share the pass.
 """
@@ -40,63 +40,27 @@ class Features:
     ids: Tensor
 
 
-class Subject:
-    """A method's networks beside a run's data. A role is a source key; `labelled` means the images of that source whose
-    labels the method sees, or those that `labels` (a subset as users write it) says in their place; any other role all
-    images of its source. Where `held_out` is given (likewise), `validation` means those images of the labelled source
-    instead. `batch` counts images a rank. `sets` are published sets to measure on, by key, not opened yet.
-
-    Every rank must ask for the same features in the same order; all get all rows.
+class Roles:
+    """The images of a run's data by the part they play. A role is a source key; `labelled` means the images of that
+    source whose labels the method sees, or those that `labels` (a subset as users write it) says in their place; any
+    other role all images of its source. Where `held_out` is given (likewise), `validation` means those images of the
+    labelled source instead. `batch` counts images a rank. `sets` are published sets to measure on, by key, not opened
+    yet.
     """
 
     def __init__(
         self,
         method: Method[Any, Any],
-        nets: Nets[Any],
         data: DataSets,
         *,
-        device: torch.device | str = "cpu",
-        threads: int | None = None,
         batch: int = 512,
-        renderer: str = "auto",
         held_out: str | None = None,
         labels: str | None = None,
         sets: Mapping[str, Path] | None = None,
-        tap: str | None = None,
     ):
-        self.method, self.nets, self.data = method, nets, data
+        self.method, self.data, self.batch, self.sets = method, data, batch, sets or {}
         self.held_out, self.labels = held_out, method.config.labels if labels is None else labels
-        self.device, self.threads, self.batch = torch.device(device), threads, batch
-        self.renderer, self.sets, self.tap = renderer, sets or {}, tap
         self._bound: dict[str, Bound] = {}
-        self._features: dict[tuple[str, str], Features] = {}
-
-    def features(self, role: str, tap: str) -> Features:
-        """Every image of `role` once, in the method's evaluation view, embedded at `tap` in eval mode.
-
-        Raises ConfigError where the run has no such data, FastsslError where an embedding is not finite.
-        """
-        if tap not in self.method.taps:
-            raise ConfigError(f"{type(self.method).__name__} has no tap {tap!r}; it has {', '.join(self.method.taps)}")
-        if (role, tap) not in self._features:
-            self._features[role, tap] = self._embed(self._bind(role), role, tap)
-        return self._features[role, tap]
-
-    def chosen_tap(self, usual: str) -> str:
-        """Where a protocol takes its features: as was asked for, else its usual tap."""
-        return self.tap or usual
-
-    def features_of(self, source: Source, tap: str, crop: Crop | None = None) -> Features:
-        """Every image of a source that is none of the run's, with the labels it has there; not kept. `crop` takes the
-        place of the evaluation view's. Raises ConfigError where the network takes images of other channels."""
-        if source.channels != self.method.facts.channels:
-            takes = f"the network takes images of {self.method.facts.channels}"
-            raise ConfigError(f"{source.name} has images of {source.channels} channels; {takes}")
-        view = self.method.config.eval_view
-        view = replace(view, crop=crop or view.crop)
-        stream = Stream("images", "images", (view,), Sequential(), self.batch * dist.world_size())
-        bound = bind(Plan((stream,), epoch_of="images", seed=0), DataSets({"images": source}))
-        return self._embed(bound, "images", tap)
 
     def given(self, known: Iterable[str]) -> dict[str, Path]:
         """Those of `sets` that are `known`. Raises ConfigError where there are none."""
@@ -105,22 +69,6 @@ class Subject:
         if not found:
             raise ConfigError(f"nothing to measure on: give --data KEY=PATH with KEY one of {', '.join(known)}")
         return found
-
-    def labelled(self, tap: str) -> Features:
-        """The labelled images at `tap`, none without a label. Raises ConfigError where there are none."""
-        self._check_labelled()
-        labelled = self.features(LABELLED, tap)
-        known = labelled.labels >= 0
-        if not known.all():
-            labelled = Features(labelled.values[known], labelled.labels[known], labelled.ids[known])
-        return labelled
-
-    def labelled_and_validation(self, tap: str) -> tuple[Features, Features]:
-        """The labelled images and the validation images at `tap`, none without a label. Raises as `check` does, and
-        ConfigError where images are both."""
-        self.check()
-        self._check_apart()
-        return self.labelled(tap), self.features(VALIDATION, tap)
 
     def check(self) -> None:
         """Raises ConfigError where the data cannot be evaluated on, before anything is read of its images."""
@@ -133,7 +81,9 @@ class Subject:
         if not self._num_labelled(LABELLED):
             raise ConfigError(NO_LABEL)
 
-    def _check_apart(self) -> None:
+    def check_apart(self) -> None:
+        """Raises as `check` does, and ConfigError where held-out images are among the labelled ones."""
+        self.check()
         if self.held_out is None:
             return  # two sources
         subsets = [self._bind(role).subsets[role] for role in (LABELLED, VALIDATION)]
@@ -143,6 +93,14 @@ class Subject:
                 f"{both} of {len(held)} held-out images are among the {len(learnt)} labelled ones ({subsets[0].name}): "
                 f"give --labels not:{self.held_out}, or --data for other validation images"
             )
+
+    def labels_and_ids(self, role: str) -> tuple[Tensor, Tensor]:
+        """int64 [N] each, of the role's images that carry a label, as `features` has them."""
+        bound = self._bind(role)
+        labels, ids = bound.sources[role].labels, bound.subsets[role].ids
+        ids = np.arange(len(labels)) if ids is None else ids
+        ids = ids[labels[ids] >= 0]
+        return torch.from_numpy(labels[ids]), torch.from_numpy(ids)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -178,9 +136,7 @@ class Subject:
         }
 
     def _num_labelled(self, role: str) -> int:
-        bound = self._bind(role)
-        labels, ids = bound.sources[role].labels, bound.subsets[role].ids
-        return int(((labels if ids is None else labels[ids]) >= 0).sum())
+        return len(self.labels_and_ids(role)[0])
 
     def _bind(self, role: str) -> Bound:
         if role == VALIDATION and self.held_out is None and self.data.get(VALIDATION) is None:
@@ -198,6 +154,72 @@ class Subject:
             )
             self._bound[role] = bind(Plan((stream,), epoch_of=role, seed=0), self.data)
         return self._bound[role]
+
+
+class Subject(Roles):
+    """A method's networks beside a run's data.
+
+    Every rank must ask for the same features in the same order; all get all rows.
+    """
+
+    def __init__(
+        self,
+        method: Method[Any, Any],
+        nets: Nets[Any],
+        data: DataSets,
+        *,
+        device: torch.device | str = "cpu",
+        threads: int | None = None,
+        renderer: str = "auto",
+        tap: str | None = None,
+        **roles: Any,
+    ):
+        super().__init__(method, data, **roles)
+        self.tap = tap
+        self.nets, self.device, self.threads, self.renderer = nets, torch.device(device), threads, renderer
+        self._features: dict[tuple[str, str], Features] = {}
+
+    def features(self, role: str, tap: str) -> Features:
+        """Every image of `role` once, in the method's evaluation view, embedded at `tap` in eval mode.
+
+        Raises ConfigError where the run has no such data, FastsslError where an embedding is not finite.
+        """
+        if tap not in self.method.taps:
+            raise ConfigError(f"{type(self.method).__name__} has no tap {tap!r}; it has {', '.join(self.method.taps)}")
+        if (role, tap) not in self._features:
+            self._features[role, tap] = self._embed(self._bind(role), role, tap)
+        return self._features[role, tap]
+
+    def chosen_tap(self, usual: str) -> str:
+        """Where a protocol takes its features: as was asked for, else its usual tap."""
+        return self.tap or usual
+
+    def features_of(self, source: Source, tap: str, crop: Crop | None = None) -> Features:
+        """Every image of a source that is none of the run's, with the labels it has there; not kept. `crop` takes the
+        place of the evaluation view's. Raises ConfigError where the network takes images of other channels."""
+        if source.channels != self.method.facts.channels:
+            takes = f"the network takes images of {self.method.facts.channels}"
+            raise ConfigError(f"{source.name} has images of {source.channels} channels; {takes}")
+        view = self.method.config.eval_view
+        view = replace(view, crop=crop or view.crop)
+        stream = Stream("images", "images", (view,), Sequential(), self.batch * dist.world_size())
+        bound = bind(Plan((stream,), epoch_of="images", seed=0), DataSets({"images": source}))
+        return self._embed(bound, "images", tap)
+
+    def labelled(self, tap: str) -> Features:
+        """The labelled images at `tap`, none without a label. Raises ConfigError where there are none."""
+        self._check_labelled()
+        labelled = self.features(LABELLED, tap)
+        known = labelled.labels >= 0
+        if not known.all():
+            labelled = Features(labelled.values[known], labelled.labels[known], labelled.ids[known])
+        return labelled
+
+    def labelled_and_validation(self, tap: str) -> tuple[Features, Features]:
+        """The labelled images and the validation images at `tap`, none without a label. Raises as
+        `check_apart` does."""
+        self.check_apart()
+        return self.labelled(tap), self.features(VALIDATION, tap)
 
     def _embed(self, bound: Bound, role: str, tap: str) -> Features:
         view = self.method.config.eval_view.name

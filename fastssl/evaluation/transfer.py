@@ -20,7 +20,7 @@ from fastssl import dist
 from fastssl.evaluation.accuracies import wilson
 from fastssl.evaluation.linear import choose_head, top1
 from fastssl.evaluation.progress import tell
-from fastssl.evaluation.subject import Subject
+from fastssl.evaluation.subject import Roles, Subject
 from loaders.plan.views import Centre, Crop, View
 from loaders.published.transfer import TRANSFERS, Metric, TransferSet
 
@@ -35,6 +35,11 @@ PAPER_SWEEP = {  # SemPPL's, 12,000 trainings a set
     "nesterov": (True, False),
     "epochs": (20, 30, 60, 80, 100),
 }
+
+
+def check(roles: Roles) -> None:
+    """Raises ConfigError where no set is given."""
+    roles.given(SETS)
 
 
 def evaluate(subject: Subject) -> dict[str, Any]:

@@ -7,8 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastssl.evaluation.classifier import scores
-from fastssl.evaluation.subject import Subject
+from fastssl.evaluation.classifier import check_tap, scores
+from fastssl.evaluation.subject import Roles, Subject
+
+
+def check(roles: Roles) -> None:
+    """Raises ConfigError where the method has no such classifier, or does not know a class of the data."""
+    check_tap(roles, "turned-logits")
 
 
 def evaluate(subject: Subject) -> dict[str, Any]:

@@ -37,8 +37,9 @@ class Recorder:
     run_dir      holds metrics.jsonl; made where missing
     main         whether this rank writes and prints; on others every method does nothing
     resume_step  number of steps that the loaded checkpoint has behind it. Lines of later steps, which will be done
-                 again, are dropped, and so is a last line that a kill tore; at 0 the file starts empty. A step's lines
-                 must therefore be written before that step's checkpoint.
+                 again, are dropped, and so is a last line that a kill tore; at 0 the file starts empty. A step's line
+                 must therefore be written before that step's checkpoint; its evaluation comes after, and may be
+                 missing: `evaluated_step`, None where there is none, is the step of the last one that is there.
     log_to       trackers that get every record too, by name
     plain        one line at a time for logs (True) or one line that is rewritten, for terminals (False); None: look
 
@@ -56,6 +57,7 @@ class Recorder:
     ):
         self.path = run_dir / "metrics.jsonl"
         self._main = main
+        self.evaluated_step: int | None = None
         if not main:
             return
         if plain is None:
@@ -68,7 +70,7 @@ class Recorder:
         self._shown_s = -math.inf
         self._unfinished_line = False
         run_dir.mkdir(parents=True, exist_ok=True)
-        _truncate(self.path, resume_step)
+        self.evaluated_step = _truncate(self.path, resume_step)
         self._file = self.path.open("a", encoding="utf-8")
         self._trackers = [open_tracker(name, run_dir, resume_step) for name in log_to]
 
@@ -244,21 +246,24 @@ def _strict(value: Any) -> Any:
     return value
 
 
-def _truncate(path: Path, resume_step: int) -> None:
-    """Keeps the lines of the steps up to `resume_step`, byte for byte; the file is replaced whole or not at all."""
+def _truncate(path: Path, resume_step: int) -> int | None:
+    """Keeps the lines of the steps up to `resume_step`, byte for byte; the file is replaced whole or not at all. The
+    step of the last evaluation that is kept."""
     if not path.exists():
-        return
+        return None
     lines = path.read_bytes().splitlines(keepends=True)
-    kept = []
+    kept, evaluated_step = [], None
     for number, line in enumerate(lines, 1):
         try:
-            step = json.loads(line)["step"] if line.endswith(b"\n") else None
+            record = json.loads(line) if line.endswith(b"\n") else {"step": None}
+            step = record["step"]
         except (ValueError, KeyError, TypeError):
             step = None
         if step is None and number < len(lines):
             raise FastsslError(f"{path}: line {number} is damaged; repair it or move the file away")
         if step is not None and resume_step > 0 and step <= resume_step:
             kept.append(line)
-    if len(kept) == len(lines):
-        return
-    write_file(path, b"".join(kept))
+            evaluated_step = step if "evaluation" in record else evaluated_step
+    if len(kept) < len(lines):
+        write_file(path, b"".join(kept))
+    return evaluated_step
