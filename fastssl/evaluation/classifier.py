@@ -33,7 +33,7 @@ def check_tap(roles: Roles, tap: str) -> None:
 
 
 def scores(subject: Subject, protocol: str, tap: str) -> dict[str, Any]:
-    """`PROTOCOL_top1` and `_top5` of the largest values at `tap`, on the validation images. Raises as `check_tap` does."""
+    """`PROTOCOL_top1` and `_top5` of the largest values at `tap`, on the validation images. Raises as `check_tap`."""
     check_tap(subject, tap)
     numbers_K = classes_of_run(subject)
     features = subject.features(VALIDATION, tap)

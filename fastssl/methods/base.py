@@ -186,6 +186,42 @@ def _refuse_sizes(config: Config) -> None:
             raise ConfigError(f"{name}.size is {view.size}, which {encoder.name} does not take: {why}")
 
 
+def rows_of_classes(weights: Weights, facts: Facts) -> list[int] | None:
+    """Which row of the weights' classifier `fc` tells each class of the data, by name; by number where either did not
+    say its names. None where they tell other classes apart, or none."""
+    theirs, ours = tuple(weights.about.get("facts", {}).get("class_names", ())), facts.class_names
+    num_rows = len(weights.part("fc").get("bias", ()))
+    if theirs and ours:
+        return [theirs.index(name) for name in ours] if set(theirs) == set(ours) else None
+    return list(range(num_rows)) if num_rows == facts.num_classes else None
+
+
+def with_classes(weights: Weights, facts: Facts) -> Weights:
+    """`weights` whose classifier `fc` tells the data's classes, in their order; without it, and a line says so, where
+    it tells others."""
+    if not weights.part("fc"):
+        return weights
+    rows = rows_of_classes(weights, facts)
+    if rows is None and dist.is_main():
+        print(f"a new classifier for {facts.num_classes} classes: {other_classes(weights, facts)}", flush=True)
+
+    def taken(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        kept = {name: t for name, t in tensors.items() if rows is not None or not name.startswith("fc.")}
+        return {name: t[rows] if name.startswith("fc.") else t for name, t in kept.items()}
+
+    return replace(weights, nets={name: taken(tensors) for name, tensors in weights.nets.items()})
+
+
+def other_classes(weights: Weights, facts: Facts) -> str:
+    """How the classes of the weights' classifier differ from the data's, in words."""
+    theirs, ours = tuple(weights.about.get("facts", {}).get("class_names", ())), facts.class_names
+    strange = [name for name in ours if theirs and name not in theirs]
+    return (
+        f"{weights.source} tells {len(weights.part('fc')['bias'])} classes apart, the labelled data has "
+        f"{facts.num_classes}" + (f", among them {strange[0]!r}, which it does not know" if strange else "")
+    )
+
+
 class Method(ABC, Generic[AnyConfig, Net]):
     """One learning method. Draws nothing itself: initial weights come from torch's generator, seeded by the engine;
     anything random in a step is keyed by the batch."""
@@ -222,7 +258,9 @@ class Method(ABC, Generic[AnyConfig, Net]):
         """Put another run's weights into fresh `nets`: `--init-from`. Raises WeightsError where they do not fit, with
         nothing loaded. Here: every part (trunk, projection, ...) that both have must fit whole; a line names those
         that only one has. A target is an average of `online`, so it starts from the other run's, or where that had
-        none from its online network."""
+        none from its online network. A classifier of other classes than the data's is one of those that are left
+        out."""
+        weights = with_classes(weights, self.facts)
         found = [(nets.online, weights.shared_parts(nets.online))]
         if nets.target is not None:
             name = "target" if "target" in weights.nets else "online"

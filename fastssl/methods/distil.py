@@ -32,7 +32,10 @@ from fastssl.methods.base import (
     Nets,
     autocast,
     in_full,
+    other_classes,
+    rows_of_classes,
     setting_of,
+    with_classes,
 )
 from fastssl.methods.supervised import Classifier, FirstLayer, SupervisedConfig, check_same_input
 from fastssl.nn.encoders.encoder import Encoder
@@ -135,16 +138,13 @@ class Distil(Method[DistilConfig, Classifier]):
         fc, first = weights.part("fc"), weights.part("first")
         if "weight" not in fc:
             raise WeightsError(f"{weights.source} has no classifier: a teacher was trained or fine-tuned on labels")
-        if len(fc["weight"]) != self.facts.num_classes:
-            raise WeightsError(
-                f"{weights.source} tells {len(fc['weight'])} classes apart, the labelled data has "
-                f"{self.facts.num_classes}: a teacher must answer what the student is asked"
-            )
+        if rows_of_classes(weights, self.facts) is None:
+            raise WeightsError(f"{other_classes(weights, self.facts)}: a teacher must answer what the student is asked")
         encoder = setting_of(weights, Encoder, "encoder")
         if encoder is None:
             raise WeightsError(f"{weights.source} does not say which encoder it holds: give a run, or its export")
         teacher = self._classifier(encoder, FirstLayer.found_in(first))
-        weights.load_whole(teacher, "online")
+        with_classes(weights, self.facts).load_whole(teacher, "online")
         return teacher
 
     def _classifier(self, encoder: Encoder, head: FirstLayer | None = None) -> Classifier:

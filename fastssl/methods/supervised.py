@@ -35,6 +35,7 @@ from fastssl.methods.base import (
     autocast,
     in_full,
     setting_of,
+    with_classes,
 )
 from fastssl.nn.encoders.encoder import Encoder
 from fastssl.nn.encoders.resnet import ResNet, SimclrResNet
@@ -170,8 +171,9 @@ class Supervised(Method[SupervisedConfig, Classifier]):
 
     def start_from(self, nets: Nets[Classifier], weights: Weights) -> None:
         """From a pre-training run: its trunk and, for `head`, the first layer of its projection head; the classifier
-        becomes zero. From a classifier without projection head: all of it. Raises WeightsError, which says what to set,
-        where that does not fit; then nothing is loaded."""
+        becomes zero. From a classifier without projection head: all of it, but for the classifier where the
+        data has other classes. Raises WeightsError, which says what to set, where that does not fit; then nothing is
+        loaded."""
         net = nets.online
         check_same_input(weights, self.config.eval_view)
         check_encoder(weights, self.config.encoder)
@@ -183,14 +185,10 @@ class Supervised(Method[SupervisedConfig, Classifier]):
         else:
             first = weights.part("first")
         _check_first_layer(weights, first, self.config.head)
-        classifier = {} if projection else weights.part("fc")  # beside a projection head it is a probe
+        # Beside a projection head a classifier is a probe.
+        classifier = {} if projection else with_classes(weights, self.facts).part("fc")
         if not classifier:
             classifier = {name: torch.zeros_like(tensor) for name, tensor in net.fc.state_dict().items()}
-        if len(classifier["bias"]) != self.facts.num_classes:
-            raise WeightsError(
-                f"{weights.source} tells {len(classifier['bias'])} classes apart, the labelled data has "
-                f"{self.facts.num_classes}; nothing loaded"
-            )
         parts = {"trunk": weights.part("trunk"), "first": first, "fc": classifier}
         whole = {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
         load_whole(net, whole, weights.source)
