@@ -1,23 +1,28 @@
-"""Embeddings as files that any tool reads: three `.npy` arrays and a small JSON that says what they are."""
+"""Embeddings as files that any tool reads: three `.npy` arrays, a table of their rows, and a small JSON that says what
+they are."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from pathlib import Path
 
 import numpy as np
 
 from fastssl import dist
-from fastssl.evaluation.subject import Subject
+from fastssl.evaluation.subject import Features, Subject
 from loaders.files import sha256_of, whole_file, write_file
+from loaders.store.source import Source
 
 
 def embed(subject: Subject, role: str, tap: str, out: Path) -> Path:
     """Write the embeddings of `role` at `tap` into the folder `out`; all ranks call it, the main one writes.
 
-    `<role>.features.npy` float32 [N, D], `<role>.labels.npy` int64 [N] (-1: none), `<role>.ids.npy` int64 [N], and
-    `<role>.json`, which holds the names of the labels' classes and the arrays' hashes and is written last: where it
-    stands, they are whole. Returns the path of the JSON.
+    `<role>.features.npy` float32 [N, D], `<role>.labels.npy` int64 [N] (-1: none), `<role>.ids.npy` int64 [N],
+    `<role>.csv`, which says of each row its id, its file (the path from the data's folder; the id where images are not
+    files) and its class (empty: none), and `<role>.json`, which holds the names of the labels' classes and the hashes
+    of the others and is written last: where it stands, they are whole. Returns the path of the JSON.
     """
     features = subject.features(role, tap)
     about = out / f"{role}.json"
@@ -30,8 +35,22 @@ def embed(subject: Subject, role: str, tap: str, out: Path) -> Path:
             with whole_file(path) as file:
                 np.save(file, array.numpy(), allow_pickle=False)
             files[name] = {"file": path.name, "sha256": sha256_of(path)}
+        table = out / f"{role}.csv"
+        write_file(table, _table(features, subject.source_of(role)))
         described = {"tap": tap, "role": role, **subject.provenance((role,))[role]}
-        names = subject.class_names_of(role)
+        described["table"] = {"file": table.name, "sha256": sha256_of(table)}
+        names = subject.source_of(role).class_names
         write_file(about, json.dumps({**described, "class_names": names, "files": files}, indent=2))
     dist.barrier()
     return about
+
+
+def _table(features: Features, source: Source) -> str:
+    """What each row is of, as CSV."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(("row", "id", "file", "class"))
+    names = (*source.class_names, "")  # -1 picks the last
+    pairs = zip(features.ids.tolist(), features.labels.tolist(), strict=True)
+    table.writerows((row, i, source.path_of(i), names[label]) for row, (i, label) in enumerate(pairs))
+    return text.getvalue()

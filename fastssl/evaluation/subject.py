@@ -104,11 +104,12 @@ class Roles:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        return self.class_names_of(LABELLED)
+        """Of the labelled images, in the order of their labels' numbers."""
+        return self.source_of(LABELLED).class_names
 
-    def class_names_of(self, role: str) -> tuple[str, ...]:
-        """Of the role's images, in the order of their labels' numbers."""
-        return self._bind(role).sources[role].class_names
+    def source_of(self, role: str) -> Source:
+        """What the role's images are a part of, or all of."""
+        return self._bind(role).sources[role]
 
     @property
     def num_classes(self) -> int:

@@ -1,5 +1,7 @@
 """The ways that data takes into a run and results out of it, each walked once through the real command line."""
 
+import csv
+import hashlib
 import io
 import json
 from pathlib import Path
@@ -98,8 +100,21 @@ def test_unlabelled_folder_beside_a_small_labelled_one_trains_paws(images):
     features = np.load("run/embeddings/unlabelled.features.npy")
     assert features.shape == (100, 32) and features.dtype == np.float32 and np.isfinite(features).all()
     assert (np.load("run/embeddings/unlabelled.labels.npy") == -1).all()
-    assert (np.bincount(np.load("run/embeddings/labelled.labels.npy")) == counts - held).all()
+    labels, ids = (np.load(f"run/embeddings/labelled.{name}.npy") for name in ("labels", "ids"))
+    assert (np.bincount(labels) == counts - held).all()
     assert (np.bincount(np.load("run/embeddings/validation.labels.npy"), minlength=10) == held).all()
+    with open("run/embeddings/labelled.csv", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["row", "id", "file", "class"] and [int(row[0]) for row in rows] == list(range(len(labels)))
+    assert [int(row[1]) for row in rows] == ids.tolist()
+    assert [row[3] for row in rows] == [CLASS_NAMES[label] for label in labels]
+    files = {f"{CLASS_NAMES[label]}/{i}.jpg" for i, (_, label) in enumerate(images[:100])}
+    assert {row[2] for row in rows} < files and all(row[2].startswith(f"{row[3]}/") for row in rows)
+    about = json.loads(Path("run/embeddings/labelled.json").read_text())
+    assert about["class_names"] == list(CLASS_NAMES) and about["table"]["file"] == "labelled.csv"
+    assert about["table"]["sha256"] == hashlib.sha256(Path("run/embeddings/labelled.csv").read_bytes()).hexdigest()
+    unlabelled = Path("run/embeddings/unlabelled.csv").read_text().splitlines()
+    assert len(unlabelled) == 101 and unlabelled[1].endswith(".jpg,")
 
 
 def test_seeds_their_spread_and_what_a_finished_run_says():

@@ -1,5 +1,6 @@
 """Evaluation: neighbours, signs of collapse, statistics, and a fake method on the digits from end to end."""
 
+import csv
 import json
 import math
 import threading
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.metrics import top_k_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
@@ -25,6 +27,7 @@ from fastssl.nn.encoders.resnet import ResNet
 from loaders.plan.views import UNIT, View, Whole
 from loaders.store.data import DataSets
 from loaders.store.digits import open_digits
+from loaders.store.folder import FolderSource
 from loaders.store.source import ArraySource
 
 
@@ -375,5 +378,31 @@ def test_embedding_files_are_whole_and_say_what_they_are(digits, tmp_path):
         arrays["ids"], features.ids.numpy()
     )
     assert about["tap"] == "z" and about["data"] == "digits (held out)" and about["count"] == len(arrays["ids"])
-    names = ["validation.features.npy", "validation.ids.npy", "validation.json", "validation.labels.npy"]
+    names = [
+        "validation.csv",
+        "validation.features.npy",
+        "validation.ids.npy",
+        "validation.json",
+        "validation.labels.npy",
+    ]
     assert sorted(p.name for p in tmp_path.iterdir()) == names
+
+
+def test_rows_of_embeddings_say_their_file_and_class(tmp_path):
+    """Would catch rows of another order than the arrays', names without their folder, and names that break a table."""
+    for name in ("cat/a, b.png", "cat/deep/ü.png", 'dog/"1".png'):
+        path = tmp_path / "data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8)).save(path)
+    source = FolderSource(tmp_path / "data")
+    config = PixelsConfig(dataset="digits", eval_view=View("eval", 8, Whole(), pixels=UNIT))
+    method = config.build(None, {})
+    method.facts = Facts(2, 3, 0)
+    subject = Subject(method, Nets(nn.Identity()), DataSets({"train": source}), threads=1)
+    about = json.loads(embed(subject, "train", "backbone", tmp_path / "out").read_text())
+    with open(tmp_path / "out" / about["table"]["file"], newline="", encoding="utf-8") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["row", "id", "file", "class"]
+    files = [("cat/a, b.png", "cat"), ("cat/deep/ü.png", "cat"), ('dog/"1".png', "dog")]
+    assert rows == [[str(i), str(i), *each] for i, each in enumerate(files)]
+    assert about["class_names"] == ["cat", "dog"]
