@@ -13,8 +13,10 @@ from fastssl import dist
 from fastssl.config.modules import file_of, modules_of, types_in
 from fastssl.config.plain import Notes, differences, to_plain
 from fastssl.engine.job import Job
+from fastssl.engine.join import facts_of
 from fastssl.errors import ConfigError
 from fastssl.machine import threads_per_rank, versions
+from fastssl.methods.base import Stage, Stages
 from fastssl.record.trackers import WANDB_RUN_ID
 from fastssl.run_dir.files import CHECKPOINTS, PRODUCED, RESOLVED, RESULT, read_json
 from fastssl.run_dir.written import refuse_newer, stages_of, tell
@@ -119,8 +121,12 @@ def _changes(job: Job, data: DataSets) -> list[str]:
     if not path.exists():
         raise ConfigError(f"{job.out} holds a run, but not its {RESOLVED}: choose another --out, or --resume never")
     there, resolved = read_json(path), _resolved(job, data)
-    began = {key: there.get(key) for key in resolved} | {"stages": _stages_begun(job, there)}
+    stages_begun = _stages_begun(job, there)
+    began = {key: there.get(key) for key in resolved} | {"stages": json.loads(json.dumps(to_plain(stages_begun)))}
     changed = differences(began, json.loads(json.dumps(resolved)))
+    if changed and there.get("recipe") == job.recipe:
+        for before, stage in zip(stages_begun, job.stages, strict=False):
+            _refuse_other_batch(job, data, before, stage)
     refused = [change for change in changed if not any(_names(key, change) for key in job.allow_change)]
     if refused:
         more = f" and {len(refused) - 3} more" if len(refused) > 3 else ""
@@ -132,6 +138,22 @@ def _changes(job: Job, data: DataSets) -> list[str]:
     return changed
 
 
+def _refuse_other_batch(job: Job, data: DataSets, before: Stage, stage: Stage) -> None:
+    """Raise ConfigError, whatever may change, where a step of `stage` takes another number of images than it did
+    `before`: an epoch would have another number of steps, and how far a run has come is kept in steps."""
+
+    def images_per_step(stage: Stage) -> int:
+        plan = stage.config.build(facts_of(data, job.seed), {}).plan()
+        return plan.stream(plan.epoch_of).batch_global
+
+    was, now = images_per_step(before), images_per_step(stage)
+    if was != now:
+        raise ConfigError(
+            f"{job.out} was begun with {was} images a step, and this is {now}: how far a run has come is kept in steps, of "
+            f"which an epoch would have another number; keep {was}, or start another --out with --init-from {job.out}"
+        )
+
+
 def _rounding_changed(job: Job) -> list[str]:
     """Where an op of the job has other bits than when the run in the directory was begun: that, as a change."""
     began = read_json(job.out / RESOLVED).get("rounding", 1)
@@ -141,12 +163,12 @@ def _rounding_changed(job: Job) -> list[str]:
     return [] if same else [f"rounding: {began} -> {ROUNDING}"]
 
 
-def _stages_begun(job: Job, there: dict[str, Any]) -> Any:
-    """The stages that the directory holds, as they would be written today; what an earlier fastssl did not say of them
+def _stages_begun(job: Job, there: dict[str, Any]) -> Stages:
+    """The stages that the directory holds; what an earlier fastssl did not say of them
     is told. Raises ConfigError where they cannot be."""
     refuse_newer(there, job.out)
     notes = Notes()
-    stages = json.loads(json.dumps(to_plain(stages_of(there, job.out, notes))))
+    stages = stages_of(there, job.out, notes)
     if dist.is_main():
         tell(notes, job.out)
     return stages

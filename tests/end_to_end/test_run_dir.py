@@ -84,6 +84,16 @@ def test_a_setting_may_differ_only_by_name(stopped, tmp_path):
     assert "is finished, and nothing in it can change" in back
 
 
+@pytest.mark.parametrize("allowed", [(), ("--allow-change", "batch_global")], ids=["unsaid", "allowed"])
+def test_images_a_step_do_not_change(allowed, stopped, tmp_path):
+    """Catches a run that says it is finished, and has trained nothing more: with twice the images a step an epoch has
+    half the steps, and those that were done count for twice the epochs."""
+    run = shutil.copytree(stopped, tmp_path / "run")
+    line = refused("train", "--out", run, *SHORT, "--set", "batch_global=64", *allowed)
+    assert "was begun with 32 images a step, and this is 64: how far a run has come is kept in steps" in line
+    assert "keep 32, or start another --out with --init-from" in line and "--allow-change" not in line
+
+
 def test_a_run_of_other_rounding_is_continued_only_where_that_is_said(stopped, tmp_path, monkeypatch):
     """Catches a run that goes on, in silence, on images of other bits; and one that is finished, or whose ops are the
     same, and can be looked at no more."""
