@@ -8,8 +8,9 @@ from fastssl.costs import memory_model
 from fastssl.costs.cost import StepCost, ours
 from fastssl.costs.trace import Untraceable, traced
 from fastssl.engine.job import Job
-from fastssl.engine.join import fitted, joined, protocols_of
+from fastssl.engine.join import bounds_of, fitted, joined, protocols_of
 from fastssl.engine.train_stage import NOTHING_EVALUATED
+from fastssl.engine.unusable import said, unusable
 from fastssl.errors import ConfigError
 from fastssl.launch.lines import lines
 from fastssl.launch.ranks import Ranks
@@ -32,6 +33,8 @@ def describe(job: Job) -> str:
     told += [f"  data         {line}" for line in (*data.said, *lowered)] if data else []
     for stage in job.stages:
         told += _describe_stage(job, stage, data, warnings)
+    if data and (found := unusable([bound for stage in job.stages for bound in bounds_of(job, stage, data)])):
+        warnings.append(said(found))
     told.append(f"  directory    {job.out}")
     ways = lines(Ranks(job.world, job.device), job.command)
     told += [f"  {'launch' if not i else 'or':12} {line}" for i, line in enumerate(ways)]

@@ -103,6 +103,7 @@ def _as_typed(job: Job) -> dict[str, Any]:
         "changes": job.changes,
         "data": job.data,
         **weights,
+        "damaged": job.damaged,
         "modules": modules_of(to_plain(job.stages)),
         "recipe_file": file_of(job.recipe.partition(":")[0]) if ":" in job.recipe else None,
     }
@@ -149,8 +150,9 @@ def _refuse_other_batch(job: Job, data: DataSets, before: Stage, stage: Stage) -
     was, now = images_per_step(before), images_per_step(stage)
     if was != now:
         raise ConfigError(
-            f"{job.out} was begun with {was} images a step, and this is {now}: how far a run has come is kept in steps, of "
-            f"which an epoch would have another number; keep {was}, or start another --out with --init-from {job.out}"
+            f"{job.out} was begun with {was} images a step, and this is {now}: how far a run has come is kept in "
+            f"steps, of which an epoch would have another number; keep {was}, or start another --out with --init-from "
+            f"{job.out}"
         )
 
 

@@ -81,8 +81,7 @@ def joined(job: Job, stage: Stage, data: DataSets, inputs: Mapping[str, Artefact
     method = stage.config.build(facts_of(data, job.seed), inputs)
     bound = bind(method.plan(), data)
     bound.plan.check_world(job.world)
-    for protocol in protocols_of(job, stage, data):
-        check_protocol(protocol, Roles(method, data, held_out=job.held_out))
+    _evaluated(job, stage, method, data)
     return method, bound
 
 
@@ -107,6 +106,20 @@ def fitted(job: Job, data: DataSets) -> tuple[Job, list[str]]:
         ]
         stages.append(replace(stage, config=lowered))
     return replace(job, stages=tuple(stages)), said
+
+
+def bounds_of(job: Job, stage: Stage, data: DataSets) -> list[Bound]:
+    """All that `stage` draws images by, in training and for its evaluations. Raises as `joined` does."""
+    method, bound = joined(job, stage, data, {})
+    return [bound, *_evaluated(job, stage, method, data).bounds]
+
+
+def _evaluated(job: Job, stage: Stage, method: Method[Any, Any], data: DataSets) -> Roles:
+    """The roles in which the stage's evaluations look at images, found fit for it."""
+    roles = Roles(method, data, held_out=job.held_out)
+    for protocol in protocols_of(job, stage, data):
+        check_protocol(protocol, roles)
+    return roles
 
 
 def protocols_of(job: Job, stage: Stage, data: DataSets) -> tuple[str, ...]:

@@ -57,7 +57,16 @@ def open_run(
         held_out = written.held_out
     threads = len(os.sched_getaffinity(0))
     subject = Subject(
-        method, nets, sources, device=device, threads=threads, held_out=held_out, labels=labels, sets=sets, tap=tap
+        method,
+        nets,
+        sources,
+        device=device,
+        threads=threads,
+        held_out=held_out,
+        labels=labels,
+        sets=sets,
+        tap=tap,
+        leave_out_damaged=written.damaged == "replace",
     )
     return subject, state["step"]
 

@@ -34,7 +34,7 @@ class Settings:
     how: How | None = option(None, "--step", "How a step is done [compiled on a GPU, eager on a CPU].")
     loader: str = option("auto", "--loader", "auto, turbo, ffcv, dali, pil or memory.")
     cache_gib: float = option(0.0, "--cache-gib", "Memory for decoded support images, a rank.", least=0)
-    damaged: Literal["stop", "replace"] = option("stop", "--damaged", "At images that cannot be decoded.")
+    damaged: Literal["stop", "replace"] = option("stop", "--damaged", "At images that cannot be used.")
     resume: Literal["auto", "never"] = option("auto", "--resume", "never: begin anew, and drop what is there.")
     allow_change: tuple[str, ...] = option((), "--allow-change", "Continue a run although it differs.", metavar="KEY")
     init_from: Path | None = option(None, "--init-from", "Start from the weights of this run or file.")

@@ -16,11 +16,12 @@ import torch
 from fastssl import dist
 from fastssl.engine.claim import claim, continues_without_validation, finished
 from fastssl.engine.job import Job
-from fastssl.engine.join import Here, fitted, join, joined, made_by
+from fastssl.engine.join import Here, fitted, join, made_by
 from fastssl.engine.produce_stage import produce
 from fastssl.engine.same_everywhere import check_same_everywhere
 from fastssl.engine.signals import StopRequest
 from fastssl.engine.train_stage import replayed, train
+from fastssl.engine.unusable import refuse_or_list
 from fastssl.machine import compile_threads, keep_freed_memory, own_cpus, share_cpus, threads_per_rank
 from fastssl.methods.base import Artefact, Stage
 from fastssl.record.recorder import result_lines
@@ -52,6 +53,7 @@ def run(job: Job) -> dict[str, Any]:
         _show(job, result)
         return result
     with held(job.out), StopRequest() as stop:
+        refuse_or_list(job, data)  # of every stage: what does not fit must not wait for the end of those before
         claim(job, data)
         return _done(Here(job, data, device, threads, stop))
 
@@ -66,8 +68,6 @@ def _show(job: Job, result: dict[str, Any]) -> None:
 def _done(here: Here) -> dict[str, Any]:
     """The job's result, each of its stages trained or produced where it is not done yet."""
     job, artefacts, results = here.job, {}, {}  # type: Job, dict[str, Artefact], dict[str, dict[str, Any]]
-    for later in job.stages[1:]:
-        joined(job, later, here.data, {})  # what does not fit must not wait for the end of the stages before
     for stage in job.stages:
         results[stage.name] = _result_of(stage, artefacts, here)
         if any(ref.stage == stage.name for later in job.stages for ref in later.needs.values()):

@@ -76,7 +76,7 @@ class Trainer:
         self._left_out = LeftOut(self.nets, self.optimizer, device) if skip_once else None
         self._saves = [span for span in (stage.checkpoint_every, stage.milestone_every) if span is not None]
         self._num_logged = 0
-        self._num_replaced = 0  # damaged images already named
+        self._num_replaced = sum(map(len, loader.replaced.values()))  # damaged images that were listed, or are named
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain types: all that a later process needs to continue bitwise."""

@@ -141,6 +141,7 @@ def _subject(at: Joined, trainer: Trainer) -> Subject:
         threads=at.here.threads,
         renderer=at.here.job.loader,
         held_out=at.here.job.held_out,
+        leave_out_damaged=at.here.job.damaged == "replace",
     )
 
 

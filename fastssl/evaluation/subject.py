@@ -5,6 +5,7 @@ Embeddings are computed once for each (role, tap), so protocols that look at the
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -120,6 +121,11 @@ class Roles:
         """The roles that anything was asked about so far."""
         return tuple(self._bound)
 
+    @property
+    def bounds(self) -> tuple[Bound, ...]:
+        """By what images of these roles are drawn."""
+        return tuple(self._bound.values())
+
     def provenance(self, roles: tuple[str, ...] = (LABELLED, VALIDATION)) -> dict[str, dict[str, Any]]:
         """Which images stand behind the numbers, by role; plain values."""
         return {role: self._describe(role) for role in roles}
@@ -158,7 +164,8 @@ class Roles:
 
 
 class Subject(Roles):
-    """A method's networks beside a run's data.
+    """A method's networks beside a run's data. `leave_out_damaged` says of images that cannot be used that they have
+    no row; else they are errors.
 
     Every rank must ask for the same features in the same order; all get all rows.
     """
@@ -173,10 +180,11 @@ class Subject(Roles):
         threads: int | None = None,
         renderer: str = "auto",
         tap: str | None = None,
+        leave_out_damaged: bool = False,
         **roles: Any,
     ):
         super().__init__(method, data, **roles)
-        self.tap = tap
+        self.tap, self.leave_out_damaged = tap, leave_out_damaged
         self.nets, self.device, self.threads, self.renderer = nets, torch.device(device), threads, renderer
         self._features: dict[tuple[str, str], Features] = {}
 
@@ -233,6 +241,7 @@ class Subject(Roles):
             device=self.device,
             threads=self.threads,
             renderer=self.renderer,
+            replace_damaged=self.leave_out_damaged,
         )
         with loader, eval_mode(self.nets), torch.no_grad():
             behind: deque[tuple[Tensor, Tensor, torch.cuda.Event | None]] = deque()
@@ -258,7 +267,22 @@ class Subject(Roles):
         assert done == count, f"{done} embeddings of {count} images"
         if not torch.isfinite(values_ND).all():
             raise FastsslError(f"embeddings of the {role} images at {tap!r} are not finite: the training has diverged")
-        return Features(values_ND, labels=marks_N2[:, 0].contiguous(), ids=marks_N2[:, 1].contiguous())
+        ids = bound.subsets[role].ids
+        asked_N = torch.arange(count) if ids is None else torch.from_numpy(ids)
+        found = Features(values_ND, labels=marks_N2[:, 0].contiguous(), ids=marks_N2[:, 1].contiguous())
+        return _without_substitutes(found, asked_N, role)
+
+
+def _without_substitutes(features: Features, asked_N: Tensor, role: str) -> Features:
+    """The rows of the images that were asked for, int64 [N]: one that stands in for a damaged image would count twice.
+    A line says how many are left out."""
+    own_N = features.ids == asked_N
+    if own_N.all():
+        return features
+    if dist.is_main():
+        left_out = f"{int((~own_N).sum())} of {len(own_N)} {role} images"
+        print(f"warning: {left_out} cannot be used, and have no embedding", file=sys.stderr, flush=True)
+    return Features(features.values[own_N], features.labels[own_N], features.ids[own_N])
 
 
 def _on_the_way(rows_BD: Tensor, marks_B2: Tensor) -> tuple[Tensor, Tensor, torch.cuda.Event | None]:

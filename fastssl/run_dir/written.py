@@ -31,6 +31,7 @@ class Written:
     changes: tuple[str, ...]
     init_from: Path | None
     unsafe_pickle: bool
+    damaged: str  # "stop" or "replace", as it was begun or last continued
     resolved: dict[str, Any]
 
     def folder(self, stage: Stage) -> Path:
@@ -59,7 +60,8 @@ def read_run(run: Path) -> Written:
             data=tuple(began["data"]),
             changes=tuple(began["changes"]),
             init_from=None if began["init_from"] is None else Path(began["init_from"]),
-            unsafe_pickle=began.get("unsafe_pickle", False),  # runs begun before there was the flag lack it
+            unsafe_pickle=began.get("unsafe_pickle", False),  # runs begun before there were these flags lack them
+            damaged=began.get("damaged", "stop"),
             resolved=resolved,
         )
     except (KeyError, TypeError, AttributeError) as error:
