@@ -45,7 +45,7 @@ def _here(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A finished run of six steps with checkpoints of steps 3 and 6."""
+    """A finished run of six steps with checkpoints of step 4, after which it was evaluated, and 6."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     result = invoke("train", "--out", folder, *SHORT)
     assert result.exit_code == 0, result.output
@@ -55,7 +55,7 @@ def finished(tmp_path_factory):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ("paws.digit", "unknown recipe 'paws.digit'; did you mean 'paws.digits'?"),
+        ("paws.digit", "unknown recipe 'paws.digit'; did you mean 'paws.digits'"),
         ("--set lr_peak=1", "lr_peak is rate.peak now: --set rate.peak=1"),
         ("--set rate.peek=1", "unknown key 'peek' in WarmupCosine; did you mean 'peak'?"),
         ("--set batch_globl=1", "unknown key 'batch_globl'; did you mean 'batch_global'?"),
@@ -176,7 +176,7 @@ def test_damaged_newest_checkpoint_falls_back_to_the_one_before_and_says_so(fini
     result = invoke("train", "--out", run, *SHORT)
     assert result.exit_code == 0, result.output
     assert f"warning: checkpoint {run}/checkpoints/step-00000006 is damaged" in result.output
-    assert "going back to step 3" in result.output
+    assert "going back to step 4" in result.output
     assert command.metrics(run) == command.metrics(finished)
 
 

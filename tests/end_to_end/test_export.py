@@ -168,7 +168,7 @@ def test_an_earlier_step_replaces_the_export_and_has_no_accuracy(run, tmp_path):
     """Catches final accuracies beside the weights of another step."""
     run = shutil.copytree(run, tmp_path / "run")
     before = (run / "export" / "backbone.safetensors").read_bytes()
-    assert invoke("export", run, "--checkpoint", "3").exit_code == 0
+    assert invoke("export", run, "--checkpoint", "4").exit_code == 0
     assert (run / "export" / "backbone.safetensors").read_bytes() != before
     assert json.loads((run / "export" / "config.json").read_text())["accuracy"] == {}
     assert "Not measured at this step." in (run / "export" / "README.md").read_text()
@@ -274,7 +274,7 @@ def test_a_damaged_export_is_named(run, tmp_path, damage, says):
 def test_runs_that_cannot_be_exported(run, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "empty is no run directory: it has no resolved.json" in refused("export", tmp_path / "empty")
-    assert "has no checkpoint of step 4; it has 3, 6" in refused("export", run, "--checkpoint", "4")
+    assert "has no checkpoint of step 5; it has 4, 6" in refused("export", run, "--checkpoint", "5")
     assert "has no target network; it has online" in refused("export", run, "--network", "target")
     copy = shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(copy / "checkpoints")
@@ -311,7 +311,7 @@ def test_a_full_disk_leaves_the_export_before_whole(run, tmp_path):
     folder = shutil.copytree(run / "export", tmp_path / "export")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with full_disk():
-        line = refused("export", run, "--checkpoint", "3", "--out", folder)
+        line = refused("export", run, "--checkpoint", "4", "--out", folder)
     assert line == f"Error: --out {folder} cannot be written: File too large"
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["export"]

@@ -27,7 +27,7 @@ def _here(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
-    """A run of six steps that has come to step 3."""
+    """A run of six steps that has come to step 4."""
     folder = tmp_path_factory.mktemp("stopped") / "run"
     result = invoke("train", "--out", folder, *SHORT)
     assert result.exit_code == 0, result.output
@@ -73,7 +73,7 @@ def test_a_setting_may_differ_only_by_name(stopped, tmp_path):
     assert result.exit_code == 0, result.output
     changed = ["stages.0.config.sharpen_T: 0.25 -> 0.5", "stages.0.config.tau: 0.1 -> 0.2"]
     assert f"note: continued with other settings: {'; '.join(changed)}" in result.output.splitlines()
-    assert " from step 3\n" in result.output
+    assert " from step 4\n" in result.output
     resolved = json.loads((run / "resolved.json").read_text())
     assert resolved["stages"][0]["config"]["tau"] == 0.2 and "tau=0.2" in resolved["run"]["changes"]
     assert [allowed["changed"] for allowed in resolved["allowed"]] == [changed]
@@ -112,7 +112,7 @@ def test_a_run_of_other_rounding_is_continued_only_where_that_is_said(stopped, t
     assert "finished: " in invoke(*again).output
     same = shutil.copytree(stopped, tmp_path / "same")
     monkeypatch.setattr(claim, "SAME_BITS", {claim.ROUNDING - 1: frozenset({"Affine", "Noise"})})
-    assert " from step 3\n" in invoke("train", "--out", same, *SHORT).output
+    assert " from step 4\n" in invoke("train", "--out", same, *SHORT).output
 
 
 def differing(job, what):

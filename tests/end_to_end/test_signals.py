@@ -28,7 +28,8 @@ def whole(tmp_path_factory):
     return found
 
 
-LENGTH = ("--set", f"length={LAST_STEP}steps", "--set", "checkpoint_every=100steps")
+RARELY = ("--set", "checkpoint_every=100steps", "--set", "evaluate_every=100steps")
+LENGTH = ("--set", f"length={LAST_STEP}steps", *RARELY)
 # As `--gpus 64` prints it, for two ranks of this host; the agent passes all of these on.
 TORCHRUN = (
     *(
@@ -94,7 +95,7 @@ ALL = ("SIGUSR1", "SIGUSR2", "SIGTERM")
 )
 def test_a_signal_saves_at_a_step_between_and_the_same_command_continues_bitwise(program, world, to, whole, tmp_path):
     """Catches a request that waits for the next scheduled checkpoint, that one of the ranks misses, that a launcher
-    dies of, or whose checkpoint differs from a scheduled one. checkpoint_every is beyond the end: what is saved, the
+    dies of, or whose checkpoint differs from a scheduled one. Those are due beyond the end: what is saved, the
     request saved."""
     step, asked = 0, 0
     for name in ALL:
