@@ -67,6 +67,9 @@ MEASURED: dict[str, Measured] = {
     "paws.digits": Measured(
         top1=96.4, spread=1.4, seeds=3, how=_NN, results=_DIGITS, took="40 s, two cores", commit="d22fc25"
     ),
+    "paws.digits_vit": Measured(
+        top1=95.2, spread=0.5, seeds=3, how=_NN, results="digits_vit_cpu_202611.md", took="57 CPU seconds"
+    ),
     "supervised.digits": Measured(
         top1=93.3, spread=0.3, seeds=3, how=_CLASSIFIER, results=_DIGITS, took="20 s, one core"
     ),

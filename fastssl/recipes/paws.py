@@ -80,7 +80,6 @@ def digits_20() -> Stages:
     return after_labels(few, beside(few, batch_global=20, peak=0.1), Epochs(400))
 
 
-@published(_paper("4,000", 600, nearest=96.0, spread=0.2))
 def cifar10() -> Stages:
     """CIFAR-10 with 4,000 labels, WRN-28-2, 600 epochs: the paper's appendix C, with the views of its authors' code.
     The paper's number is that of suncet.cifar10_two_stages, which begins with this."""
