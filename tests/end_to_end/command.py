@@ -7,8 +7,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import chdir, contextmanager, suppress
 from pathlib import Path
+
+from click.testing import CliRunner
+
+from fastssl.commands.main import main
 
 ROOT = Path(__file__).parents[2]
 FASTSSL = (sys.executable, "-m", "fastssl")
@@ -49,6 +53,13 @@ def run(folder: Path, *arguments: str, **environment: str) -> tuple[int, str]:
     """Exit code and output of `fastssl ARGUMENTS` in `folder`."""
     with running(folder, *arguments, **environment) as process:
         return process.wait(timeout=250), (folder / "log").read_text()
+
+
+def run_here(folder: Path, *arguments: str) -> None:
+    """`fastssl ARGUMENTS` in `folder` by this process, which has imported everything; it must succeed."""
+    with chdir(folder):
+        result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
 
 
 def children(pid: int) -> list[int]:

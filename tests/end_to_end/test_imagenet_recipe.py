@@ -28,8 +28,7 @@ def converted(test_data, tmp_path_factory):
     classes = sorted((test_data / "imagenet-sample").iterdir())[:40]
     for wnid in classes:
         shutil.copytree(wnid, folder / "images" / "train" / wnid.name)
-    code, output = command.run(folder, "convert-imagenet", "images", "betons")
-    assert code == 0, output
+    command.run_here(folder, "convert-imagenet", "images", "betons")
     return folder / "betons"
 
 
@@ -41,9 +40,7 @@ def train(folder, data, loader, *more):
 def test_a_killed_run_continues_to_the_same_pixels(loader, converted, tmp_path):
     if importlib.util.find_spec(MODULES[loader].split(".")[0]) is None:
         pytest.skip(f"{MODULES[loader]} is not installed: the extra {loader}")
-    code, output = command.run(tmp_path, *train(tmp_path, converted, loader, "--out", "whole"))
-    assert code == 0, output
-
+    command.run_here(tmp_path, *train(tmp_path, converted, loader, "--out", "whole"))
     with command.running(tmp_path, *train(tmp_path, converted, loader, "--out", "killed")) as process:
         command.wait_until(lambda: command.steps_logged(tmp_path / "killed") >= 3 or process.poll() is not None)
         command.kill(process.pid)
@@ -58,7 +55,6 @@ def test_two_ranks_see_the_global_batches_of_one(converted, tmp_path):
     losses = []
     for ranks in ("1", "2"):
         out = ("--out", f"ranks{ranks}", "--cpu-ranks", ranks, "--set", "length=2steps")
-        code, output = command.run(tmp_path, *train(tmp_path, converted, "pil", *out))
-        assert code == 0, output
+        command.run_here(tmp_path, *train(tmp_path, converted, "pil", *out))
         losses.append([record["cross_entropy"] for record in command.metrics(tmp_path / f"ranks{ranks}")])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)

@@ -30,8 +30,7 @@ def cluster(tmp_path_factory):
 def whole(tmp_path_factory):
     """The run that nobody stops, on ranks which the command starts itself."""
     folder = tmp_path_factory.mktemp("whole")
-    code, log = command.run(folder, *TRAIN)
-    assert code == 0, log
+    command.run_here(folder, *TRAIN)
     return folder / "run"
 
 
@@ -70,25 +69,43 @@ def test_job_that_is_told_to_leave_twice_continues_bitwise(cluster, whole, tmp_p
     assert_same_run(tmp_path / "run", whole)
 
 
+def until_step(run_dir, step, process=None):
+    """Wait until that many steps are logged, or `process` has ended."""
+    command.wait_until(lambda: command.steps_logged(run_dir) >= step or (process and process.poll() is not None))
+
+
+def until_it_says(log, words):
+    command.wait_until(lambda: words in log.read_text(), timeout_s=100)
+
+
+def last_saved(run_dir):
+    """The step of the newest checkpoint."""
+    return int(sorted((run_dir / "checkpoints").glob("step-*"))[-1].name[5:])
+
+
 LONG = ("train", "--cpu-ranks", "2", "--out", "run", *command.CHANGES, "--set", "length=30steps")
+LONGER = (*LONG, "--set", "length=90steps", "--set", "evaluate_every=90steps")  # to be stopped again and again
 
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("how", ["srun", "srun torchrun"])
-@pytest.mark.parametrize("name", ["SIGUSR1", "SIGUSR2"])
-def test_a_signal_to_srun_saves_and_the_same_command_continues(name, how, cluster, tmp_path):
+def test_a_signal_to_srun_saves_and_the_same_command_continues(how, cluster, tmp_path):
     """Catches a launcher, or one below it, that dies of a signal before the ranks have saved."""
     program = ("srun", "-n2", *command.FASTSSL) if how == "srun" else ("srun", "-n1", *TORCHRUN)
     environment = {key: value for key, value in cluster.items() if os.environ.get(key) != value}
-    with command.running(tmp_path, *LONG, program=program, **environment) as process:
-        command.wait_until(lambda: process.poll() is not None or command.steps_logged(tmp_path / "run") >= 2)
-        process.send_signal(signal.Signals[name])
-        code = process.wait(timeout=200)
-    log = (tmp_path / "log").read_text()
-    saved = int(sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[-1].name[5:])
-    assert code == (1 if how == "srun torchrun" else EXIT_STOPPED), log
-    assert f"saved and stopped after step {saved} of 30, as {name} asked; the same command continues" in log
-    log = answer(cluster, tmp_path, *program, *LONG)
+    saved = 0
+    for name in ("SIGUSR1", "SIGUSR2"):
+        with command.running(tmp_path, *LONGER, program=program, **environment) as process:
+            until_step(tmp_path / "run", saved + 2, process)
+            process.send_signal(signal.Signals[name])
+            code = process.wait(timeout=200)
+        log = (tmp_path / "log").read_text()
+        assert not saved or log.count(f"continues   from step {saved}") == 1
+        before, saved = saved, last_saved(tmp_path / "run")
+        assert code == (1 if how == "srun torchrun" else EXIT_STOPPED), log
+        assert saved > before
+        assert f"saved and stopped after step {saved} of 90, as {name} asked; the same command continues" in log
+    log = answer(cluster, tmp_path, *program, *LONGER)
     assert log.count(f"continues   from step {saved}") == 1 and (tmp_path / "run" / "result.json").exists()
 
 
@@ -108,20 +125,21 @@ def test_sigterm_to_srun_itself_is_a_kill_and_the_same_command_continues(cluster
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", ["USR1", "USR2", "TERM"])
-def test_a_signal_to_the_jobs_shell_saves(name, cluster, tmp_path):
+def test_a_signal_to_the_jobs_shell_saves(cluster, tmp_path):
     """`--signal=B:` and `scancel --batch` signal the shell alone, which dies of it; SLURM then ends what it started."""
-    wrap = f"srun {shlex.join([*command.FASTSSL, *LONG])}"
-    number = answer(
-        cluster, tmp_path, "sbatch", "--parsable", "--ntasks=2", "--output=job.out", f"--wrap={wrap}"
-    ).strip()
-    command.wait_until(lambda: command.steps_logged(tmp_path / "run") >= 2)
-    answer(cluster, tmp_path, "scancel", "--batch", f"--signal={name}", number)
-    log = tmp_path / "job.out"
-    command.wait_until(lambda: "the same command continues" in log.read_text(), timeout_s=100)
-    saved = int(sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[-1].name[5:])
-    assert f"saved and stopped after step {saved} of 30" in log.read_text()
-    log = answer(cluster, tmp_path, "srun", "-n2", *command.FASTSSL, *LONG)
+    wrap = f"srun {shlex.join([*command.FASTSSL, *LONGER])}"
+    saved = 0
+    for name in ("USR1", "USR2", "TERM"):
+        log = tmp_path / f"{name}.out"
+        options = ("--parsable", "--ntasks=2", f"--output={log}")
+        number = answer(cluster, tmp_path, "sbatch", *options, f"--wrap={wrap}").strip()
+        until_step(tmp_path / "run", saved + 2)
+        answer(cluster, tmp_path, "scancel", "--batch", f"--signal={name}", number)
+        until_it_says(log, "the same command continues")
+        assert not saved or log.read_text().count(f"continues   from step {saved}") == 1
+        before, saved = saved, last_saved(tmp_path / "run")
+        assert saved > before and f"saved and stopped after step {saved} of 90" in log.read_text()
+    log = answer(cluster, tmp_path, "srun", "-n2", *command.FASTSSL, *LONGER)
     assert log.count(f"continues   from step {saved}") == 1
 
 

@@ -3,6 +3,7 @@ encoder and an optimiser of its own."""
 
 import shlex
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -11,7 +12,7 @@ from fastssl.errors import ConfigError
 from fastssl.launch.lines import lines
 from fastssl.launch.ranks import Ranks
 from fastssl.recipes.resolve import canonical, resolve
-from tests.end_to_end import command
+from tests.end_to_end import command, slurm
 from tests.support.interrupted import assert_same_run
 
 EXAMPLES = command.ROOT / "examples"
@@ -21,18 +22,29 @@ CHANGES = [part for change in SETTINGS for part in ("--set", change)]
 TRAIN = ("train", "my_recipes.py:simsiam", "--out", "run", *CHANGES)
 
 
+def laid_out(folder):
+    """A folder with the examples in it, and nothing else."""
+    folder.mkdir()
+    for file in EXAMPLES.glob("my_*.py"):
+        shutil.copy(file, folder)
+    return folder
+
+
 @pytest.fixture
 def outside(tmp_path):
-    """Folders with the examples in them, each of which has nothing else."""
+    return lambda name: laid_out(tmp_path / name)
 
-    def made(name):
-        folder = tmp_path / name
-        folder.mkdir()
-        for file in EXAMPLES.glob("my_*.py"):
-            shutil.copy(file, folder)
-        return folder
 
-    return made
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run that nobody stops, by number of ranks."""
+    found = {}
+    for world in ("1", "2"):
+        folder = laid_out(tmp_path_factory.mktemp("whole") / world)
+        code, log = command.run(folder, *TRAIN, "--cpu-ranks", world, OMP_NUM_THREADS="1")
+        assert code == 0, log
+        found[world] = folder / "run"
+    return found
 
 
 @pytest.fixture(autouse=True)
@@ -57,37 +69,51 @@ def torchrun(*arguments):
     return (sys.executable, "-m", "torch.distributed.run", *agent, "--no-python", *ours)
 
 
+ALONE = (*command.FASTSSL, *TRAIN)
+
+
 @pytest.mark.timeout(900)  # many starts of processes, on a machine that may be busy
-def test_they_train_on_two_ranks_are_killed_and_continue_bitwise_also_under_torchrun(outside):
+@pytest.mark.parametrize(("world", "program"), [("1", ALONE), ("2", torchrun(*TRAIN))], ids=["alone", "torchrun"])
+def test_they_are_killed_and_continue_bitwise(world, program, whole, outside):
     """Catches a rank that cannot import what the job holds, and weights or optimiser state that come back otherwise."""
-    whole, broken = outside("whole"), outside("broken")
-    code, log = command.run(whole, *TRAIN, "--cpu-ranks", "2", OMP_NUM_THREADS="1")
-    assert code == 0, log
-    with command.running(broken, program=torchrun(*TRAIN), OMP_NUM_THREADS="1") as process:
+    broken = outside("broken")
+    with command.running(broken, program=program, OMP_NUM_THREADS="1") as process:
         command.wait_until(lambda: process.poll() is not None or command.steps_logged(broken / "run") >= 5)
         assert process.poll() is None, (broken / "log").read_text()
         command.kill(process.pid, *command.children(process.pid))
         process.wait()
     assert 5 <= command.steps_logged(broken / "run") < LAST_STEP
-    with command.running(broken, program=torchrun(*TRAIN), OMP_NUM_THREADS="1") as process:
+    with command.running(broken, program=program, OMP_NUM_THREADS="1") as process:
         assert process.wait(timeout=400) == 0, (broken / "log").read_text()
-    assert_same_run(whole / "run", broken / "run")
+    assert_same_run(whole[world], broken / "run")
 
 
 @pytest.mark.timeout(900)
-def test_they_train_on_one_and_are_evaluated_from_another_folder_while_their_file_is_there(outside, tmp_path):
-    here, elsewhere = outside("here"), tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    code, log = command.run(here, *TRAIN, OMP_NUM_THREADS="1")
-    assert code == 0, log
-    evaluate = ("evaluate", str(here / "run"), "--protocol", "knn")
-    code, log = command.run(elsewhere, *evaluate)
+def test_srun_starts_them(whole, outside):
+    """Each task finds the file by what was typed: no launcher of ours hands it on."""
+    if why := slurm.missing():
+        pytest.skip(why)
+    folder = outside("here")
+    with slurm.cluster() as environment:
+        environment |= {"PYTHONPATH": str(command.ROOT), "OMP_NUM_THREADS": "1"}
+        typed = ("srun", "-n2", *ALONE, "--cpu-ranks", "2")
+        done = subprocess.run(typed, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_same_run(whole["2"], folder / "run")
+
+
+@pytest.mark.timeout(900)
+def test_they_are_evaluated_from_another_folder_while_their_file_is_there(whole, tmp_path):
+    method = whole["1"].parent / "my_method.py"
+    evaluate = ("evaluate", str(whole["1"]), "--protocol", "knn")
+    code, log = command.run(tmp_path, *evaluate)
     assert code == 0 and '"knn_top1"' in log, log
-    (here / "my_method.py").unlink()
-    code, log = command.run(elsewhere, *evaluate)
+    method.rename(method.with_name("elsewhere"))
+    code, log = command.run(tmp_path, *evaluate)
+    method.with_name("elsewhere").rename(method)
     assert code == 1
     (said,) = [line for line in log.splitlines() if line.startswith("Error: ")]
-    assert f"{here / 'run'} needs the module my_method, which was {here / 'my_method.py'}: it is not there" in said
+    assert f"{whole['1']} needs the module my_method, which was {method}: it is not there" in said
 
 
 # -------------------------------------------------------------------------------------------------------- in words
