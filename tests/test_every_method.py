@@ -18,7 +18,7 @@ from fastssl.commands import dry_run
 from fastssl.commands.main import main
 from fastssl.costs import memory_model
 from fastssl.costs.trace import Untraceable
-from fastssl.engine import stages
+from fastssl.engine import claim, stages
 from fastssl.engine.job import Job
 from fastssl.engine.join import facts_of
 from fastssl.engine.train import Trainer
@@ -217,6 +217,14 @@ def folders(path, run_dir):
     """Where each stage that trains keeps its files."""
     chain = short(path)
     return [run_dir / stage.name if len(chain) > 1 else run_dir for stage in chain if stage.do == "train"]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch):
+    """Networks so small that two threads would wait for each other."""
+    torch.set_num_threads(1)
+    for module in (stages, claim):
+        monkeypatch.setattr(module, "threads_per_rank", lambda: 1)
 
 
 @pytest.fixture(scope="module")
