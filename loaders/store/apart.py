@@ -65,7 +65,7 @@ def shared_images(data: DataSets) -> Iterator[Shared]:
 
 def _shared(mine: EncodedSource, theirs: EncodedSource) -> np.ndarray:
     """int64 [n, 2]: ids of images of `mine`, ascending, each with that of one of `theirs` which is the same."""
-    if mine.fingerprint() == theirs.fingerprint():
+    if len(mine) == len(theirs) and mine.fingerprint() == theirs.fingerprint():
         return np.repeat(np.arange(len(mine))[:, None], 2, axis=1)
     keys, others = _facts(mine), _facts(theirs)
     mine_ids = np.flatnonzero(np.isin(keys, others) & (mine.num_bytes > 0))

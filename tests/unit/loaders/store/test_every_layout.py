@@ -9,12 +9,14 @@ import pytest
 from PIL import Image
 
 from fastssl.commands.contents import look
+from loaders.convert import conversion
 from loaders.convert.conversion import Options, convert, prepare
 from loaders.errors import StoreError
 from loaders.loader import Loader, bind
 from loaders.plan.plan import Plan
 from loaders.plan.views import UNIT, Sequential, Stream, View, Whole
 from loaders.store.data import NOTHING_HELD_OUT, open_data
+from loaders.store.openers import open_path
 from tests.support.imagenet_trees import folder_tree
 from tests.support.layouts import CONVERTED_ALREADY, CONVERTED_FIRST, LAYOUTS, as_png, images
 from tests.unit.evaluation.test_evaluation import subject_of
@@ -131,6 +133,28 @@ def test_looked_at(row):
         stored = {"betons": "JPEG", "raw_betons": "decoded"}.get(layout, form)
         assert split.formats == {stored: len(wanted[role])} and not split.damaged and not split.unreadable
     assert found.command.startswith("fastssl train paws.cifar10_small --data")
+
+
+@pytest.mark.parametrize("layout", ["class_archives", "shards", "webdataset", "parquet", "datasets"])
+def test_archives_that_were_half_converted_continue_to_the_same_bytes(layout, tmp_path, monkeypatch):
+    """Would catch bytes of one member given for another where a conversion goes on in the middle of an archive."""
+    monkeypatch.setattr(conversion, "COMMIT_S", 0.0)
+    (tmp_path / "laid").mkdir()
+    tree = folder_tree(tmp_path / "tree", 3, 20, 2)
+    (source,) = LAYOUTS[layout](tree, tmp_path / "laid")
+    convert(prepare(Path(source), Options()), tmp_path / "whole")
+    for stop_at in (16, 40):
+
+        def stopped(what, done, total, stop_at=stop_at):
+            if what == "train" and done >= stop_at:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            convert(prepare(Path(source), Options()), tmp_path / "half", stopped)
+    convert(prepare(Path(source), Options()), tmp_path / "half")
+    for name in ("train.beton", "val.beton", "manifest.json"):
+        assert (tmp_path / "half" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert held(open_data((str(tmp_path / "half"),)).get("train")) == held(open_path(source).train)
 
 
 @pytest.mark.parametrize("sample", ["tiny-imagenet-sample", "caltech101-sample"])
