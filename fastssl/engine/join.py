@@ -117,8 +117,11 @@ def bounds_of(job: Job, stage: Stage, data: DataSets) -> list[Bound]:
 def _evaluated(job: Job, stage: Stage, method: Method[Any, Any], data: DataSets) -> Roles:
     """The roles in which the stage's evaluations look at images, found fit for it."""
     roles = Roles(method, data, held_out=job.held_out)
-    for protocol in protocols_of(job, stage, data):
+    protocols = protocols_of(job, stage, data)
+    for protocol in protocols:
         check_protocol(protocol, roles)
+    for role in (LABELLED, VALIDATION) if protocols else ():
+        roles.source_of(role)  # a result says which images these were
     return roles
 
 

@@ -115,7 +115,7 @@ def _replaced(loader: Loader, device: torch.device) -> dict[str, dict[str, int]]
 
 
 def _scores(at: Joined, trainer: Trainer, warn: Callable[[str], None]) -> dict[str, Any]:
-    """What the stage's protocols measure; under `failed` the message of each that could not, whose numbers are lost and
+    """What the stage's protocols measure; under FAILED the message of each that could not, whose numbers are lost and
     nothing else."""
     subject = _subject(at, trainer)
     scores: dict[str, Any] = {}

@@ -20,6 +20,7 @@ from torch import Tensor
 from fastssl import dist
 from fastssl.errors import ConfigError, FastsslError
 from fastssl.methods.base import NO_LABEL, Method, Nets
+from loaders.errors import StoreError
 from loaders.loader import Bound, Loader, bind
 from loaders.plan.plan import Plan
 from loaders.plan.views import Crop, Sequential, Stream, parse_subset
@@ -241,7 +242,7 @@ class Subject(Roles):
             device=self.device,
             threads=self.threads,
             renderer=self.renderer,
-            replace_damaged=self.leave_out_damaged,
+            replace_damaged=True,  # on one rank alone: all must come to the end of the pass to answer alike
         )
         with loader, eval_mode(self.nets), torch.no_grad():
             behind: deque[tuple[Tensor, Tensor, torch.cuda.Event | None]] = deque()
@@ -267,22 +268,26 @@ class Subject(Roles):
         assert done == count, f"{done} embeddings of {count} images"
         if not torch.isfinite(values_ND).all():
             raise FastsslError(f"embeddings of the {role} images at {tap!r} are not finite: the training has diverged")
-        ids = bound.subsets[role].ids
-        asked_N = torch.arange(count) if ids is None else torch.from_numpy(ids)
-        found = Features(values_ND, labels=marks_N2[:, 0].contiguous(), ids=marks_N2[:, 1].contiguous())
-        return _without_substitutes(found, asked_N, role)
+        return self._without_substitutes(
+            Features(values_ND, labels=marks_N2[:, 0].contiguous(), ids=marks_N2[:, 1].contiguous()), bound, role
+        )
 
-
-def _without_substitutes(features: Features, asked_N: Tensor, role: str) -> Features:
-    """The rows of the images that were asked for, int64 [N]: one that stands in for a damaged image would count twice.
-    A line says how many are left out."""
-    own_N = features.ids == asked_N
-    if own_N.all():
-        return features
-    if dist.is_main():
-        left_out = f"{int((~own_N).sum())} of {len(own_N)} {role} images"
-        print(f"warning: {left_out} cannot be used, and have no embedding", file=sys.stderr, flush=True)
-    return Features(features.values[own_N], features.labels[own_N], features.ids[own_N])
+    def _without_substitutes(self, found: Features, bound: Bound, role: str) -> Features:
+        """The rows of the images that were asked for: one that stands in for a damaged image would count twice. A line
+        says how many are left out; where none may be, StoreError is raised, on every rank alike."""
+        source, ids = bound.sources[role], bound.subsets[role].ids
+        asked_N = torch.arange(len(found.ids)) if ids is None else torch.from_numpy(ids)
+        own_N = found.ids == asked_N
+        lost = asked_N[~own_N].tolist()
+        if not lost:
+            return found
+        first = f"{source.path_of(lost[0])} of {source.name}"
+        said = f"{len(lost)} of {len(own_N)} {role} images cannot be used, first {first}"
+        if not self.leave_out_damaged:
+            raise StoreError(f"{said}: mend or remove them")
+        if dist.is_main():
+            print(f"warning: {said}; they are left out", file=sys.stderr, flush=True)
+        return Features(found.values[own_N], found.labels[own_N], found.ids[own_N])
 
 
 def _on_the_way(rows_BD: Tensor, marks_B2: Tensor) -> tuple[Tensor, Tensor, torch.cuda.Event | None]:

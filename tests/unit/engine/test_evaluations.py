@@ -11,7 +11,8 @@ from fastssl.engine import stages
 from fastssl.errors import ConfigError, FastsslError
 from fastssl.evaluation import knn, soft_nn
 from fastssl.methods.base import Steps
-from loaders.errors import StoreError
+from loaders.errors import RenderError, StoreError
+from loaders.loader import Loader
 from loaders.store.data import DataSets, open_data
 from tests.end_to_end.command import metrics
 from tests.ranks.pool import run_ranks
@@ -47,6 +48,14 @@ def test_what_an_evaluation_lacks_is_said_before_the_first_step(settings, error,
     for command in (describe, stages.run):
         with pytest.raises(error, match=says):
             command(job)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_what_a_result_says_is_known_before_the_first_step(tmp_path, monkeypatch):
+    """Catches labels that nothing asks for but the result, once all is done, and which are not there."""
+    monkeypatch.delattr(knn, "check")
+    with pytest.raises(StoreError, match=r"label list 'nolist.txt' was not found"):
+        stages.run(job_of(tmp_path / "run", labels="nolist.txt"))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
@@ -125,6 +134,26 @@ def _fails_everywhere(folder):
 
     soft_nn.evaluate = evaluate
     return stages.run(job_of(folder, evaluate=("soft-nn", "knn"), world=2))
+
+
+def _meets_a_damaged_image(folder):
+    """On the first rank alone: the image is among its share."""
+    crops = Loader._crops
+
+    def damaged(self, rows, slot):
+        if rows.stream == "validation" and 7 in rows.ids:
+            raise RenderError("image 7 cannot be decoded", 7)
+        return crops(self, rows, slot)
+
+    Loader._crops = damaged
+    return stages.run(job_of(folder, world=2))
+
+
+def test_ranks_agree_on_an_image_that_one_of_them_could_not_decode(tmp_path):
+    """Catches a rank that leaves the pass at its damaged image, while the others wait for its rows."""
+    one, other = run_ranks(2, _meets_a_damaged_image, tmp_path)
+    said = "1 of 355 validation images cannot be used, first 7 of digits (held out): mend or remove them"
+    assert one["failed_evaluations"] == other["failed_evaluations"] == {"knn": said} and one["steps"] == 6
 
 
 def test_an_evaluation_that_fails_on_two_ranks_costs_its_numbers(tmp_path):
