@@ -66,7 +66,7 @@ class FeaturesOnly(SwatchMethod):
 
 def subject_of(labelled: Path, sets: dict[str, Path], kind: type[SwatchMethod] = SwatchMethod) -> Subject:
     """`kind` beside a folder of labelled images; images are seen as ImageNet's are, scaled up and then cut."""
-    data = open_data((f"labelled={labelled}",))
+    data = open_data((f"labelled={labelled}", "validation=none"))
     config = SwatchConfig("imagenet", View("eval", 8, Centre(10), pixels=UNIT), precision="fp32")
     method = kind(config, Facts(data.get("labelled").num_classes, 3, 0), {})
     return Subject(method, method.nets(), data, threads=1, sets=sets)
