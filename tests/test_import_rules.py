@@ -100,7 +100,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "fastssl.export": (
         CONTRACT | {"fastssl.evaluation.accuracies", "fastssl.nn", "fastssl.run_dir", "fastssl.weights"},
-        {"torch", "safetensors"},
+        {"torch", "safetensors", "onnxruntime"},
     ),
     "fastssl.costs": (CONTRACT | {"fastssl.engine", "fastssl.nn.recompute", "fastssl.recipes"}, {"torch"}),
     "fastssl.report": (

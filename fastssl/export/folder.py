@@ -1,6 +1,7 @@
 """A run's networks for use elsewhere: a folder that needs no fastssl, and that `--init-from` takes.
 
 backbone.safetensors   the trunk, with torchvision's key names
+backbone.onnx          the same for ONNX runtimes, where it was asked for
 heads.safetensors      whatever else the network had: projection and prediction heads, a classifier
 config.json            architecture, input, accuracies, provenance, hashes of the files
 README.md              the same as a model card
@@ -14,7 +15,7 @@ import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save
@@ -24,6 +25,7 @@ from fastssl.config.plain import to_plain
 from fastssl.errors import ConfigError, FastsslError
 from fastssl.evaluation.accuracies import accuracy_cell, mean_and_spread
 from fastssl.export.architecture import architecture
+from fastssl.export.onnx import INPUT, ONNX, as_onnx, refuse_without_onnx
 from fastssl.methods.base import About, about_of
 from fastssl.nn.encoders.encoder import Encoder
 from fastssl.run_dir.checkpoint import STATE, Checkpoints, verified_sha256
@@ -35,7 +37,8 @@ from loaders.files import whole_folder
 from loaders.plan.views import Centre, View
 
 CARD = "README.md"
-FILES = {BACKBONE, HEADS, CONFIG, CARD}
+FILES = {BACKBONE, HEADS, CONFIG, CARD, ONNX}
+Format = Literal["safetensors", "onnx"]
 _SAYS_NOTHING = "{} does not say what its trunk is, so there is nothing to export"
 
 
@@ -43,12 +46,17 @@ class ExportError(FastsslError):
     """A run that cannot be exported, or a folder that cannot be written."""
 
 
-def export(run: Path, out: Path, step: int | None = None, network: str = "online") -> Path:
+def export(
+    run: Path, out: Path, step: int | None = None, network: str = "online", form: Format = "safetensors"
+) -> Path:
     """Write `network` ("online" or "target") of `run`'s last stage, as it was after `step` (None: the newest whole
-    checkpoint), to the folder `out`; an export that is there is replaced. It appears whole or not at all.
+    checkpoint), to the folder `out`; an export that is there is replaced. It appears whole or not at all. In the form
+    "onnx" the trunk comes as that, too.
 
     Raises FastsslError where the run has no such checkpoint or network, or `out` cannot be written.
     """
+    if form == "onnx":
+        refuse_without_onnx()
     written = read_run(run)
     stage = written.stages[-1]
     folder = written.folder(stage)
@@ -80,6 +88,10 @@ def export(run: Path, out: Path, step: int | None = None, network: str = "online
         "about": to_plain(about),
     }
     files = {BACKBONE: _serialised(trunk)} | ({HEADS: _serialised(heads)} if heads else {})
+    if form == "onnx":
+        module = encoder.build(about.facts.channels)
+        module.load_state_dict(trunk)
+        files[ONNX] = as_onnx(module, about.facts.channels, about.config.eval_view.size)
     described["files"] = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     files[CONFIG] = (json.dumps(described, indent=2) + "\n").encode()
     files[CARD] = _card(described).encode()
@@ -199,7 +211,8 @@ def _card(described: Mapping[str, Any]) -> str:
         "",
         "## Use",
         "",
-        *_use_lines(what),
+        *_use_lines(what, given["channels"]),
+        *(_onnx_lines() if ONNX in described["files"] else []),
         "",
         f"Input: {given['channels']} x {given['size']} x {given['size']}, "
         + (f"shorter side scaled to {given['resize']}, " if given["resize"] else "")
@@ -234,7 +247,14 @@ def _accuracy_lines(accuracy: Mapping[str, Any]) -> list[str]:
     return ["| protocol | top-1, % |", "|---|---|", *rows, "", f"Measured with {'; '.join(images)}."]
 
 
-def _use_lines(what: Mapping[str, Any]) -> list[str]:
+def _onnx_lines() -> list[str]:
+    lines = ["import onnxruntime", "", f'session = onnxruntime.InferenceSession("{ONNX}")',
+             f'features, = session.run(None, {{"{INPUT}": images}})']  # fmt: skip
+    return ["", f"As ONNX, for `images` of any number, float32, as the input is described below (`{ONNX}`):", "",
+            "```python", *lines, "```"]  # fmt: skip
+
+
+def _use_lines(what: Mapping[str, Any], channels: int) -> list[str]:
     lines = []
     if what["torchvision"]:
         load = f'model.load_state_dict(safetensors.torch.load_file("{BACKBONE}"))'
@@ -243,7 +263,9 @@ def _use_lines(what: Mapping[str, Any]) -> list[str]:
     else:
         lines += ["torchvision's ResNet cannot be made into this one; the names of tensors follow it all the same."]
     if what["timm"]:
-        lines += ["", f'With timm: `timm.create_model("{what["timm"]}", num_classes=0)` has the same keys.']
+        load = f'model.load_state_dict(safetensors.torch.load_file("{BACKBONE}"))'
+        make = f'model = timm.create_model("{what["timm"]}", num_classes=0, in_chans={channels}).eval()'
+        lines += ["", "With timm:", "", "```python", "import safetensors.torch, timm", "", make, load, "```"]
     if what["differs_from_torchvision"]:
         lines += ["", "What is not torchvision's:", "", *[f"- {each}" for each in what["differs_from_torchvision"]]]
     return lines
