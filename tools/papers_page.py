@@ -149,7 +149,9 @@ SEMPPL = (
     Row("figure 3", "precision and recall by votes", "logged", "there, at four thresholds, of the logged batch"),
     Row("tables 2, 7", "ImageNetV2, R, ObjectNet, C", "`--protocol robustness --labels all`", "there"),
     Row("table 3", "transfer to 11 sets", "`--protocol transfer`", "differs: another sweep, which the output tells"),
-    Row("reproducibility", "released checkpoints", "", "missing: the authors' page names no file yet"),
+    Row("reproducibility", "released checkpoints",
+        "`semppl.rn50_300ep` with `--init-from FILE --unsafe-pickle`",
+        "there for networks without selective kernels; tried on a file of that structure, not on theirs"),
     Row("F", "cost of votes, queues, loss", "`python -m benchmarks.semppl`", "there, but for the loss's share"),
 )  # fmt: skip
 

@@ -18,6 +18,7 @@ Tensors = dict[str, Mapping[str, Tensor]]  # "online", "target" -> a state dict 
 
 CHECKPOINT, EXPORT = "fastssl checkpoint", "fastssl export"  # the latter is recognised by its metadata
 PAWS, TORCHVISION = "checkpoint of PAWS's authors", "torchvision's or timm's ResNet"
+SEMPPL = "checkpoint of SemPPL's authors"
 TIMM = "timm's network"
 
 # Where training scripts keep a network's weights, the average first, as timm's own loading prefers it: timm
@@ -93,6 +94,53 @@ def _of_timm(state: Mapping[str, Any]) -> Recognised | None:
     return _found(TIMM, net, {"head.fc.": "fc.", "classifier.": "fc."}, entry, state)
 
 
+def _of_semppl(state: Mapping[str, Any]) -> Recognised | None:
+    """google-deepmind/semppl: Haiku's parameters and state by module, `res_net50/~/block_group_0/~/block_0/~/conv_0`,
+    under `experiment_state`. Kernels are stored height, width, in, out; statistics as averages of `mean_ema` and
+    `var_ema`; the arrays of some files have an axis of devices before all others. The names of its networks with
+    selective kernels were not released. Stride-2 convolutions pad the far end more there, here both ends alike: the
+    same weights give features that differ a little."""
+    experiment = state.get("experiment_state")
+    if not isinstance(experiment, Mapping) or not isinstance(experiment.get("online_params"), Mapping):
+        return None
+    net: dict[str, Tensor] = {}
+    for module, tensors in [*experiment["online_params"].items(), *experiment.get("online_state", {}).items()]:
+        name = _haiku_name(module)
+        for key, tensor in tensors.items() if name else ():
+            net |= _haiku_tensor(name, key, tensor)
+    left = tuple(f"experiment_state.{key}" for key in experiment if key not in ("online_params", "online_state"))
+    return Recognised(SEMPPL, {"online": net}, "online_params", left)
+
+
+def _haiku_name(module: str) -> str:
+    """Our name of one of its modules; empty for what no network of ours has, a probe's classifier."""
+    parts = [part for part in re.split(r"[./]", module) if part not in ("~", "mean_ema", "var_ema")]
+    statistics = {"mean_ema": ".running_mean", "var_ema": ".running_var"}.get(re.split(r"[./]", module)[-1], "")
+    if parts[0] in ("projector", "predictor"):
+        layer = {"linear": "fc1", "batch_norm": "bn1", "linear_1": "fc2"}.get(parts[-1])
+        return f"{parts[0][:-2]}ion.{layer}{statistics}" if layer else ""
+    first = {"initial_conv": "conv1", "initial_batchnorm": "bn1"}
+    if parts[-1] in first:
+        return f"trunk.{first[parts[-1]]}{statistics}"
+    block = re.fullmatch(r"block_group_(\d+) block_(\d+) (conv|batchnorm|shortcut_conv|shortcut_batchnorm)_?(\d*)",
+                         " ".join(parts[1:]))  # fmt: skip
+    if block is None:
+        return ""
+    group, number, kind, index = block.groups()
+    layers = {"conv": "conv", "batchnorm": "bn", "shortcut_conv": "downsample.0", "shortcut_batchnorm": "downsample.1"}
+    return f"trunk.layer{int(group) + 1}.{number}.{layers[kind]}{int(index) + 1 if index else ''}{statistics}"
+
+
+def _haiku_tensor(name: str, key: str, tensor: Tensor) -> dict[str, Tensor]:
+    """By our name; empty for what running statistics are made of but their average."""
+    if name.endswith(("running_mean", "running_var")):
+        return {name: tensor.flatten()} if key == "average" else {}
+    if key == "w":
+        kernel = tensor.squeeze(0) if tensor.ndim in (3, 5) else tensor  # of the first of one device
+        return {f"{name}.weight": kernel.permute(3, 2, 0, 1) if kernel.ndim == 4 else kernel.T}
+    return {f"{name}.{'weight' if key == 'scale' else 'bias'}": tensor.flatten()}
+
+
 def _of_torchvision(state: Mapping[str, Any]) -> Recognised | None:
     """One flat state dict, or a training script's checkpoint around it; the classifier is `fc`."""
     entry = entry_of(state)
@@ -103,6 +151,7 @@ def _of_torchvision(state: Mapping[str, Any]) -> Recognised | None:
 _LAYOUTS: dict[str, Callable[[Mapping[str, Any]], Recognised | None]] = {
     CHECKPOINT: _of_checkpoint,
     PAWS: _of_paws,
+    SEMPPL: _of_semppl,
     TORCHVISION: _of_torchvision,
     transformers.TIMM_VIT: _of_transformer,
     TIMM: _of_timm,

@@ -109,9 +109,9 @@ def fitting(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor], source: str
 
 def read_weights(path: Path, unsafe_pickle: bool = False) -> Weights:
     """The networks in the file `path`, or in an exported folder, its layout recognised: a checkpoint or export of
-    ours, a checkpoint of PAWS's authors, a ResNet of torchvision's or timm's, or a checkpoint of one, from timm's
-    training script, torchvision's or pytorch/examples', or a vision transformer of timm's, DINOv2's or DINOv3's, or
-    another network of timm's. `unsafe_pickle` as in `read_tensors`. Raises WeightsError where it holds none."""
+    ours, a checkpoint of PAWS's or SemPPL's authors, a ResNet of torchvision's or timm's, or a checkpoint of one, from
+    timm's training script, torchvision's or pytorch/examples', or a vision transformer of timm's, DINOv2's or DINOv3's,
+    or another network of timm's. `unsafe_pickle` as in `read_tensors`. Raises WeightsError where it holds none."""
     state, metadata = read_tensors(path / BACKBONE if path.is_dir() else path, unsafe_pickle)
     if metadata.get("layout") == layouts.EXPORT:
         return _exported(path if path.is_dir() else path.parent)
