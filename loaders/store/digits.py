@@ -33,7 +33,7 @@ def open_digits() -> tuple[ArraySource, ArraySource]:
 
 
 def _file() -> Path:
-    """Where scikit-learn keeps them: a line an image, its label last. To import it takes each rank a second."""
+    """Where scikit-learn keeps them: a line an image, its label last. To import it takes each rank most of a second."""
     found = find_spec("sklearn")
     for folder in (found and found.submodule_search_locations) or ():
         if (path := Path(folder, "datasets", "data", "digits.csv.gz")).is_file():
