@@ -128,6 +128,15 @@ def distil(**changes):
     return (teacher, replace(stage, config=method, needs={"teacher": Ref(stage=teacher.name)}))
 
 
+def distil_features():
+    """From the supervised baseline."""
+    (teacher,), (stage,) = supervised(), resolve("distil_features.cifar10_small")
+    tiny = {"dataset": "digits", "eval_view": fakes.EVAL, "labels": "per-class=50", "batch_global": 32}
+    tiny |= {"view": replace(fakes.VIEW, copies=1), "encoder": ResNet(10, stem="cifar", base_width=4)}
+    config = replace(stage.config, precision="fp32", **tiny, teacher_encoder=teacher.config.encoder)
+    return (teacher, replace(stage, config=config, needs={"teacher": Ref(stage=teacher.name)}))
+
+
 SMALL_CROPS = View("small", 6, Rrc((0.3, 0.6)), pixels=UNIT, copies=3)
 
 
@@ -190,6 +199,7 @@ def table():
         "simclrv2": Row(simclrv2(), 6.2, 150, peak=10.0),
         "simclrv2 with memory": Row(simclrv2(memory=Memory(96, decay=0.5), head_layers=3), 8.3),
         "distil": Row(distil(), 0.3),
+        "distil_features": Row(distil_features(), 0.05),
         **{f"fake {family}": Row(fakes.stages(family)) for family in ("paws", "semppl", "simclrv2", "s4l")},
     }
 
