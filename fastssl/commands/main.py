@@ -12,6 +12,7 @@ from fastssl.commands.doctor import doctor
 from fastssl.commands.embed import embed
 from fastssl.commands.evaluate import evaluate
 from fastssl.commands.export import export
+from fastssl.commands.predict import predict
 from fastssl.commands.profile import profile
 from fastssl.commands.recipes import recipes
 from fastssl.commands.replay import replay
@@ -30,5 +31,7 @@ def main() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
-for _command in (train, evaluate, embed, report, export, replay, profile, data, convert_imagenet, doctor, recipes):
+for _command in (
+    train, evaluate, predict, embed, report, export, replay, profile, data, convert_imagenet, doctor, recipes,
+):  # fmt: skip
     main.add_command(_command)

@@ -15,10 +15,11 @@ from fastssl.engine.job import Job
 from fastssl.engine.join import facts_of
 from fastssl.errors import ConfigError
 from fastssl.evaluation.subject import Subject
-from fastssl.methods.base import Facts, Method, about_of
+from fastssl.methods.base import Facts, Method, Nets, about_of
 from fastssl.run_dir.checkpoint import CheckpointError, Checkpoints
 from fastssl.run_dir.files import CHECKPOINTS, RESOLVED, read_json
 from fastssl.run_dir.written import Written, read_run
+from fastssl.weights.read import CONFIG, read_weights
 from loaders.loader import resolved
 from loaders.plan.views import parse_subset
 from loaders.store.data import LABELLED, NOTHING_HELD_OUT, VALIDATION, DataSets, open_data
@@ -50,18 +51,12 @@ def open_run(
     nets = method.nets()
     for name, module in nets.saved().items():
         module.load_state_dict(state["nets"][name])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for module in nets.modules().values():
-        module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if held_out is None and not data:
         held_out = written.held_out
-    threads = len(os.sched_getaffinity(0))
-    subject = Subject(
+    subject = _subject(
         method,
         nets,
         sources,
-        device=device,
-        threads=threads,
         held_out=held_out,
         labels=labels,
         sets=sets,
@@ -69,6 +64,35 @@ def open_run(
         leave_out_damaged=written.damaged == "replace",
     )
     return subject, state["step"]
+
+
+def open_networks(folder: Path, labelled: tuple[str, ...] = ()) -> Subject:
+    """The networks of a run, or of a folder that `fastssl export` wrote, to be shown other images. `labelled` are
+    `labelled=PATH` values, whose images, all of them, stand in for those that the run learnt from; an exported folder
+    has none of its own. Raises as `open_run` does."""
+    labelled = (*labelled, NOTHING_HELD_OUT) if labelled else ()
+    if (folder / RESOLVED).exists():
+        return open_run(folder, labelled, labels="all" if labelled else None)[0]
+    if not (folder / CONFIG).exists():
+        raise ConfigError(f"{folder} is neither a run nor an exported folder: it has no {RESOLVED} and no {CONFIG}")
+    weights = read_weights(folder)
+    about = about_of(weights.about)
+    method = about.config.build(about.facts, {})
+    if not labelled and "logits" not in method.taps:
+        raise ConfigError(
+            f"{folder} has no classifier, and no images to find neighbours among: give --data labelled=PATH"
+        )
+    nets = method.nets()
+    weights.load_whole(nets.online, "online")
+    return _subject(method, nets, open_data(labelled), labels="all")
+
+
+def _subject(method: Method[Any, Any], nets: Nets[Any], sources: DataSets, **settings: Any) -> Subject:
+    """Both on whatever this process computes on."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for module in nets.modules().values():
+        module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return Subject(method, nets, sources, device=device, threads=len(os.sched_getaffinity(0)), **settings)
 
 
 def open_method(run: Path, data: tuple[str, ...]) -> tuple[Method[Any, Any], DataSets]:

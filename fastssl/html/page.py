@@ -181,6 +181,11 @@ svg text{{font-size:11px;fill:var(--quiet);font-variant-numeric:tabular-nums lin
 .crops{{display:grid;gap:3px;justify-content:start;margin:.5rem 0}}
 .crops img{{width:100%;display:block;aspect-ratio:1;border-radius:1px}} .pixels{{image-rendering:pixelated}}
 .crops span{{font:.72rem/1.2 ui-sans-serif,system-ui,sans-serif;color:var(--quiet);align-self:end}}
+.thumbs{{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(45%,10rem),1fr));gap:1.4rem 1rem;
+ margin:1.6rem 0;align-items:start}}
+.thumbs img{{width:100%;aspect-ratio:1;object-fit:contain;display:block;background:var(--faint);border-radius:2px}}
+.thumbs figcaption{{margin:.4rem 0 0;overflow-wrap:anywhere}} .thumbs span{{font-size:.8rem}}
+.thumbs code{{display:block;color:var(--quiet);font-size:.72rem}}
 .confusion td,.confusion th{{padding:0 .2rem;min-width:2rem;height:1.9rem;text-align:center;border:0}}
 .confusion tbody th{{text-align:right;padding-right:.6rem;vertical-align:middle;font-weight:400}}
 .confusion thead th{{border:0;font-weight:400}} .confusion thead td{{border:0!important}}

@@ -250,3 +250,13 @@ def refuse_unreadable(source: ListedSource) -> None:
         i, why = next(iter(source.unreadable.items()))
         count = f"{len(source.unreadable)} of {len(source)} images cannot be used, first " if len(source) > 1 else ""
         raise StoreError(f"{count}{source.listing.path / source.path_of(i)}: {why}")
+
+
+def images_below(root: Path) -> ImageFiles | None:
+    """Every image file in `root` and below, sorted by its path, without labels; None where there is none. Raises
+    StoreError where one cannot be read."""
+    try:
+        paths = sorted(row.path for row in files_below(root, PassedOver()))
+    except OSError as e:
+        raise StoreError(f"{e.filename or root}: cannot be read: {e.strerror}") from e
+    return ImageFiles(root, paths, np.full(len(paths), -1, np.int64), ()) if paths else None
