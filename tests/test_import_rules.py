@@ -27,7 +27,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"run_dir", "recipes", "evaluation"}),
     frozenset({"engine", "export"}),
     frozenset({"costs", "report"}),
-    frozenset({"profiling"}),
+    frozenset({"profiling", "api"}),
     frozenset({"commands"}),
 )
 MOST_FLOORS, MOST_ROOMS = 10, 26
@@ -111,6 +111,13 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         CONTRACT | {"fastssl.costs", "fastssl.engine", "fastssl.html", "fastssl.recipes", "fastssl.run_dir"},
         {"torch", "numpy", "PIL", "rich"},
     ),
+    "fastssl.api": (
+        CONTRACT
+        | {"fastssl.costs", "fastssl.engine", "fastssl.evaluation", "fastssl.export", "fastssl.launch"}
+        | {"fastssl.recipes", "fastssl.record", "fastssl.report", "fastssl.run_dir"},
+        {"torch", "numpy", "PIL"},
+    ),
+    "fastssl.__init__": ({"fastssl.api"}, set()),
     "fastssl.commands": ({"fastssl", "loaders"}, {"click", "rich", "torch", "numpy"}),
     "fastssl.__main__": ({"fastssl.commands"}, set()),
 }

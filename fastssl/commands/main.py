@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 import click
 
+from fastssl import before_torch
 from fastssl.commands.convert_imagenet import convert_imagenet
 from fastssl.commands.data import data
 from fastssl.commands.doctor import doctor
@@ -24,11 +23,7 @@ from fastssl.commands.train import train
 @click.version_option(package_name="fastssl-train")
 def main() -> None:
     """Pre-train image encoders from many unlabelled and few labelled images."""
-    # OpenMP's threads spin between parallel regions by default and so take the cores from the loader's threads, from
-    # other ranks and from each other: a step took up to ten times as long. Read as torch loads, which is later.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # torch's networking warns of host names it cannot look up and of peers that leave; what matters comes as an error.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    before_torch()
 
 
 for _command in (

@@ -41,7 +41,7 @@ def profile(
 ) -> None:
     """Say where the time goes, what binds, and what 64 GPUs would do. Needs neither data nor a GPU: RECIPE (default:
     paws.rn50_100ep) runs at a size that this machine can do."""
-    from fastssl.commands.on_ranks import on_ranks
+    from fastssl.api.on_ranks import on_ranks
     from fastssl.engine.job import Job
     from fastssl.profiling import profile as profiles
     from fastssl.recipes.resolve import canonical, resolve

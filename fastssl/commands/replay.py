@@ -16,7 +16,7 @@ from fastssl.commands.command import DATA, command, ranks
 @click.option("--cpu-ranks", type=click.IntRange(1), help="Ranks on CPUs [as the run had].")
 def replay(dump: Path, data: tuple[str, ...], gpus: int | None, cpu_ranks: int | None) -> None:
     """Do a step again that was not finite, from the last checkpoint before it, and say where it first shows."""
-    from fastssl.commands.on_ranks import on_ranks
+    from fastssl.api.on_ranks import on_ranks
     from fastssl.engine.reopen import job_to_replay
 
     asked = ranks(gpus, cpu_ranks) if gpus or cpu_ranks else {"device": None, "world": None}

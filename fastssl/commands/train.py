@@ -80,42 +80,37 @@ def train(
     **others: Any,
 ) -> None:
     """Train RECIPE (default: paws.digits). The same command continues a run that was stopped."""
-    from fastssl.commands.on_ranks import on_ranks
+    from fastssl.api.jobs import default_out, job_of, refuse_without_data, refuse_without_inputs
+    from fastssl.api.on_ranks import on_ranks
     from fastssl.commands.sweep import prepare
     from fastssl.commands.sweep import run as run_sweep
-    from fastssl.engine.job import Job
-    from fastssl.recipes.resolve import canonical, resolve
 
     submission = {name: others.pop(name) for name in SUBMISSION}
-    if labels is not None:
-        changes = (*changes, f"labels={labels}")
-    recipe = canonical(recipe)
-    stages = resolve(recipe, changes)
     chosen = _seeds(seeds)
     _check(out, chosen, held_out, swept, submit, submission, others["resume"])
-
-    def where(seed: int) -> Path:
-        return out or Path("runs") / f"{recipe.replace(':', '.')}{'-sweep' if swept else ''}-seed{seed}"
-
-    job = Job(
-        recipe=recipe,
-        stages=stages,
+    job = job_of(
+        recipe,
+        data=data,
         changes=changes,
-        data=data or _embedded(stages[0].config.dataset),
-        out=where(chosen[0]),
+        labels=labels,
+        out=out,
         seed=chosen[0],
         command=as_typed(),
         **ranks(gpus, cpu_ranks),
         **others,
     )
-    if not job.data and not dry_run:
-        raise ConfigError(f"{recipe} needs images: --data {_how_to_get(stages[0].config.dataset)}")
+
+    def where(seed: int) -> Path:
+        return out or default_out(job, seed, "-sweep" if swept else "")
+
+    job = replace(job, out=where(job.seed))
+    if not dry_run:
+        refuse_without_data(job)
     sweep = prepare(job, swept, held_out) if swept else None
     if dry_run:
         _describe(job, sweep)
         return
-    if missing := (next(iter(sweep.runs.values())) if sweep else job).missing_inputs():
-        raise ConfigError(f"{recipe} builds on another run: give {' and '.join(missing)}")
+    refuse_without_inputs(next(iter(sweep.runs.values())) if sweep else job)
     if sweep:
         run_sweep(sweep, on_ranks)
         return
@@ -153,19 +148,6 @@ def _check(
         raise ConfigError("--nodes, --gpus-per-node, --cpus-per-rank, --partition and --time belong to --submit slurm")
 
 
-def _embedded(dataset: str) -> tuple[str, ...]:
-    """`--data` of a set that needs none."""
-    from fastssl.recipes.datasets import KNOWN_SETS
-
-    return (dataset,) if KNOWN_SETS[dataset].embedded else ()
-
-
-def _how_to_get(dataset: str) -> str:
-    from fastssl.recipes.datasets import KNOWN_SETS
-
-    return KNOWN_SETS[dataset].how
-
-
 def _describe(job: Job, sweep: Sweep | None) -> None:
     from fastssl.commands.dry_run import describe
 
@@ -173,7 +155,7 @@ def _describe(job: Job, sweep: Sweep | None) -> None:
 
 
 def _submit(jobs: list[Job], submission: dict[str, Any]) -> None:
-    from fastssl.commands.on_ranks import on_ranks
+    from fastssl.api.on_ranks import on_ranks
     from fastssl.launch.ranks import Ranks
     from fastssl.launch.slurm import submit
 

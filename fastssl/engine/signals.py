@@ -21,7 +21,8 @@ SAME_REQUEST_S = 2.0  # schedulers signal a whole group, and launchers pass it o
 
 
 class StopRequest:
-    """Within its context, on the main thread: the number of the signal that has asked this process to stop, else 0.
+    """Within its context: the number of the signal that has asked this process to stop, else 0; always 0 where the
+    context is not of the main thread.
 
     A second request, later than SAME_REQUEST_S, ends the process at once with 128 + its number. A thread answers, not
     a Python signal handler: that would wait for a collective that never ends.
@@ -29,8 +30,12 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signum = 0
+        self._listens = False
 
     def __enter__(self) -> StopRequest:
+        self._listens = threading.current_thread() is threading.main_thread()
+        if not self._listens:  # Python lets nobody else set handlers
+            return self
         self._read, write = socket.socketpair()
         write.setblocking(False)
         self._write = write
@@ -41,6 +46,8 @@ class StopRequest:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if not self._listens:
+            return
         signal.set_wakeup_fd(self._wakeup_before)
         for signum, handler in self._handlers.items():
             signal.signal(signum, handler)

@@ -23,7 +23,7 @@ from rich.segment import ControlType
 from rich.text import Text
 
 from fastssl.errors import FastsslError
-from fastssl.record.trackers import open_tracker
+from fastssl.record.trackers import listeners, open_tracker
 from loaders.files import write_file
 
 PLAIN_EVERY_S = 10.0  # console only: a day of plain lines stays under 9,000
@@ -72,7 +72,7 @@ class Recorder:
         run_dir.mkdir(parents=True, exist_ok=True)
         self.evaluated_step = _truncate(self.path, resume_step)
         self._file = self.path.open("a", encoding="utf-8")
-        self._trackers = [open_tracker(name, run_dir, resume_step) for name in log_to]
+        self._trackers = [*(open_tracker(name, run_dir, resume_step) for name in log_to), *listeners()]
 
     def announce(self, title: str, table: Mapping[str, object], *, total_steps: int | None = None) -> None:
         """First thing seen: what will be done, a row for each entry. total_steps: the last step's number."""

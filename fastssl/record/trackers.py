@@ -10,7 +10,8 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ from fastssl.config.names import suggest
 from fastssl.errors import ConfigError
 from loaders.files import write_file
 
+_LISTENERS: list[Callable[[dict[str, Any]], object]] = []
 _FOLDER, WANDB_RUN_ID = "tensorboard", "wandb_run_id"
 
 
@@ -44,6 +46,36 @@ def open_tracker(name: str, run_dir: Path, resume_step: int) -> Tracker:
     """The tracker `name` of the run in `run_dir`, which goes on after `resume_step` steps; of later ones, which will be
     done again, it keeps nothing."""
     return TRACKERS[name](run_dir, resume_step)
+
+
+class _Listener:
+    """A function of this process that hears of every logged step."""
+
+    def __init__(self, heard: Callable[[dict[str, Any]], object]):
+        self._heard = heard
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        if "loss" in record:  # no evaluation
+            self._heard(dict(record))
+
+    def close(self) -> None:
+        pass
+
+
+@contextmanager
+def listening(heard: Callable[[dict[str, Any]], object]) -> Iterator[None]:
+    """Within: `heard` gets every step that a run in this process logs, on the thread that trains; what it raises ends
+    the run as an error of its own would."""
+    _LISTENERS.append(heard)
+    try:
+        yield
+    finally:
+        _LISTENERS.remove(heard)
+
+
+def listeners() -> list[Tracker]:
+    """Those that listen in this process."""
+    return [_Listener(heard) for heard in _LISTENERS]
 
 
 class TensorBoard:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from loaders.errors import StoreError
 from loaders.store import cifar, imagenet, listed, parquet, shards
+from loaders.store.arrays import holds_arrays, open_arrays
 from loaders.store.beton import BetonSource
 from loaders.store.digits import open_digits
 from loaders.store.folder import ListedSource, files_below, folders_in, images_in, list_folder
@@ -225,6 +226,8 @@ def _named(p: Path, *suffixes: str) -> bool:
 
 
 OPENERS = (
+    Opener("images.npy and labels.npy", holds_arrays,
+           lambda p, validation: Splits("arrays", open_arrays(p), single=True)),
     Opener("*.beton", lambda p: bool(_betons_in(p)), _open_betons),
     Opener("a .csv or .tsv of paths and labels", lambda p: _named(p, *listed.TABLES), _open_table),
     Opener("a single image", lambda p: _named(p, *SUFFIXES), _one_image),

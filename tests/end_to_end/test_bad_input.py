@@ -7,8 +7,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from fastssl.api.on_ranks import on_ranks
 from fastssl.commands.main import main
-from fastssl.commands.on_ranks import on_ranks
 from fastssl.engine.job import Job
 from fastssl.methods.paws import Paws
 from tests.end_to_end import command

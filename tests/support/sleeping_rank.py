@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fastssl import dist
-from fastssl.commands.on_ranks import on_ranks
+from fastssl.api.on_ranks import on_ranks
 from fastssl.errors import EXIT_HUNG, Hung
 from fastssl.methods.base import Artefact, Facts, Method, Nets
 from loaders.batch import Batch

@@ -1,5 +1,6 @@
 """What the documentation names exists: files, links, commands with their options, recipes, protocols, exit codes."""
 
+import ast
 import importlib.util
 import re
 import shlex
@@ -8,9 +9,11 @@ from pathlib import Path
 import click
 import pytest
 
+import fastssl
 from fastssl import errors
 from fastssl.commands.main import main
 from fastssl.evaluation import load_protocol, protocol_names
+from fastssl.evaluation.predict import Predictions
 from fastssl.recipes.resolve import recipes, resolve
 from fastssl.run_dir import files
 
@@ -102,6 +105,15 @@ def test_options_recipes_and_protocols_in_running_text_are_those_of_the_code(pag
     said = set(re.findall(rf"`((?:{methods})\.[a-z0-9_]+)`", text)) - {"supervised.py"}
     assert {name for name in said if not name.endswith((".py", ".md"))} - recipes().keys() == set()
     assert set(re.findall(r"--protocol ([a-z-]+)", text)) - {"name"} <= set(protocol_names())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_python_of_a_page_names_what_there_is(page):
+    for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                kind = {"fastssl": fastssl, "run": fastssl.Run, "found": Predictions}.get(node.value.id)
+                assert kind is None or hasattr(kind, node.attr), f"{node.value.id}.{node.attr}"
 
 
 def test_every_protocol_is_told_of():
