@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
 
 from fastssl.engine.job import Job
 from fastssl.errors import ConfigError
+from fastssl.methods.base import Stages
 from fastssl.recipes.datasets import KNOWN_SETS
-from fastssl.recipes.resolve import canonical, resolve
+from fastssl.recipes.images import TYPICAL, Choices, Images
+from fastssl.recipes.resolve import canonical, follows_images, resolve
+from loaders.loader import resolved
+from loaders.plan.views import parse_subset
+from loaders.store.data import LABELLED, TRAIN, UNLABELLED, DataSets, open_data
 
 
 def job_of(
@@ -28,7 +35,7 @@ def job_of(
     if labels is not None:
         changes = (*changes, f"labels={labels}")
     recipe = canonical(recipe)
-    stages = resolve(recipe, changes)
+    stages, said = stages_of(recipe, changes, data, others.get("device", "cpu"), others.get("init_from") is not None)
     known = KNOWN_SETS[stages[0].config.dataset]
     job = Job(
         recipe=recipe,
@@ -37,9 +44,52 @@ def job_of(
         data=data or ((stages[0].config.dataset,) if known.embedded else ()),
         out=out or Path(),
         seed=seed,
+        said=said,
         **others,
     )
     return job if out else replace(job, out=default_out(job, seed))
+
+
+def stages_of(
+    recipe: str, changes: tuple[str, ...], data: tuple[str, ...], device: Literal["cpu", "cuda"], from_weights: bool
+) -> tuple[Stages, tuple[str, ...]]:
+    """The recipe's stages with `changes`, and lines that say what of them follows from the images in `data`, or from
+    typical ones where there are none. Raises ConfigError, LoaderError."""
+    if not follows_images(recipe):
+        return resolve(recipe, changes), ()
+    images = replace(TYPICAL, device=device, from_weights=from_weights)
+    if data:
+        labels = [change.removeprefix("labels=") for change in changes if change.startswith("labels=")]
+        images = _look_at(open_data(data), labels[-1] if labels else "all", images)
+    stages = resolve(recipe, changes, images)
+    return stages, (*(() if data else ("no --data: what follows is for typical images",)), *Choices(images).said())
+
+
+def restaged(job: Job, changes: tuple[str, ...]) -> Stages:
+    """The stages of `job` with these changes instead of its own."""
+    return stages_of(job.recipe, changes, job.data, job.device, job.init_from is not None)[0]
+
+
+def _look_at(data: DataSets, labels: str, images: Images) -> Images:
+    """`images` with what `data` holds, of which `labels` show their label."""
+    labelled = data.get(LABELLED)
+    try:
+        ids = resolved(parse_subset(labels), labelled, data).ids
+    except ValueError as error:
+        raise ConfigError(f"--labels: {error}") from None
+    shown = labelled.labels if ids is None else labelled.labels[ids]
+    counts = np.bincount(shown[shown >= 0])
+    counts = counts[counts > 0]
+    learnt = data.get(UNLABELLED) if {UNLABELLED, TRAIN} & data.sources.keys() else labelled
+    return replace(
+        images,
+        num_images=len(learnt),
+        num_labelled=int(counts.sum()),
+        num_classes=len(counts),
+        smallest_class=int(counts.min(initial=len(shown))),
+        side=int(np.median(np.min(learnt.sizes, axis=1))),
+        channels=learnt.channels,
+    )
 
 
 def default_out(job: Job, seed: int, kind: str = "") -> Path:

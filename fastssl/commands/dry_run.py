@@ -31,6 +31,7 @@ def describe(job: Job) -> str:
         job, lowered = fitted(job, data)
     told = [f"{job.recipe}, seed {job.seed}, {job.world} {'GPU' if job.device == 'cuda' else 'CPU'} rank(s)"]
     told += [f"  data         {line}" for line in (*data.said, *lowered)] if data else []
+    told += [f"  {line}" for line in job.said]
     for stage in job.stages:
         told += _describe_stage(job, stage, data, warnings)
     if data and (found := unusable([bound for stage in job.stages for bound in bounds_of(job, stage, data)])):

@@ -21,6 +21,7 @@ from urllib.parse import quote
 
 import numpy as np
 
+from fastssl.api.jobs import restaged
 from fastssl.config.calls import split
 from fastssl.config.plain import differences
 from fastssl.engine.job import Job
@@ -28,7 +29,6 @@ from fastssl.errors import ConfigError, FastsslError, Hung, Stopped
 from fastssl.evaluation import FAILED
 from fastssl.evaluation.accuracies import accuracy_cell, mean_and_spread
 from fastssl.methods.base import Config, Epochs, Stage
-from fastssl.recipes.resolve import resolve
 from fastssl.record.trackers import WANDB_RUN_ID
 from fastssl.run_dir.files import RESOLVED, RESULT, read_json
 from fastssl.run_dir.lock import LOCK
@@ -157,7 +157,7 @@ def _without_labels_of(held_out: str, stages: tuple[Stage, ...]) -> tuple[str, .
 
 
 def _with(job: Job, changes: tuple[str, ...]) -> Job:
-    return replace(job, changes=changes, stages=resolve(job.recipe, changes))
+    return replace(job, changes=changes, stages=restaged(job, changes))
 
 
 def _checked(sweep: Sweep, data: DataSets) -> Resolved:
@@ -242,7 +242,7 @@ def _final(sweep: Sweep, chosen: str) -> Job:
         _copy(run.out, out)
         return replace(run, out=out, held_out=None, allow_change=(*run.allow_change, "held_out", "data.validation"))
     changes = (*base.changes, *sweep.settings[chosen])
-    stages = resolve(base.recipe, changes)
+    stages = restaged(base, changes)
     return replace(_with(base, (*changes, *map(_evaluated_once, stages))), out=out)
 
 

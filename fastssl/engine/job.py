@@ -31,6 +31,7 @@ class Job(Settings):
     held_out: str | None = None  # labelled images (a subset) that stand in for the validation images, left unopened
     replay: Path | None = None  # do no more than this step again, which was not finite
     command: str = ""
+    said: tuple[str, ...] = ()  # what of the stages follows from the data, a line a choice
 
     def __reduce__(self) -> tuple[Any, ...]:
         """What it holds of modules of the user's is loaded from their files in whatever process it comes to."""

@@ -55,6 +55,8 @@ def run(job: Job) -> dict[str, Any]:
     with held(job.out), StopRequest() as stop:
         refuse_or_list(job, data)  # of every stage: what does not fit must not wait for the end of those before
         claim(job, data)
+        for line in job.said if dist.is_main() else ():
+            print(line, flush=True)
         return _done(Here(job, data, device, threads, stop))
 
 

@@ -12,7 +12,7 @@ Recipe = Callable[[], Stages]
 
 
 def recipes_in(module: ModuleType) -> dict[str, Recipe]:
-    """The public functions without parameters that `module` itself defines and annotates `-> Stages`."""
+    """The public functions that need no argument and that `module` itself defines and annotates `-> Stages`."""
     members = {name: each for name, each in vars(module).items() if inspect.isfunction(each)}
     return {
         name: each
@@ -22,8 +22,9 @@ def recipes_in(module: ModuleType) -> dict[str, Recipe]:
 
 
 def is_recipe(function: Callable[..., object]) -> bool:
-    """Whether it is annotated `-> Stages`, under whatever name that is imported, and needs no argument."""
+    """Whether it is annotated `-> Stages`, under whatever name that is imported, and needs no argument; it may take
+    `images`, what is known of the data."""
     signature = inspect.signature(function)
     said = signature.return_annotation
     annotated = said.rpartition(".")[2] == "Stages" if isinstance(said, str) else said == Stages
-    return annotated and not signature.parameters
+    return annotated and all(each.default is not each.empty for each in signature.parameters.values())

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fastssl.methods.base import Epochs, Stage, Stages
-from fastssl.methods.paws import PawsConfig
+from fastssl.methods.paws import GLOBAL_VIEW, SMALL_VIEW, PawsConfig
 from fastssl.nn.encoders.resnet import ResNet
 from fastssl.nn.encoders.vit import ViT
 from fastssl.nn.encoders.wide_resnet import WideResNet
 from fastssl.optim.adamw import AdamW
 from fastssl.optim.rates import WarmupCosine
+from fastssl.recipes.images import TYPICAL, Choices, Images
 from fastssl.recipes.labels_alone import after_labels, beside
 from fastssl.recipes.published import Published, published
 from loaders.plan.ops import Affine, ColourJitter, Equalize, Flip, Noise, Solarise
@@ -134,6 +135,32 @@ def cifar10_vit_small() -> Stages:
         rate=WarmupCosine(1e-3, Epochs(2), start=2e-4, final=1e-6),
     )
     return (vit,)
+
+
+def mine(images: Images = TYPICAL) -> Stages:
+    """Your own images, some of them with labels: crops, network, batch and length follow from them."""
+    choices = Choices(images)
+    choices.need_classes("paws.mine")
+    classes, each = choices.support
+    view = replace(GLOBAL_VIEW, size=choices.crop, pixels=choices.pixels)
+    epochs = choices.epochs(images.num_images)
+    peak = (1.6 if choices.on_cpu else 3.2) * (choices.batch / 256) ** 0.5  # cifar10_small's, by the root of the batch
+    config = PawsConfig(
+        dataset="mine",
+        eval_view=choices.eval_view,
+        precision="fp32" if choices.on_cpu else "bf16",
+        encoder=choices.encoder,
+        out_features=256 if choices.on_cpu else 2048,
+        prediction=not choices.on_cpu,
+        global_view=replace(view, crop=Rrc((0.2, 1.0))) if choices.on_cpu else view,
+        small_view=None if choices.crop < 160 else replace(SMALL_VIEW, size=96, pixels=choices.pixels),
+        batch_global=choices.batch,
+        classes_global=classes,
+        images_per_class=each,
+        rate=WarmupCosine(peak, Epochs(max(1, epochs // 10)), start=peak / 4, final=peak / 100),
+    )
+    tenth = Epochs(max(1, epochs // 10))
+    return (Stage("pretrain", config, Epochs(epochs), evaluate_every=tenth, checkpoint_every=tenth),)
 
 
 @published(_paper("10 %", 100, fine_tuned=73.9, nearest=71.0))

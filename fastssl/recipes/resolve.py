@@ -6,6 +6,7 @@ A recipe `paws.digits` is the public function `digits`, annotated `-> Stages`, o
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,6 +21,7 @@ from fastssl.methods.base import Ref, Stage, Stages
 from fastssl.optim.horizon import Span, Warmup, parse_span, parse_warmup
 from fastssl.recipes import of_users
 from fastssl.recipes.found import recipes_in
+from fastssl.recipes.images import Images
 
 PARSERS = {
     Span: parse_span,
@@ -45,11 +47,18 @@ def canonical(name: str) -> str:
     return of_users.load(name)[0] if of_users.of_a_user(name) else name
 
 
-def resolve(name: str, changes: tuple[str, ...] = ()) -> Stages:
-    """The stages of recipe `name`, ours or a user's, with `key=value` changes applied. Raises ConfigError with the
-    nearest name."""
+def follows_images(name: str) -> bool:
+    """Whether the recipe `name` is one of ours that follows from the images it is given."""
+    return name in (known := recipes()) and bool(inspect.signature(known[name]).parameters)
+
+
+def resolve(name: str, changes: tuple[str, ...] = (), images: Images | None = None) -> Stages:
+    """The stages of recipe `name`, ours or a user's, with `key=value` changes applied; where it follows from the
+    images, for `images`, or typical ones. Raises ConfigError with the nearest name."""
     if of_users.of_a_user(name):
         stages = of_users.load(name)[1]()
+    elif images is not None and follows_images(name):
+        stages = recipes()[name](images)  # type: ignore[call-arg]  # a recipe needs no argument, and may take this one
     elif name in (known := recipes()):
         stages = known[name]()
     else:

@@ -16,6 +16,7 @@ from fastssl.optim.lars import Lars
 from fastssl.optim.rates import WarmupCosine
 from fastssl.recipes import supervised
 from fastssl.recipes.distil import distil
+from fastssl.recipes.images import TYPICAL, Choices, Images
 from fastssl.recipes.published import Published, published
 from fastssl.recipes.simclrv2_networks import CIFAR10_DEPTHS, NETWORKS, SOURCE, made
 from fastssl.recipes.supervised import finetune
@@ -60,6 +61,24 @@ def cifar10_small() -> Stages:
         rate=WarmupCosine(1.0, Epochs(4)),
     )
     return (replace(small, length=Epochs(80), evaluate_every=Epochs(10)),)
+
+
+def mine(images: Images = TYPICAL) -> Stages:
+    """Your own images, with or without labels, which only nearest neighbours look at: the rest follows from them."""
+    choices = Choices(images)
+    epochs = choices.epochs(images.num_images)
+    config = Simclrv2Config(
+        dataset="mine",
+        eval_view=choices.eval_view,
+        precision="fp32" if choices.on_cpu else "bf16",
+        encoder=choices.encoder,
+        view=replace(VIEW, size=choices.crop, pixels=choices.pixels),
+        batch_global=choices.batch,
+        rate=WarmupCosine(0.1, Epochs(max(1, epochs // 10))),
+    )
+    tenth = Epochs(max(1, epochs // 10))
+    scored = ("knn",) if images.num_classes > 1 else ()
+    return (Stage("pretrain", config, Epochs(epochs), evaluate=scored, evaluate_every=tenth, checkpoint_every=tenth),)
 
 
 def cifar10_small_three_stages() -> Stages:

@@ -13,6 +13,7 @@ from fastssl.nn.trunks.resnet import Depth
 from fastssl.optim.rates import WarmupCosine, WarmupStairs
 from fastssl.optim.sgd import Sgd
 from fastssl.recipes import paws
+from fastssl.recipes.images import TYPICAL, Choices, Images
 from fastssl.recipes.labels_alone import alone, beside
 from fastssl.recipes.published import Published, published
 from fastssl.recipes.simclrv2_networks import CIFAR10_DEPTHS, NETWORKS, Network, made
@@ -39,6 +40,24 @@ def digits() -> Stages:
 def cifar10_small() -> Stages:
     """The network, labels and crops of paws.cifar10_small, trained on the 4,000 labelled images alone."""
     return (alone(beside(paws.cifar10_small()[0], batch_global=128, peak=0.2), Epochs(2000)),)
+
+
+def mine(images: Images = TYPICAL) -> Stages:
+    """Your own labelled images, from scratch or, with --init-from, from another run; the rest follows from them."""
+    choices = Choices(images)
+    choices.need_classes("supervised.mine")
+    epochs = choices.epochs(images.num_labelled) // (4 if images.from_weights else 1)
+    peak = (0.025 if images.from_weights else 0.1) * choices.labelled_batch / 256
+    config = SupervisedConfig(
+        dataset="mine",
+        eval_view=choices.eval_view,
+        precision="fp32" if choices.on_cpu else "bf16",
+        encoder=choices.encoder,
+        view=View("labelled", choices.crop, Rrc((0.2, 1.0)), (Flip(),), choices.pixels),
+        batch_global=choices.labelled_batch,
+        rate=WarmupCosine(peak, Epochs(max(1, epochs // 20))),
+    )
+    return (alone(config, Epochs(max(1, epochs))),)
 
 
 def cifar10_finetune() -> Stages:

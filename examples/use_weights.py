@@ -1,0 +1,56 @@
+"""Weights of a run in plain torch: no fastssl is imported here. First `fastssl export RUN`, then
+
+    python examples/use_weights.py RUN/export photo.jpg
+
+`config.json` says how torchvision's ResNet becomes the trunk, and how an image becomes its input.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+
+def load(folder: Path) -> nn.Module:
+    """The trunk in eval mode, built by torchvision: float32 [N, C, S, S] -> features [N, D]. For trunks that are no
+    ResNet of torchvision's, the folder's README says what they are."""
+    import torchvision
+
+    lines = json.loads((folder / "config.json").read_text())["architecture"]["torchvision"]
+    if not lines:
+        raise SystemExit(f"{folder}: its trunk cannot be made from torchvision's")
+    names = {"torch": torch, "torchvision": torchvision}
+    exec("\n".join(lines), names)  # a few lines that you can read in the folder's README
+    model = names["model"]
+    assert isinstance(model, nn.Module)
+    model.load_state_dict(load_file(folder / "backbone.safetensors"))
+    return model.eval()
+
+
+def prepared(folder: Path, image: Image.Image) -> Tensor:
+    """The image as the network was shown images in evaluation: float32 [1, C, S, S]."""
+    given = json.loads((folder / "config.json").read_text())["input"]
+    image, size = image.convert("RGB" if given["channels"] == 3 else "L"), given["size"]
+    if given["resize"]:  # the shorter side to `resize`, then the central square
+        scale = min(image.size) / given["resize"]
+        side = size * scale
+        left, top = (image.width - side) / 2, (image.height - side) / 2
+        image = image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
+    else:
+        image = image.resize((size, size), Image.Resampling.BILINEAR)
+    pixels = np.asarray(image, np.float32).reshape(size, size, -1) / 255
+    scaled = (pixels - np.array(given["mean"], np.float32)) / np.array(given["std"], np.float32)
+    return torch.from_numpy(scaled.transpose(2, 0, 1)[None].copy())
+
+
+if __name__ == "__main__":
+    where, photo = Path(sys.argv[1]), Image.open(sys.argv[2])
+    with torch.no_grad():
+        print(load(where)(prepared(where, photo)))
