@@ -12,6 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import click
 
+from fastssl.commands.help import Command
 from fastssl.commands.installed import refuse_torch
 from fastssl.engine.settings import Option, Settings
 from fastssl.errors import EXIT_HUNG, EXIT_STOPPED, ConfigError, FastsslError, Hung, Stopped
@@ -31,7 +32,8 @@ CPU_RANKS = click.option(
 def command(name: str | None = None, *, computes: bool = True) -> Callable[[Function], click.Command]:
     """A command whose errors, where a user can put them right, are one line and exit code 1. One that computes is
     refused with a torch that training was not seen right with."""
-    return lambda function: click.command(name)(_in_users_words(_with_torch(function) if computes else function))
+    made = click.command(name, cls=Command)
+    return lambda function: made(_in_users_words(_with_torch(function) if computes else function))
 
 
 def _with_torch(function: Function) -> Function:

@@ -11,6 +11,7 @@ from fastssl.commands.doctor import doctor
 from fastssl.commands.embed import embed
 from fastssl.commands.evaluate import evaluate
 from fastssl.commands.export import export
+from fastssl.commands.help import Group
 from fastssl.commands.predict import predict
 from fastssl.commands.profile import profile
 from fastssl.commands.recipes import recipes
@@ -19,7 +20,7 @@ from fastssl.commands.report import report
 from fastssl.commands.train import train
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="fastssl-train")
 def main() -> None:
     """Pre-train image encoders from many unlabelled and few labelled images."""

@@ -18,13 +18,7 @@ from fastssl.errors import ConfigError
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The table, FILE.csv.")
 @click.option("--review", type=click.Path(path_type=Path), help="Also a page of thumbnails, the least sure first.")
 def predict(run: Path, data: tuple[str, ...], out: Path, review: Path | None) -> None:
-    """Say the class of every image, by RUN's classifier or its nearest neighbours. RUN: a run, or an exported folder.
-
-    \b
-    fastssl predict runs/mine --data /data/photos --out photos.csv
-    fastssl predict runs/mine --data /data/photos --out photos.csv --review photos.html
-    fastssl predict EXPORT --data /data/photos --data labelled=/data/sorted --out photos.csv
-    """
+    """Say the class of every image, by RUN's classifier or its nearest neighbours. RUN: a run or an exported folder."""
     from fastssl.engine.reopen import open_networks
     from fastssl.evaluation.predict import images_at
     from fastssl.evaluation.predict import predict as predictions_of

@@ -6,8 +6,10 @@ import sys
 
 import click
 
+from fastssl.commands.help import Command
 
-@click.command()
+
+@click.command(cls=Command)
 def recipes() -> None:
     """List the recipes and what is published of each; piped, their names alone."""
     from fastssl.recipes.published import published_of

@@ -32,14 +32,12 @@ if TYPE_CHECKING:
     from fastssl.engine.job import Job
 
 DEFAULT_RECIPE = "paws.digits"
-SUBMISSION = {  # parameter of `launch.slurm.submit` -> its option
-    "nodes": click.option("--nodes", type=click.IntRange(1), help="--submit: hosts [ranks / 8]."),
-    "gpus_per_node": click.option("--gpus-per-node", type=click.IntRange(1), help="--submit: GPUs of each host [8]."),
-    "cpus_per_rank": click.option("--cpus-per-rank", type=click.IntRange(1), help="--submit: [10 beside a GPU or 1]."),
-    "partition": click.option("--partition", help="--submit: SLURM's partition [its default]."),
-    "time_limit": click.option(
-        "--time", "time_limit", metavar="[D-]H:MM:SS", help="--submit: time limit, after which it is requeued."
-    ),
+SUBMISSION = {  # parameter of `launch.slurm.submit` -> its option; docs/gpus.md and --submit's help tell of them
+    "nodes": click.option("--nodes", type=click.IntRange(1), hidden=True),
+    "gpus_per_node": click.option("--gpus-per-node", type=click.IntRange(1), hidden=True),
+    "cpus_per_rank": click.option("--cpus-per-rank", type=click.IntRange(1), hidden=True),
+    "partition": click.option("--partition", hidden=True),
+    "time_limit": click.option("--time", "time_limit", metavar="[D-]H:MM:SS", hidden=True),
 }
 
 
@@ -56,13 +54,17 @@ def _submission(function: Function) -> Function:
 @GPUS
 @CPU_RANKS
 @settings()
-@click.option("--labels", help="Labelled images: all, per-class=N, a list's name or path.")
+@click.option("--labels", help="Labelled images: all, per-class=N, a list, a path.")
 @CHANGES
 @click.option("--sweep", "swept", multiple=True, metavar="KEY=V1,V2,...", help="A run for each value; then the best.")
-@click.option("--held-out", metavar="SET", help="--sweep: training images to choose by [a list, or 12 a class].")
+@click.option("--held-out", metavar="SET", help="--sweep: images to choose by [a list, 12 a class].")
 @click.option("--seeds", default="0", show_default=True, help="Seed, or several separated by commas.")
-@click.option("--dry-run", is_flag=True, help="Print what would be done; needs neither data nor devices.")
-@click.option("--submit", type=click.Choice(["slurm"]), help="Submit as a job, which is requeued when it is preempted.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done; needs no data or devices.")
+@click.option(
+    "--submit",
+    type=click.Choice(["slurm"]),
+    help="As a job; with --time, --nodes, --gpus-per-node, --cpus-per-rank, --partition.",
+)
 @_submission
 def train(
     recipe: str,

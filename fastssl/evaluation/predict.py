@@ -16,6 +16,7 @@ import torch
 from fastssl.evaluation.soft_nn import soft_nn
 from fastssl.evaluation.subject import Subject
 from loaders.errors import StoreError
+from loaders.store.data import LABELLED, TRAIN
 from loaders.store.folder import images_below
 from loaders.store.openers import open_path
 from loaders.store.source import Source, concatenate
@@ -74,13 +75,19 @@ def predict(subject: Subject, source: Source) -> Predictions:
     files = tuple(source.path_of(i) for i in range(len(source)))
     if CLASSIFIER in subject.method.taps:
         logits_NK = subject.features_of(source, CLASSIFIER).values
-        names = subject.method.facts.class_names or tuple(map(str, range(logits_NK.shape[1])))
-        return Predictions(files, names, torch.softmax(logits_NK, dim=1).numpy())
+        return Predictions(files, _classes_of(subject), torch.softmax(logits_NK, dim=1).numpy())
     tap = subject.method.taps[-1]
     queries = subject.features_of(source, tap)
     among = subject.labelled(tap)
     p_NK = soft_nn(queries.values, among.values, among.labels, subject.num_classes, device=subject.device)
     return Predictions(files, subject.class_names, p_NK.cpu().numpy())
+
+
+def _classes_of(subject: Subject) -> tuple[str, ...]:
+    """What the classifier's columns are called: as the run said, else as its data does, else their numbers."""
+    facts, there = subject.method.facts, {LABELLED, TRAIN} & subject.data.sources.keys()
+    names = facts.class_names or (subject.class_names if there else ())
+    return names if len(names) == facts.num_classes else tuple(map(str, range(facts.num_classes)))
 
 
 def images_at(path: str) -> Source:

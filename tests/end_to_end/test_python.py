@@ -115,7 +115,7 @@ def test_bad_input_is_the_commands_one_line(tmp_path):
     for given, said in (
         ({"data": "/nowhere"}, "no such file"),
         ({"set": {"epoch": 3}}, "did you mean 'epochs'"),
-        ({"cpu_ranks": 7}, "does not divide"),
+        ({"gpus": 1, "cpu_ranks": 1}, "give one of them"),
         ({"colour": 3}, "no setting 'colour'"),
         ({"recipe": "paws.digit"}, "paws.digits"),
     ):

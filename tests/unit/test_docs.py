@@ -11,6 +11,7 @@ import pytest
 
 import fastssl
 from fastssl import errors
+from fastssl.commands.help import EXAMPLES
 from fastssl.commands.main import main
 from fastssl.evaluation import load_protocol, protocol_names
 from fastssl.evaluation.predict import Predictions
@@ -71,6 +72,12 @@ def test_commands_of_a_page_can_be_typed(page, monkeypatch):
             assert program in OTHER_PROGRAMS or program.startswith(".venv/bin/ruff"), program
 
 
+@pytest.mark.parametrize("line", [line for lines in EXAMPLES.values() for line in lines])
+def test_examples_in_help_can_be_typed(line, monkeypatch):
+    monkeypatch.setattr(click.Path, "convert", lambda self, value, param, ctx: Path(value))
+    check_dry(shlex.split(line)[1:])
+
+
 def check_dry(words: list[str]) -> None:
     """Parse a `fastssl` command, and what its values name; nothing is run."""
     name, *rest = words
@@ -113,7 +120,8 @@ def test_python_of_a_page_names_what_there_is(page):
         for node in ast.walk(ast.parse(code)):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 kind = {"fastssl": fastssl, "run": fastssl.Run, "found": Predictions}.get(node.value.id)
-                assert kind is None or hasattr(kind, node.attr), f"{node.value.id}.{node.attr}"
+                own = hasattr(kind, node.attr) or node.attr in getattr(kind, "__annotations__", ())
+                assert kind is None or own, f"{node.value.id}.{node.attr}"
 
 
 def test_every_protocol_is_told_of():

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pytest
 from click.testing import CliRunner
 
 from fastssl.commands.main import main
@@ -50,6 +51,14 @@ def test_values_that_a_setting_has_not_are_refused():
 def test_help_of_evaluate_names_every_protocol():
     said = CliRunner().invoke(main, ["evaluate", "--help"]).output
     assert [name for name in protocol_names() if name not in said] == []
+
+
+@pytest.mark.parametrize("name", [None, *main.commands])
+def test_help_is_on_one_screen_with_examples_first(name):
+    """An option more that pushes it off the screen, a command without an example."""
+    said = CliRunner().invoke(main, [*([name] if name else []), "--help"], prog_name="fastssl").output.splitlines()
+    assert len(said) <= 40 and max(map(len, said)) <= 80
+    assert said[2].startswith(f"  fastssl {name or ''}")
 
 
 def test_help_needs_no_torch():
