@@ -112,7 +112,8 @@ class Choices:
         """Classes a step, and images of each."""
         of, most = self.images, MOST_SUPPORT[self.images.device]
         each = max(1, min(of.smallest_class, 7, max(3, most // of.num_classes)))  # 7: as PAWS's authors have it
-        return min(of.num_classes, max(2, most // each)), each
+        classes = min(of.num_classes, max(2, most // each))
+        return classes - (classes % 8 if classes >= 16 else 0), each  # eights divide among ranks
 
     def epochs(self, num_images: int) -> int:
         """Passes over that many images."""
