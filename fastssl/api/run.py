@@ -55,10 +55,11 @@ class Run:
         """What the run ended with; None while it has not ended."""
         return read_history(self.path).stages[-1].result
 
-    def evaluate(self, *protocols: str, data: Mapping[str, str | Path] | None = None, labels: str | None = None) -> Any:
-        """Scores by the protocols named ("knn", "linear", ...), as a dict. `data`: paths by key, as `--data` takes
-        them;
-        `labels`: the images to learn from. Raises FastsslError, LoaderError."""
+    def evaluate(
+        self, *protocols: str, data: Mapping[str, str | Path] | None = None, labels: str | None = None
+    ) -> dict[str, Any]:
+        """Scores by the protocols named ("knn", "linear", ...), as a dict. `data`: paths by key, as `--data` has
+        them; `labels`: the images to learn from. Raises FastsslError, LoaderError."""
         if not protocols:
             raise ConfigError("evaluate() needs a protocol: evaluate('knn')")
         chosen = [load_protocol(name) for name in protocols]

@@ -20,6 +20,7 @@ from fastssl.run_dir.checkpoint import CheckpointError, Checkpoints
 from fastssl.run_dir.files import CHECKPOINTS, RESOLVED, read_json
 from fastssl.run_dir.written import Written, read_run
 from fastssl.weights.read import CONFIG, read_weights
+from loaders.errors import LoaderError
 from loaders.loader import resolved
 from loaders.plan.views import parse_subset
 from loaders.store.data import LABELLED, NOTHING_HELD_OUT, VALIDATION, DataSets, open_data
@@ -42,15 +43,9 @@ def open_run(
     sources = _data_of(written, data)
     if labels is not None:
         _check_labels(labels, sources)
-    stage = written.stages[-1]
-    checkpoints = Checkpoints(written.folder(stage) / CHECKPOINTS)
-    state = checkpoints.load_newest(lambda text: print(f"warning: {text}", file=sys.stderr))
-    if state is None:
-        raise CheckpointError(f"{run} has no checkpoint yet")
-    method = stage.config.build(_facts(written, state.get("about"), sources, is_own=not data), {})
-    nets = method.nets()
-    for name, module in nets.saved().items():
-        module.load_state_dict(state["nets"][name])
+    state = _newest(written)
+    method = written.stages[-1].config.build(_facts(written, state.get("about"), sources, is_own=not data), {})
+    nets = _loaded(method, state)
     if held_out is None and not data:
         held_out = written.held_out
     subject = _subject(
@@ -72,7 +67,12 @@ def open_networks(folder: Path, labelled: tuple[str, ...] = ()) -> Subject:
     has none of its own. Raises as `open_run` does."""
     labelled = (*labelled, NOTHING_HELD_OUT) if labelled else ()
     if (folder / RESOLVED).exists():
-        return open_run(folder, labelled, labels="all" if labelled else None)[0]
+        try:
+            return open_run(folder, labelled, labels="all" if labelled else None)[0]
+        except LoaderError as error:
+            if labelled:
+                raise
+            return _without_data(folder, error)
     if not (folder / CONFIG).exists():
         raise ConfigError(f"{folder} is neither a run nor an exported folder: it has no {RESOLVED} and no {CONFIG}")
     weights = read_weights(folder)
@@ -85,6 +85,38 @@ def open_networks(folder: Path, labelled: tuple[str, ...] = ()) -> Subject:
     nets = method.nets()
     weights.load_whole(nets.online, "online")
     return _subject(method, nets, open_data(labelled), labels="all")
+
+
+def _without_data(run: Path, why: LoaderError) -> Subject:
+    """A run's networks where its data is gone: a classifier needs none. Raises ConfigError, which says `why` it is
+    needed, where there is no classifier."""
+    written = read_run(run)
+    state = _newest(written)
+    method = None
+    if "facts" in state.get("about", {}):
+        facts = about_of(state["about"]).facts
+        facts = replace(facts, class_names=facts.class_names or written.class_names)
+        method = written.stages[-1].config.build(facts, {})
+    if method is None or "logits" not in method.taps:
+        raise ConfigError(f"{why}: give --data labelled=PATH, images to find neighbours among") from None
+    return _subject(method, _loaded(method, state), DataSets({}))
+
+
+def _newest(written: Written) -> dict[str, Any]:
+    """The run's newest checkpoint; a damaged one is passed over with a line on stderr. Raises CheckpointError."""
+    checkpoints = Checkpoints(written.folder(written.stages[-1]) / CHECKPOINTS)
+    state = checkpoints.load_newest(lambda text: print(f"warning: {text}", file=sys.stderr))
+    if state is None:
+        raise CheckpointError(f"{written.path} has no checkpoint yet")
+    return state
+
+
+def _loaded(method: Method[Any, Any], state: Mapping[str, Any]) -> Nets[Any]:
+    """The method's networks with what a checkpoint holds."""
+    nets = method.nets()
+    for name, module in nets.saved().items():
+        module.load_state_dict(state["nets"][name])
+    return nets
 
 
 def _subject(method: Method[Any, Any], nets: Nets[Any], sources: DataSets, **settings: Any) -> Subject:

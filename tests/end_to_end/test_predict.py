@@ -46,6 +46,18 @@ def test_a_run_and_its_export_say_the_same_of_every_image(folder):
     assert "What to look at next" in (folder / "r.html").read_text()
 
 
+def test_a_classifier_needs_none_of_the_data_it_learnt_from(folder):
+    """A run that is taken to where the new photos are."""
+    (folder / "sorted").rename(folder / "elsewhere")
+    try:
+        code, output = fastssl("predict", folder / "run", "--data", folder / "elsewhere", "--out", folder / "c.csv")
+        assert code == 0, output
+        rows = list(csv.DictReader((folder / "c.csv").open()))
+        assert all(row["file"].startswith(row["class"]) for row in rows) and len(rows) == 16
+    finally:
+        (folder / "elsewhere").rename(folder / "sorted")
+
+
 def test_what_cannot_be_predicted_is_one_line(folder, tmp_path):
     for arguments, said in (
         (("run", "--data", tmp_path), "no images"),
