@@ -122,19 +122,22 @@ class Choices:
 
     def said(self) -> list[str]:
         """A line a choice, with what it follows from and the setting that changes it."""
-        of = self.images
-        classes, each = self.support
-        where = "a CPU" if self.on_cpu else "GPUs"
-        return [
+        of, where = self.images, "a CPU" if self.on_cpu else "GPUs"
+        lines = [
             f"images: {of.num_images:,}, of which {of.num_labelled:,} show one of {of.num_classes:,} classes; shorter "
             f"side {of.side} pixels at the median",
             f"crops of {self.crop} pixels: the largest for {where} that most images fill (--set eval_view.size=...)",
             f"network {self.encoder.name}: for {where} (--set 'encoder=resnet(18)')",
             f"at least eight steps an epoch: up to {self.batch} images a step (--set batch_global=...)",
-            f"up to {classes} classes of {each} images a step: the smallest class has {of.smallest_class} (--set "
-            "classes_global=..., images_per_class=...)",
             f"some {SEEN[of.device]:,} images in all, at most {MOST_EPOCHS[of.device]} epochs (--set epochs=...)",
         ]
+        if of.num_classes > 1:
+            classes, each = self.support
+            lines.append(
+                f"up to {classes} classes of {each} images a step: the smallest class has {of.smallest_class} (--set "
+                "classes_global=..., images_per_class=...)"
+            )
+        return lines
 
 
 def _power_of_two(most: int) -> int:

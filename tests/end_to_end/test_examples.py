@@ -15,7 +15,7 @@ from tests.support import plain_resnet
 from tests.support.swatches import swatch
 
 EXAMPLES = command.ROOT / "examples"
-SHORT = {"encoder.base_width": 8, "epochs": 1}
+SHORT = {"encoder.base_width": 16, "epochs": 1}
 
 
 def example(name):
