@@ -37,6 +37,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "fastssl profile",
         "fastssl profile paws.rn50_100ep --data /data/imagenet --gpus 8",
     ),
+    "data": ("fastssl data /data/photos --contact-sheet crops.html",),
     "convert-imagenet": ("fastssl convert-imagenet /data/ILSVRC2012 /data/imagenet --dry-run",),
     "doctor": ("fastssl doctor --data /data/imagenet",),
     "recipes": ("fastssl recipes",),
