@@ -25,6 +25,7 @@ from loaders.store.source import Concatenated, Selected, Source, is_encoded
 SAMPLE = 64  # images of a split that are decoded
 SHOWN = 8  # things left out, or damaged, that are named
 LARGE_SIDE, MANY = 96, 20_000  # shorter side in pixels and images from which a small network on a CPU is no advice
+LEAST_SUPPORTS = 4  # of a class in a batch
 LEAST_STEPS = 2000  # of a training that is advised: fewer leave a small set unlearnt
 _TURNED = 1  # EXIF's orientation of a picture that is stored upright
 
@@ -171,13 +172,13 @@ def _advice(data: DataSets, splits: dict[str, Split]) -> dict[str, object]:
     recipe = "paws.rn50_100ep_1gpu" if large else "paws.cifar10_small"
     stage = resolve(recipe)[0]
     config = vars(stage.config)
-    fitting = {
-        "classes_global": min(config["classes_global"], split.classes),
-        "images_per_class": min(config["images_per_class"], max(4, split.least)),
-        "batch_global": min(config["batch_global"], 1 << max(3, (split.images // 8).bit_length() - 1)),
-    }
+    supports = config["classes_global"] * config["images_per_class"]
+    classes = min(split.classes, max(config["classes_global"], supports // LEAST_SUPPORTS))  # else its images have none
+    per_class = min(config["images_per_class"], max(LEAST_SUPPORTS, split.least), supports // classes)
+    batch = min(config["batch_global"], 1 << max(3, (split.images // 8).bit_length() - 1))
+    fitting = {"classes_global": classes, "images_per_class": per_class, "batch_global": batch}
     settings: dict[str, object] = {k: v for k, v in fitting.items() if v != config[k]}
-    steps = max(1, split.images // fitting["batch_global"])
+    steps = max(1, split.images // batch)
     if stage.length.steps(steps) < LEAST_STEPS:
         settings["epochs"] = -(-LEAST_STEPS // steps)
     return {"recipe": recipe, "labels": "all", "gpus": 1 if large else None, "settings": settings}
