@@ -38,7 +38,7 @@ def written(folder: Path, num_images: int, num_classes: int) -> None:
         for k in range(c, num_images, num_classes):
             path = place / f"{k:07}.jpg"
             if not path.exists():  # as many lengths as photographs have, and an end of its own: none is another's twin
-                path.write_bytes(files[k % len(files)] + bytes(k * 7919 % 3000) + k.to_bytes(8, "little"))
+                path.write_bytes(files[k % len(files)] + bytes((k * 2654435761 >> 7) % 3000) + k.to_bytes(8, "little"))
 
 
 def walked(folder: Path) -> int:
