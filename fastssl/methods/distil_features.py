@@ -80,9 +80,7 @@ class Student(nn.Module):
     def __init__(self, config: DistilFeaturesConfig, channels: int):
         super().__init__()
         self.trunk = config.encoder.build(channels)
-        with torch.device("meta"):  # its width alone
-            width = config.teacher_encoder.build(channels).num_features
-        self.map = nn.Linear(self.trunk.num_features, width)
+        self.map = nn.Linear(self.trunk.num_features, config.teacher_encoder.num_features(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [N, C, H, W] -> the teacher's features as the student has them, [N, D]."""

@@ -130,7 +130,6 @@ def cifar10_vit_small() -> Stages:
         encoder=ViT(size=24, patch=4, width=96, depth=4, heads=3),
         hidden_features=96,
         activation="gelu",
-        images_per_class=16,
         optimizer=_VIT_DECAY,
         rate=WarmupCosine(1e-3, Epochs(2), start=2e-4, final=1e-6),
     )

@@ -9,6 +9,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
 from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm
 from fastssl.nn.trunks.stem import Norm
 from fastssl.nn.trunks.trunk import Trunk
@@ -36,6 +39,11 @@ class Encoder(ABC):
     @abstractmethod
     def name(self) -> str:
         """As papers would call it: `ResNet-50`."""
+
+    def num_features(self, channels: int = 3) -> int:
+        """How wide the features are of what it builds; by shapes alone, nothing is drawn."""
+        with unset_fake_temporarily(), torch.device("meta"):
+            return self.build(channels).num_features
 
     def refused_size(self, size: int) -> str:
         """Why images of `size` pixels a side cannot be its input; empty where they can."""
