@@ -39,7 +39,7 @@ from loaders.batch import Batch, Part
 
 SHARD = 64  # images of a rank where 64 share the batch
 IMAGENET = Facts(num_classes=1000, channels=3, seed=0)
-PAPER = 0.045  # of the step, on TPUs: section 4
+PAPER = 0.045  # of the step, on TPUs: appendix F
 
 
 class Networks:

@@ -71,7 +71,7 @@ def semppl_loss(
     positives: Positives | None = None,
     *,
     base: Base = Relic(),  # noqa: B008 (frozen)
-    alpha: float = 0.2,  # paper, section 4
+    alpha: float = 0.2,  # paper, appendix D.1 and table 11
     alpha_on_kl: bool = False,
     same_view_pairs: bool = True,
     normaliser: int | None = None,

@@ -38,9 +38,10 @@ def small_normal(weight: Tensor) -> None:
 
 
 def initialise(module: nn.Module, init: Init) -> None:
-    """Draw the weights of all convolutions and linear layers within `module`, in their order; their biases become 0."""
+    """Draw the weights of all convolutions and linear layers within `module`, in their order; their biases become 0.
+    Layers of a dry run have shapes and no values: there is nothing to draw, which would take most of its time."""
     for layer in module.modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
+        if isinstance(layer, nn.Conv2d | nn.Linear) and not layer.weight.is_meta:
             init(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
