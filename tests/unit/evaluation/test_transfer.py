@@ -93,7 +93,7 @@ def aircraft(root):
         lambda c, i: f"images/{c}{i:06d}.jpg",
         lists,
         val=1,
-    ).parents[2]
+    ).parents[1]
 
 
 def pets(root):
