@@ -43,6 +43,7 @@ class Scene:
     whole: Path
     random: random.Random
     num_faults: int = 1
+    struck_s: float = 0.0  # when the last fault was about to be done, by the monotonic clock
 
     @property
     def run_dir(self) -> Path:
@@ -66,6 +67,7 @@ class Scene:
             )
             time.sleep(self.random.uniform(0, 0.1))  # more than a step
             everyone = command.children(process.pid)
+            self.struck_s = time.monotonic()
             yield process, ranks_of(process)
             process.wait(timeout=120)
             command.wait_until(lambda: not any(map(command.alive, everyone)), timeout_s=GONE_S)
@@ -90,14 +92,19 @@ class Scene:
         return (self.run_dir / "result.json").exists()
 
     def finish(self) -> str:
-        """The same command, which must go on to the end without much done again; from where to where, in words."""
+        """The same command, which must go on to the end without much done again; from where to where, and how long
+        after the fault the first step was done again, in words."""
         done = command.steps_logged(self.run_dir)
-        code, log = command.run(self.folder, *TRAIN)
-        assert code == 0, log
-        found = re.search(r"^  continues +from step (\d+)$", log, re.MULTILINE)
-        resumed = int(found[1]) if found else 0
-        assert done - resumed <= MOST_AGAIN, f"{done} steps were done, and it went on from {resumed}:\n{log}"
-        return f"{done} steps done, went on from {resumed}"
+        with command.running(self.folder, *TRAIN) as process:
+            command.wait_until(lambda: "\n  directory " in self.log() or process.poll() is not None)
+            found = re.search(r"^  continues +from step (\d+)$", self.log(), re.MULTILINE)
+            resumed = int(found[1]) if found else 0
+            command.wait_until(lambda: command.steps_logged(self.run_dir) > resumed or process.poll() is not None)
+            lost_s = time.monotonic() - self.struck_s
+            code = process.wait(timeout=250)
+        assert code == 0, self.log()
+        assert done - resumed <= MOST_AGAIN, f"{done} steps were done, and it went on from {resumed}:\n{self.log()}"
+        return f"{done} steps done, went on from {resumed}, {lost_s:.1f} s after the fault"
 
     def compare(self) -> None:
         """AssertionError unless last checkpoint and metrics are, bit for bit, those of the whole run."""
