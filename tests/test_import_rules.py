@@ -63,7 +63,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "fastssl.html": (set(), set()),
     "fastssl.config": ({"fastssl.errors"}, set()),
     "fastssl.weights": ({"fastssl.errors", "loaders.files"}, {"torch", "safetensors"}),
-    "fastssl.weights.unpickle": (set(), {"torch", "safetensors"}),
+    "fastssl.weights.unpickle": (set(), {"torch", "safetensors", "numpy"}),
     "fastssl.launch": ({"fastssl.errors", "fastssl.dist", "loaders.errors"}, {"torch", "submitit"}),
     "fastssl.record": (
         {"fastssl.errors", "fastssl.config", "loaders.files"},
@@ -91,7 +91,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "fastssl.recipes.resolve": (GROUND | {"fastssl.methods.base", "fastssl.optim.horizon", "fastssl.recipes"}, set()),
     "fastssl.recipes.datasets": (set(), set()),
-    "fastssl.evaluation": (CONTRACT, {"torch", "numpy", "sklearn"}),
+    "fastssl.evaluation": (CONTRACT | {"fastssl.optim.rates"}, {"torch", "numpy", "sklearn"}),
     "fastssl.engine": (
         CONTRACT
         | {"fastssl.nn", "fastssl.optim.fused", "fastssl.record", "fastssl.evaluation", "fastssl.run_dir"}

@@ -13,6 +13,9 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from fastssl.api.jobs import stages_of
+from fastssl.errors import ConfigError
+from fastssl.methods.base import Stages
 from loaders.errors import StoreError
 from loaders.files import write_file
 from loaders.store.apart import check_apart
@@ -24,9 +27,6 @@ from loaders.store.source import Concatenated, Selected, Source, is_encoded
 
 SAMPLE = 64  # images of a split that are decoded
 SHOWN = 8  # things left out, or damaged, that are named
-LARGE_SIDE, MANY = 96, 20_000  # shorter side in pixels and images from which a small network on a CPU is no advice
-LEAST_SUPPORTS = 4  # of a class in a batch
-LEAST_STEPS = 2000  # of a training that is advised: fewer leave a small set unlearnt
 _TURNED = 1  # EXIF's orientation of a picture that is stored upright
 
 
@@ -57,7 +57,7 @@ class Split:
 @dataclass(frozen=True)
 class Contents:
     """What a path holds. `left_out` are the first things that are used for nothing, and why; `warnings` what else there
-    is to know; `command` would train on it."""
+    is to know; `command` would train on it, or else `why_not` says what is in the way."""
 
     path: str
     said: tuple[str, ...]
@@ -66,7 +66,7 @@ class Contents:
     left_out: list[tuple[str, str]]
     warnings: list[str]
     command: str
-    advice: dict[str, object]
+    why_not: str
     data: DataSets = field(repr=False)
 
 
@@ -78,11 +78,10 @@ def look(path: str) -> Contents:
         warnings = check_apart(data)
     except StoreError as error:
         warnings = [str(error)]
-    advice = _advice(data, splits)
+    command, why_not = _advised(path, data)
     left_out = data.left_out[path]
-    command = _typed(path, advice)
     shown = [*left_out.listed]
-    return Contents(path, data.said, splits, left_out.count, shown, warnings, command, advice, data)
+    return Contents(path, data.said, splits, left_out.count, shown, warnings, command, why_not, data)
 
 
 def _split(source: Source) -> Split:
@@ -158,43 +157,26 @@ def _orientations(source: Source) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------------ advice
 
 
-def _advice(data: DataSets, splits: dict[str, Split]) -> dict[str, object]:
-    """A recipe and the settings that fit the data; no recipe where nothing could be trained."""
-    from fastssl.recipes.resolve import resolve
-
-    key = next((key for key in (LABELLED, TRAIN) if key in splits), None)
-    if key is None or not splits[key].classes:
-        return {}
-    split = splits[key]
-    if not is_encoded(data.get(key)) and data.get(key).channels == 1:
-        return {"recipe": "paws.digits"}
-    large = min(split.middle) >= LARGE_SIDE and split.images >= MANY
-    recipe = "paws.rn50_100ep_1gpu" if large else "paws.cifar10_small"
-    stage = resolve(recipe)[0]
-    config = vars(stage.config)
-    supports = config["classes_global"] * config["images_per_class"]
-    classes = min(split.classes, max(config["classes_global"], supports // LEAST_SUPPORTS))  # else its images have none
-    per_class = min(config["images_per_class"], max(LEAST_SUPPORTS, split.least), supports // classes)
-    batch = min(config["batch_global"], 1 << max(3, (split.images // 8).bit_length() - 1))
-    fitting = {"classes_global": classes, "images_per_class": per_class, "batch_global": batch}
-    settings: dict[str, object] = {k: v for k, v in fitting.items() if v != config[k]}
-    steps = max(1, split.images // batch)
-    if stage.length.steps(steps) < LEAST_STEPS:
-        settings["epochs"] = -(-LEAST_STEPS // steps)
-    return {"recipe": recipe, "labels": "all", "gpus": 1 if large else None, "settings": settings}
+def _recommended(path: str, data: DataSets) -> str:
+    """The recipe that would train on the data."""
+    if path == "digits":
+        return "paws.digits"
+    labelled = any((data.get(key).labels >= 0).any() for key in (LABELLED, TRAIN) if key in data.sources)
+    return "paws.mine" if labelled else "simclrv2.mine"
 
 
-def _typed(path: str, advice: dict[str, object]) -> str:
-    """The command, as a shell takes it; "" where there is nothing to advise."""
-    if not advice:
-        return ""
-    words = ["fastssl", "train", str(advice["recipe"])]
-    words += [] if path == "digits" else ["--data", path]
-    words += ["--labels", str(advice["labels"])] if "labels" in advice else []
-    words += ["--gpus", str(advice["gpus"])] if advice.get("gpus") else []
-    for name, value in dict(advice.get("settings", {})).items():  # type: ignore[call-overload]
-        words += ["--set", f"{name}={value}"]
-    return shlex.join(words)
+def _stages(path: str, data: DataSets) -> Stages:
+    """Of that recipe. Raises ConfigError where the data are too few for it."""
+    return stages_of(_recommended(path, data), (), (path,), "cpu", from_weights=False)[0]
+
+
+def _advised(path: str, data: DataSets) -> tuple[str, str]:
+    """(the command that would train on the data, as a shell takes it; why there is none), one of them empty."""
+    try:
+        _stages(path, data)
+    except (ConfigError, StoreError) as error:
+        return "", str(error)
+    return shlex.join(["fastssl", "train", _recommended(path, data), "--data", path]), ""
 
 
 # ------------------------------------------------------------------------------------------------------------- shown
@@ -208,6 +190,7 @@ def as_json(found: Contents) -> str:
         "left_out": {"count": found.num_left_out, "first": found.left_out},
         "warnings": found.warnings,
         "train": found.command or None,
+        "why_not": found.why_not or None,
     }
     return json.dumps(plain, indent=2)
 
@@ -231,7 +214,7 @@ def as_tables(found: Contents) -> Iterator[Table | Text]:
     if found.command:
         yield Text.assemble("\n", ("to train on it:  ", "dim"), (found.command, "bold green"))
     else:
-        yield Text("\nno image has a label here: give --data unlabelled=PATH beside --data labelled=ANOTHER", "yellow")
+        yield Text(f"\nno recipe for it: {found.why_not}", "yellow")
 
 
 def _rows(split: Split) -> Iterator[tuple[str, str]]:
@@ -266,15 +249,12 @@ def show(found: Contents, file: Path) -> None:
     """Write a page of some images: as they are evaluated, and every crop that a step of the advised recipe makes of
     them. Raises ConfigError or LoaderError where nothing could be trained."""
     from fastssl.engine.join import facts_of
-    from fastssl.errors import ConfigError
     from fastssl.html.page import page, paragraph
-    from fastssl.recipes.resolve import resolve
     from fastssl.report.pictures import contact_sheet
 
-    if not found.advice:
-        raise ConfigError(f"{found.path}: no image has a label, so there is no recipe whose crops could be shown")
-    settings = dict(found.advice.get("settings", {})) | {"labels": "all"}  # type: ignore[call-overload]
-    stage = resolve(str(found.advice["recipe"]), tuple(f"{key}={value}" for key, value in settings.items()))[0]
+    if not found.command:
+        raise ConfigError(f"{found.path}: no recipe whose crops could be shown: {found.why_not}")
+    stage = _stages(found.path, found.data)[0]
     method = stage.config.build(facts_of(found.data, seed=0), {})
     text = page(f"Images in {found.path}", paragraph(found.command), contact_sheet(method, found.data))
     write_file(file, text)
