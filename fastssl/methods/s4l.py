@@ -205,6 +205,15 @@ class LabelConfig(S4lConfig):
 # --------------------------------------------------------------------------------------------------------- networks
 
 
+def _refuse_without_groups(trunk: nn.Module, config: S4lConfig) -> None:
+    """Virtual cores are groups of batch norm, and of exemplar's images: without either there is nothing in them."""
+    if not any(isinstance(layer, GroupBatchNorm) for layer in trunk.modules()):
+        raise ConfigError(
+            f"{config.encoder.name} has no batch norm, so virtual cores of {config.core_images} images mean nothing: "
+            "--set core_images=none"
+        )
+
+
 class S4lNet(nn.Module):
     """Trunk, classifier `fc` and, for the terms that need them, the heads `turn` and `embedding`; all linear."""
 
@@ -215,6 +224,8 @@ class S4lNet(nn.Module):
         if self.num_cores is not None:
             norm = partial(GroupBatchNorm, num_groups=self.num_cores, **S4L_NORM.keywords)
         self.trunk = config.encoder.build(facts.channels, norm)
+        if self.num_cores is not None and config.exemplar is None:
+            _refuse_without_groups(self.trunk, config)
         heads = []
         if config.sees_labelled:
             self.fc = nn.Linear(self.trunk.num_features, facts.num_classes)

@@ -23,6 +23,7 @@ from fastssl.methods.s4l import (
     rotation_loss,
 )
 from fastssl.nn.encoders.resnet import ResNet
+from fastssl.nn.encoders.vit import ViT
 from fastssl.nn.recompute import recompute_blocks
 from fastssl.recipes.resolve import resolve
 from loaders.errors import PlanError
@@ -173,6 +174,16 @@ def by_cores(nets, config, num_cores):
         return torch.stack([found[row] for row in range(len(x))])
 
     return features, plain
+
+
+def test_virtual_cores_of_a_network_without_batch_norm_are_refused():
+    """A setting that would do nothing."""
+    vit = replace(config(core_images=2, rotation=Rotation()), encoder=ViT(8, 4, 8, 1, 2))
+    with pytest.raises(
+        ConfigError, match="no batch norm, so virtual cores of 2 images mean nothing: --set core_images=no"
+    ):
+        vit.build(Facts(10, 1, 0), {}).nets()
+    replace(vit, core_images=None).build(Facts(10, 1, 0), {}).nets()
 
 
 @pytest.mark.parametrize("core_images", [None, 2, 4])

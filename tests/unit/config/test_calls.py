@@ -7,6 +7,7 @@ from fastssl.losses.semppl import Byol
 from fastssl.methods.base import Epochs, Steps
 from fastssl.methods.supervised import FirstLayer
 from fastssl.nn.encoders.resnet import ResNet, SimclrResNet
+from fastssl.nn.encoders.timm_models import Timm
 from fastssl.nn.encoders.wide_resnet import WideResNet
 from fastssl.optim.adamw import AdamW
 from fastssl.optim.lars import Lars
@@ -23,6 +24,8 @@ def changed(*changes, recipe="paws.digits"):
     ("change", "field", "value"),
     [
         ("encoder=wide_resnet(28,2)", "encoder", WideResNet(28, 2)),
+        ("encoder=timm:resnet50", "encoder", Timm("resnet50")),
+        ("encoder=timm(vit_tiny_patch16_224.augreg_in21k)", "encoder", Timm("vit_tiny_patch16_224.augreg_in21k")),
         ("encoder=WideResNet( widen=4 , depth=16 )", "encoder", WideResNet(16, 4)),
         ("encoder=simclr_resnet(10,1,true,stem=cifar)", "encoder", SimclrResNet(10, 1, True, "cifar")),
         ("encoder=resnet()", "encoder", ResNet()),

@@ -24,6 +24,7 @@ from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm
 from fastssl.nn.norm.group_batch_norm import GroupBatchNorm
 from fastssl.optim.param_groups import kernel_names
 from fastssl.recipes.resolve import resolve
+from fastssl.weights.read import load_whole, read_weights
 from loaders.batch import Batch, Part
 from tests.ranks.pool import run_ranks
 
@@ -105,6 +106,25 @@ def test_our_vision_transformer_is_timm_s():
             x = torch.randn(2, 3, size, size)
             with torch.no_grad():
                 assert torch.equal(trunk(x), theirs(x))
+
+
+def test_a_published_dinov3_goes_into_timm_s_network(tmp_path):
+    """A file of its structure, made from timm's network by the names of DINOv3's own code."""
+    model = "vit_small_patch16_dinov3"
+    theirs, published = of_timm(model).eval(), {}
+    for key, t in theirs.state_dict().items():
+        published[key.replace("reg_token", "storage_tokens").replace("gamma_", "ls")] = t
+    published = {k + ".gamma" if k.endswith((".ls1", ".ls2")) else k: t for k, t in published.items()}
+    published |= {
+        f"blocks.{n}.attn.qkv.{name}": torch.zeros(3 * 384) for n in range(12) for name in ("bias", "bias_mask")
+    }
+    published |= {"mask_token": torch.zeros(1, 384), "rope_embed.periods": torch.ones(16)}
+    torch.save(published, tmp_path / "dinov3.pth")
+    trunk = Timm(model).build().eval()
+    load_whole(trunk, read_weights(tmp_path / "dinov3.pth").part("trunk"), "it")
+    x = torch.randn(2, 3, 96, 96)
+    with torch.no_grad():
+        assert torch.equal(trunk(x), theirs(x))
 
 
 def test_what_is_decayed_is_what_timm_decays():
