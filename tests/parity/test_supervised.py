@@ -53,6 +53,13 @@ def pretrained(head="PAWS", **changes):
     return online, Weights({"online": online.state_dict()}, to_plain(method(**changes).about()), "runs/first")
 
 
+def with_gelu():
+    """Weights of a run whose projection head has GELU."""
+    weights = pretrained("PAWS")[1]
+    weights.about["config"]["activation"] = "gelu"
+    return weights
+
+
 def classifier(**changes):
     """Weights as a run of this method leaves them."""
     ours = method(**changes)
@@ -183,6 +190,10 @@ UNFIT = {
     "a head of another width": (
         lambda: pretrained("BYOL")[1],
         r"another first projection layer: --set head.features=48 --set head.bias=True would take it",
+    ),
+    "a head with another activation": (
+        with_gelu,
+        r"GELU in its projection head, where fine-tuning from its layers has ReLU: --set head=none",
     ),
     "a head without bias": (
         lambda: pretrained("SimCLRv2")[1],
