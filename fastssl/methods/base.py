@@ -260,7 +260,8 @@ class Method(ABC, Generic[AnyConfig, Net]):
         that only one has. A target is an average of `online`, so it starts from the other run's, or where that had
         none from its online network. A classifier of other classes than the data's is one of those that are left
         out."""
-        weights = with_classes(weights, self.facts)
+        if "fc" in parts_of(nets.online.state_dict()):
+            weights = with_classes(weights, self.facts)
         found = [(nets.online, weights.shared_parts(nets.online))]
         if nets.target is not None:
             name = "target" if "target" in weights.nets else "online"
