@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import warnings
 from collections.abc import Mapping
+from contextlib import redirect_stderr
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -64,7 +67,7 @@ class Run:
             raise ConfigError("evaluate() needs a protocol: evaluate('knn')")
         chosen = [load_protocol(name) for name in protocols]
         own, sets = divide(tuple(f"{key}={path}" for key, path in (data or {}).items()), chosen)
-        subject = reopened(self.path, own, sets, labels)[0] if own or sets or labels else self._subject
+        subject = _opened(self.path, own, sets, labels) if own or sets or labels else self._subject
         return {key: value for protocol in chosen for key, value in protocol.evaluate(subject).items()}
 
     def embed(self, images: str | Path | np.ndarray, tap: str | None = None) -> np.ndarray:
@@ -80,7 +83,7 @@ class Run:
 
     def encoder(self) -> Encoder:
         """The backbone, in eval mode on the CPU, and how images become its input."""
-        subject = reopened(self.path, ())[0]
+        subject = _opened(self.path)
         view, channels = subject.method.config.eval_view, subject.method.facts.channels
         return Encoder(subject.nets.online.trunk.to("cpu"), Transform(view, channels))
 
@@ -98,12 +101,25 @@ class Run:
 
     @cached_property
     def _subject(self) -> Subject:
-        return reopened(self.path, ())[0]
+        return _opened(self.path)
 
 
 def open_run(path: str | Path) -> Run:
     """The run in the folder `path`. Raises ConfigError where there is none."""
     return Run(path)
+
+
+def _opened(
+    path: Path, data: tuple[str, ...] = (), sets: Mapping[str, Path] | None = None, labels: str | None = None
+) -> Subject:
+    """The run's networks beside `data`. What a command would say on stderr is dropped, but for warnings."""
+    said = io.StringIO()
+    with redirect_stderr(said):
+        subject, _ = reopened(path, data, sets, labels)
+    for line in said.getvalue().splitlines():
+        if line.startswith("warning: "):
+            warnings.warn(line.removeprefix("warning: "), stacklevel=4)
+    return subject
 
 
 class Encoder(nn.Module):

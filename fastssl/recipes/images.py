@@ -59,7 +59,7 @@ class Choices:
     def __post_init__(self) -> None:
         of = self.images
         if of.num_images < LEAST_IMAGES:
-            raise ConfigError(f"{of.num_images} images in all are too few to learn from: {LEAST_IMAGES} at least")
+            raise ConfigError(f"{of.num_images} images to learn from are too few: {LEAST_IMAGES} at least")
         if of.side < LEAST_SIDE:
             raise ConfigError(
                 f"the images' shorter side is {of.side} pixels at the median, less than the smallest crops: "

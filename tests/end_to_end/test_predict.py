@@ -22,7 +22,7 @@ def folder(tmp_path_factory):
         for i in range(8):
             swatch(folder / "sorted" / name / f"{i}.png", red + i / 10, form="PNG")
     changes = ("encoder.base_width=4", "batch_global=8", "length=30steps", "rate.peak=0.05", "labels=all")
-    data = (f"labelled={folder / 'sorted'}", f"validation={folder / 'sorted'}")
+    data = (folder / "sorted",)
     given = [word for each in changes for word in ("--set", each)] + [
         word for each in data for word in ("--data", each)
     ]

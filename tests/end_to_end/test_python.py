@@ -70,7 +70,7 @@ def test_a_run_tells_what_it_measured_and_shows_its_networks(run, tmp_path):
 
 def test_nothing_is_printed_unless_asked(tmp_path, capfd):
     changes = SHORT | {"length": "2steps", "evaluate": "knn"}
-    fastssl.train("paws.digits", out=tmp_path / "quiet", set=changes)
+    fastssl.train("paws.digits", out=tmp_path / "quiet", set=changes).evaluate("knn")
     assert capfd.readouterr() == ("", "")
     fastssl.train("paws.digits", out=tmp_path / "quiet", progress=True, set=changes)
     assert "finished: paws.digits" in capfd.readouterr().out

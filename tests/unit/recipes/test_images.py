@@ -48,7 +48,7 @@ def test_what_is_chosen_can_be_changed_and_follows_the_data():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"num_images": 30, "num_labelled": 30}, "30 images in all are too few"),
+        ({"num_images": 30, "num_labelled": 30}, "30 images to learn from are too few"),
         ({"side": 20}, "less than the smallest crops"),
         ({"num_classes": 1}, "of one class"),
         ({"num_labelled": 0, "num_classes": 0}, "simclrv2.mine"),
