@@ -38,11 +38,12 @@ def prepared(folder: Path, image: Image.Image) -> Tensor:
     """The image as the network was shown images in evaluation: float32 [1, C, S, S]."""
     given = json.loads((folder / "config.json").read_text())["input"]
     image, size = image.convert("RGB" if given["channels"] == 3 else "L"), given["size"]
-    if given["resize"]:  # the shorter side to `resize`, then the central square
-        scale = min(image.size) / given["resize"]
-        side = size * scale
-        left, top = (image.width - side) / 2, (image.height - side) / 2
-        image = image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
+    if given["resize"]:  # the shorter side to `resize`, then the central square, as torchvision rounds both
+        (width, height), least = image.size, min(image.size)
+        wide, high = given["resize"] * width // least, given["resize"] * height // least
+        left, top = round((wide - size) / 2), round((high - size) / 2)
+        box = (left * width / wide, top * height / high, (left + size) * width / wide, (top + size) * height / high)
+        image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
     else:
         image = image.resize((size, size), Image.Resampling.BILINEAR)
     pixels = np.asarray(image, np.float32).reshape(size, size, -1) / 255

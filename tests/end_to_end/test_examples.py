@@ -48,15 +48,21 @@ def test_few_labels_ends_with_a_table(table):
     assert len(rows) == 40 and {row["class"] for row in rows} <= {"dark", "grey", "light"}
 
 
-def test_weights_in_plain_torch_give_the_runs_features(table, monkeypatch, tmp_path):
+def test_weights_in_plain_torch_give_the_runs_features(photos, monkeypatch, tmp_path):
     monkeypatch.setitem(__import__("sys").modules, "torchvision", plain_resnet.TORCHVISION)
-    run = fastssl.open_run(table.parent / "tuned")
+    wide = {
+        "encoder": "resnet(10,stem=cifar)",
+        "steps": 2,
+        "evaluate": "classifier",
+    }  # torchvision knows no narrow ones
+    run = fastssl.train("supervised.mine", data=photos, out=tmp_path / "run", set=wide)
     folder, module = run.export(tmp_path / "export"), example("use_weights")
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 44, 3), np.uint8))
-    image.save(tmp_path / "photo.png")
+    (tmp_path / "photo").mkdir()
+    image.save(tmp_path / "photo" / "0.png")
     with torch.no_grad():
         features = module["load"](folder)(module["prepared"](folder, image))
-    np.testing.assert_allclose(features.numpy(), run.embed(tmp_path / "photo.png"), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(features.numpy(), run.embed(tmp_path / "photo"), rtol=1e-3, atol=1e-4)
 
 
 def test_the_notebooks_cells_run_one_after_the_other(tmp_path, monkeypatch):
