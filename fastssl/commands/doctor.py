@@ -7,8 +7,10 @@ from pathlib import Path
 
 import click
 
+from fastssl.commands.help import Command
 
-@click.command()
+
+@click.command(cls=Command)
 @click.option("--data", type=click.Path(path_type=Path), help="Also time reading this file, or one in this folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def doctor(data: Path | None, as_json: bool) -> None:
