@@ -18,7 +18,7 @@ class KnownSet:
 
 KNOWN_SETS = {
     "digits": KnownSet(1442, 10, 1, "digits (embedded)", embedded=True),
-    "mine": KnownSet(10_000, 10, 3, "PATH of your images: a folder a class, or labelled=PATH and unlabelled=PATH"),
     "cifar10": KnownSet(50_000, 10, 3, "PATH of the official binary CIFAR-10 (data_batch_1.bin ... test_batch.bin)"),
     "imagenet": KnownSet(1_281_167, 1_000, 3, "PATH of ImageNet: a folder with train/ and val/, or .beton files"),
+    "mine": KnownSet(10_000, 10, 3, "PATH of your images: a folder a class, or labelled=PATH and unlabelled=PATH"),
 }

@@ -226,9 +226,9 @@ def _named(p: Path, *suffixes: str) -> bool:
 
 
 OPENERS = (
+    Opener("*.beton", lambda p: bool(_betons_in(p)), _open_betons),
     Opener("images.npy and labels.npy", holds_arrays,
            lambda p, validation: Splits("arrays", open_arrays(p), single=True)),
-    Opener("*.beton", lambda p: bool(_betons_in(p)), _open_betons),
     Opener("a .csv or .tsv of paths and labels", lambda p: _named(p, *listed.TABLES), _open_table),
     Opener("a single image", lambda p: _named(p, *SUFFIXES), _one_image),
     Opener(f"CIFAR-10's {cifar.TRAIN[0]}", lambda p: cifar.find(p) is not None,
