@@ -49,6 +49,13 @@ def compile_threads(num: int) -> None:
             compiler.compile_threads = num  # type: ignore[attr-defined]
 
 
+def forget_compiled() -> None:
+    """Drop what torch compiled for earlier runs of this process: each network is one more version of the same code, of
+    which it allows eight."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
 def versions() -> dict[str, str]:
     """What this process computes with."""
     return {

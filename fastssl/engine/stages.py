@@ -22,7 +22,7 @@ from fastssl.engine.same_everywhere import check_same_everywhere
 from fastssl.engine.signals import StopRequest
 from fastssl.engine.train_stage import replayed, train
 from fastssl.engine.unusable import refuse_or_list
-from fastssl.machine import compile_threads, keep_freed_memory, own_cpus, share_cpus, threads_per_rank
+from fastssl.machine import compile_threads, forget_compiled, keep_freed_memory, own_cpus, share_cpus, threads_per_rank
 from fastssl.methods.base import Artefact, Stage
 from fastssl.record.recorder import result_lines
 from fastssl.run_dir.files import CHECKPOINTS, RESULT, read_json
@@ -40,6 +40,7 @@ def run(job: Job) -> dict[str, Any]:
     threads = threads_per_rank()
     torch.set_num_threads(threads)
     compile_threads(threads)
+    forget_compiled()
     device = torch.device("cuda", dist.local_gpu()) if job.device == "cuda" else torch.device("cpu")
     if device.type == "cpu":
         keep_freed_memory()

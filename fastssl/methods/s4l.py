@@ -55,6 +55,7 @@ from fastssl.losses.keyed_draws import normals
 from fastssl.losses.triplet import exemplar_loss
 from fastssl.methods.base import Artefact, Config, Epochs, Facts, Horizon, Method, Nets, Span, autocast, in_full
 from fastssl.methods.pseudo_labels import PseudoLabels, pseudo_labels
+from fastssl.methods.virtual_cores import cores_of_this_rank, refuse_without_groups
 from fastssl.nn.ema import copy_of, follow
 from fastssl.nn.encoders.encoder import Encoder
 from fastssl.nn.encoders.resnet import S4lResNet
@@ -205,27 +206,18 @@ class LabelConfig(S4lConfig):
 # --------------------------------------------------------------------------------------------------------- networks
 
 
-def _refuse_without_groups(trunk: nn.Module, config: S4lConfig) -> None:
-    """Virtual cores are groups of batch norm, and of exemplar's images: without either there is nothing in them."""
-    if not any(isinstance(layer, GroupBatchNorm) for layer in trunk.modules()):
-        raise ConfigError(
-            f"{config.encoder.name} has no batch norm, so virtual cores of {config.core_images} images mean nothing: "
-            "--set core_images=none"
-        )
-
-
 class S4lNet(nn.Module):
     """Trunk, classifier `fc` and, for the terms that need them, the heads `turn` and `embedding`; all linear."""
 
     def __init__(self, config: S4lConfig, facts: Facts):
         super().__init__()
-        self.vat, self.num_cores = config.vat, _cores_of_this_rank(config)
+        self.vat, self.num_cores = config.vat, cores_of_this_rank(config.batch_global, config.core_images)
         norm: Norm = S4L_NORM  # in whatever encoder
         if self.num_cores is not None:
             norm = partial(GroupBatchNorm, num_groups=self.num_cores, **S4L_NORM.keywords)
         self.trunk = config.encoder.build(facts.channels, norm)
         if self.num_cores is not None and config.exemplar is None:
-            _refuse_without_groups(self.trunk, config)
+            refuse_without_groups(self.trunk, config.encoder.name, config.core_images)
         heads = []
         if config.sees_labelled:
             self.fc = nn.Linear(self.trunk.num_features, facts.num_classes)
@@ -290,19 +282,6 @@ class S4lNet(nn.Module):
                 return vat.epsilon * unit(product)
             rows = len(x) // self.num_cores if self.num_cores is not None else len(x) * dist.world_size()
             return vat.epsilon * unit_unless_small(product * (RELEASE_XI / rows))  # the gradient of the core's mean
-
-
-def _cores_of_this_rank(config: S4lConfig) -> int | None:
-    if config.core_images is None:
-        return None
-    num_cores, world = config.batch_global // config.core_images, dist.world_size()
-    if num_cores % world:
-        raise ConfigError(
-            f"batches of {config.batch_global} images are {num_cores} virtual cores of {config.core_images}, which "
-            f"{world} ranks cannot share evenly: take a number of ranks that divides {num_cores}, or "
-            "--set core_images=none, which makes one core of the batch"
-        )
-    return num_cores // world
 
 
 # ----------------------------------------------------------------------------------------------------------- method
@@ -382,7 +361,7 @@ class S4l(Method[S4lConfig, S4lNet]):
             values["rotation"] = torch.stack([rotation_loss(rows) for rows in turns]).mean()
             total = total + c.rotation.weight * values["rotation"]
         if c.exemplar is not None:
-            num_cores, compat = _cores_of_this_rank(c), c.exemplar.compat_identities
+            num_cores, compat = cores_of_this_rank(c.batch_global, c.core_images), c.exemplar.compat_identities
             copies = found["embedding"].split(num_rows)[-len(of_images) :]
             of_streams = [exemplar_loss(rows, num_images, num_cores, compat=compat) for rows in copies]
             values["exemplar"] = torch.stack(of_streams).mean()

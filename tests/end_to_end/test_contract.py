@@ -42,3 +42,13 @@ def test_frozen_and_target_get_no_gradient_and_queue_is_saved(tmp_path):
     run(fakes.job(fakes.stages("simclrv2"), tmp_path / "chain"))
     state = torch.load(next(tmp_path.glob("chain/distil/checkpoints/step-00000006/state.pt")), weights_only=True)
     assert set(state["nets"]) == {"online"}
+
+
+def test_a_run_does_not_count_what_earlier_ones_compiled(tmp_path, monkeypatch):
+    """Catches the ninth training of a notebook that ends in torch's limit of versions of one function."""
+    import torch._dynamo  # as every compiled step does
+
+    forgotten = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: forgotten.append(True))
+    run(fakes.job(fakes.stages("paws", steps=1), tmp_path))
+    assert forgotten == [True]

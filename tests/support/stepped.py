@@ -9,6 +9,7 @@ import torch
 from fastssl.engine.join import facts_of
 from fastssl.engine.settings import How
 from fastssl.engine.step import TrainingStep
+from fastssl.machine import forget_compiled
 from fastssl.methods.base import Horizon, Stages
 from loaders.loader import Loader, bind
 from loaders.store.data import open_data
@@ -19,6 +20,7 @@ def stepped(
 ) -> tuple[TrainingStep, list[str], list[float]]:
     """The step of the one stage, prepared within `watch`; what it warned of; the losses of its first steps."""
     (stage,) = stages
+    forget_compiled()
     torch.manual_seed(0)
     data = open_data(("digits",))
     method = stage.config.build(facts_of(data, 0), {})

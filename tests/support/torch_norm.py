@@ -27,8 +27,8 @@ class Encoder(nn.Module):
     def __init__(self, trunk_norm, head_norm):
         super().__init__()
         self.trunk = resnet(50, norm=trunk_norm, base_width=8)
-        self.projection = projection_head(self.trunk.num_features, 32, head_norm)
-        self.prediction = prediction_head(32, head_norm)
+        self.projection = projection_head(self.trunk.num_features, 32, norm=head_norm)
+        self.prediction = prediction_head(32, norm=head_norm)
 
     def forward(self, x_large, x_small):
         h = self.projection.lockstep(self.trunk.lockstep([x_large, x_small]))

@@ -72,6 +72,6 @@ def test_a_person_reads_it_and_runs_the_command(photos, tmp_path):
 
 def test_what_cannot_be_trained_on_is_said(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
-    assert "no recipe for it: 1 images in all are too few to learn from" in " ".join(said(tmp_path).split())
+    assert "no recipe for it: 1 images to learn from are too few" in " ".join(said(tmp_path).split())
     refused = CliRunner().invoke(main, ["data", str(tmp_path / "nowhere")])
     assert refused.exit_code == 1 and "no such file or folder" in refused.output
