@@ -70,6 +70,7 @@ NOTES = {
 }
 IN_README = (
     "paws.digits",
+    "paws.digits_20",
     "paws.cifar10_small",
     "supervised.cifar10_small",
     "suncet.cifar10_small",

@@ -7,8 +7,8 @@ A description is TOML: `scores` are the columns of numbers, by their names in re
 `[[rows]]` its `group` and `name`, and `arguments`, what follows `fastssl train`. `shared` is appended to all of them.
 
 A run lies in RUNS/NAME/ROW-seedN and continues where it was stopped. Its result.json is copied unedited to a folder
-beside the description; of a run of several stages that of each, the last of which is scored. The page has the
-description's name, with `.md`, and holds the table between the lines `<!-- table -->` and `<!-- /table -->`.
+beside the description. The page has the description's name, with `.md`, and holds the table between the lines
+`<!-- table -->` and `<!-- /table -->`.
 Descriptions that name a recipe or setting that does not exist are refused before anything runs: each row is dry-run.
 """
 
@@ -58,13 +58,7 @@ class Table:
         return self.path.with_suffix("")
 
     def result(self, row: Row, seed: int) -> Path:
-        """Where the last stage's is kept; earlier ones' have the stage's name before the suffix."""
         return self.kept / f"{row.slug}-seed{seed}.json"
-
-    def seconds(self, row: Row, seed: int) -> float:
-        """Of training, of all stages."""
-        kept = [self.result(row, seed), *self.kept.glob(f"{row.slug}-seed{seed}.*.json")]
-        return float(sum(json.loads(path.read_text())["trained_s"] for path in kept))
 
 
 def read(path: Path) -> Table:
@@ -107,16 +101,7 @@ def run_missing(table: Table, runs: Path) -> None:
             done = train(row.arguments, "--seeds", str(seed), "--out", str(out))
             if done.returncode:
                 raise click.ClickException(f"{' '.join(row.arguments)}: {done.stderr.strip()[-500:]}")
-            *earlier, last = _results(out)
-            for path in earlier:
-                result.with_suffix(f".{path.parent.name}.json").write_bytes(path.read_bytes())
-            result.write_bytes(last.read_bytes())
-
-
-def _results(out: Path) -> list[Path]:
-    """Of all stages of a run, in their order."""
-    alone = out / "result.json"
-    return [alone] if alone.exists() else sorted(out.glob("*/result.json"), key=lambda path: path.stat().st_mtime_ns)
+            result.write_bytes((out / "result.json").read_bytes())
 
 
 def cell(values: list[float]) -> str:
@@ -127,18 +112,23 @@ def cell(values: list[float]) -> str:
     return f"{100 * fmean(values):.1f}{spread}"
 
 
+def seconds(result: dict[str, Any]) -> float:
+    """Of training, in all stages."""
+    return float(sum(stage["trained_s"] for stage in result.get("stages", {"": result}).values()))
+
+
 def markdown(table: Table) -> str:
     """The table's lines, and after them a command for each row."""
     titles = ("", "", *table.scores, "seconds of training", "seeds")
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     commands, group = [], None
     for row in table.rows:
-        seeds = [seed for seed in table.seeds if table.result(row, seed).exists()]
-        kept: list[dict[str, Any]] = [json.loads(table.result(row, seed).read_text()) for seed in seeds]
+        results = [table.result(row, seed) for seed in table.seeds]
+        kept: list[dict[str, Any]] = [json.loads(path.read_text()) for path in results if path.exists()]
         cells = [cell([r[name] for r in kept if name in r]) for name in table.scores.values()]
-        seconds = f"{fmean([table.seconds(row, seed) for seed in seeds]):,.0f}" if kept else "–"
+        trained = f"{fmean(map(seconds, kept)):,.0f}" if kept else "–"
         shown = row.group if row.group != group else ""
-        lines.append(f"| {shown} | {row.name} | {' | '.join(cells)} | {seconds} | {len(kept)} |")
+        lines.append(f"| {shown} | {row.name} | {' | '.join(cells)} | {trained} | {len(kept)} |")
         commands.append(f"    fastssl train {shlex.join(row.arguments)} --seeds {','.join(map(str, table.seeds))}")
         group = row.group
     return "\n".join([*lines, "", *commands])

@@ -67,6 +67,9 @@ MEASURED: dict[str, Measured] = {
     "paws.digits": Measured(
         top1=96.4, spread=1.4, seeds=3, how=_NN, results=_DIGITS, took="40 s, two cores", commit="d22fc25"
     ),
+    "paws.digits_20": Measured(
+        top1=94.8, spread=1.9, seeds=3, how=_NN, results="digits_few_labels.md", took="50 s, one core"
+    ),
     "paws.digits_vit": Measured(
         top1=95.2, spread=0.5, seeds=3, how=_NN, results="digits_vit_cpu_202611.md", took="57 CPU seconds"
     ),
