@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import tempfile
 import time
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=100_000)
     parser.add_argument("--classes", type=int, default=100)
     parser.add_argument("--trials", type=int, default=3)
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/fastssl-opening"))
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "fastssl-opening")
     arguments = parser.parse_args()
     folder = arguments.folder / f"{arguments.images}-{arguments.classes}"
     written(folder, arguments.images, arguments.classes)
