@@ -67,6 +67,7 @@ class Contents:
     warnings: list[str]
     command: str
     why_not: str
+    stages: Stages = field(repr=False)
     data: DataSets = field(repr=False)
 
 
@@ -78,10 +79,10 @@ def look(path: str) -> Contents:
         warnings = check_apart(data)
     except StoreError as error:
         warnings = [str(error)]
-    command, why_not = _advised(path, data)
+    command, why_not, stages = _advised(path, data)
     left_out = data.left_out[path]
     shown = [*left_out.listed]
-    return Contents(path, data.said, splits, left_out.count, shown, warnings, command, why_not, data)
+    return Contents(path, data.said, splits, left_out.count, shown, warnings, command, why_not, stages, data)
 
 
 def _split(source: Source) -> Split:
@@ -165,18 +166,15 @@ def _recommended(path: str, data: DataSets) -> str:
     return "paws.mine" if labelled else "simclrv2.mine"
 
 
-def _stages(path: str, data: DataSets) -> Stages:
-    """Of that recipe. Raises ConfigError where the data are too few for it."""
-    return stages_of(_recommended(path, data), (), (path,), "cpu", from_weights=False)[0]
-
-
-def _advised(path: str, data: DataSets) -> tuple[str, str]:
-    """(the command that would train on the data, as a shell takes it; why there is none), one of them empty."""
+def _advised(path: str, data: DataSets) -> tuple[str, str, Stages]:
+    """(the command that would train on the data, as a shell takes it; why there is none, one of them empty; the
+    stages of what it would train)."""
+    recipe = _recommended(path, data)
     try:
-        _stages(path, data)
+        stages, _ = stages_of(recipe, (), (path,), "cpu", from_weights=False)
     except (ConfigError, StoreError) as error:
-        return "", str(error)
-    return shlex.join(["fastssl", "train", _recommended(path, data), "--data", path]), ""
+        return "", str(error), ()
+    return shlex.join(["fastssl", "train", recipe, "--data", path]), "", stages
 
 
 # ------------------------------------------------------------------------------------------------------------- shown
@@ -254,7 +252,6 @@ def show(found: Contents, file: Path) -> None:
 
     if not found.command:
         raise ConfigError(f"{found.path}: no recipe whose crops could be shown: {found.why_not}")
-    stage = _stages(found.path, found.data)[0]
-    method = stage.config.build(facts_of(found.data, seed=0), {})
+    method = found.stages[0].config.build(facts_of(found.data, seed=0), {})
     text = page(f"Images in {found.path}", paragraph(found.command), contact_sheet(method, found.data))
     write_file(file, text)
