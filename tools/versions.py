@@ -89,11 +89,12 @@ def make(environment: Environment, folder: Path) -> Path:
 
 
 def _constraints(environment: Environment) -> str:
-    """constraints.txt with this torch and NumPy; Triton is the one that this torch brings."""
+    """constraints.txt with this torch, this NumPy and what is named beside them; Triton and torchvision are those that
+    this torch asks for."""
     pinned = (ROOT / "constraints.txt").read_text().splitlines()
-    kept = [line for line in pinned if not re.match(r"(torch|numpy|triton)==", line)]
+    kept = [line for line in pinned if not re.match(r"(torch|numpy|triton|torchvision)==", line)]
     if environment.torch == _version_pinned("torch"):
-        kept.append(f"triton=={_version_pinned('triton')}")
+        kept += [f"{project}=={_version_pinned(project)}" for project in ("triton", "torchvision")]
     return "\n".join([*kept, f"torch=={environment.torch}", f"numpy=={environment.numpy}", ""])
 
 
@@ -122,7 +123,7 @@ def _succeed(command: Sequence[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
-        raise Missing((errors or [f"{command[0]} ended with {done.returncode}"])[-1])
+        raise Missing((errors or [f"{command[0]} ended with {done.returncode}"])[0])
 
 
 def installed(python: Path) -> dict[str, str]:

@@ -23,7 +23,7 @@ from fastssl.weights.read import CONFIG, read_weights
 from loaders.errors import LoaderError
 from loaders.loader import resolved
 from loaders.plan.views import parse_subset
-from loaders.store.data import LABELLED, NOTHING_HELD_OUT, VALIDATION, DataSets, open_data
+from loaders.store.data import LABELLED, NOTHING_HELD_OUT, TRAIN, VALIDATION, DataSets, open_data
 
 
 def open_run(
@@ -149,10 +149,13 @@ def _data_of(written: Written, data: tuple[str, ...]) -> DataSets:
 
 def _facts(written: Written, about: Mapping[str, Any] | None, sources: DataSets, is_own: bool) -> Facts:
     """The data's facts, but the classes that the run's networks know; `is_own` says that the data is the run's."""
-    facts = facts_of(sources, written.seed)
     if about is None or "facts" not in about:  # runs of before it was stored
-        return facts
+        return facts_of(sources, written.seed)
     began_with = about_of(about).facts
+    shown = sources.sources.get(VALIDATION)
+    if shown is not None and not {LABELLED, TRAIN} & sources.sources.keys():  # a classifier needs no others
+        sources = DataSets({LABELLED: shown})
+    facts = facts_of(sources, written.seed)
     if began_with.channels != facts.channels:
         raise ConfigError(
             f"{written.path} has learnt from images of {began_with.channels} channels; these have {facts.channels}"

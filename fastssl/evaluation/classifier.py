@@ -24,12 +24,12 @@ def evaluate(subject: Subject) -> dict[str, Any]:
 
 
 def check_tap(roles: Roles, tap: str) -> None:
-    """Raises ConfigError where the method has no such `tap`, or no column there for a class of the data, and where
-    validation images lack labels."""
+    """Raises ConfigError where the method has no such `tap`, or no column there for a class of the validation images,
+    and where these lack labels. Nothing is learnt, so no other images are asked for."""
     if tap not in roles.method.taps:
         raise ConfigError(f"{type(roles.method).__name__} has no {tap} to classify by: choose another protocol")
     classes_of_run(roles)
-    roles.check()
+    roles.check_validation()
 
 
 def scores(subject: Subject, protocol: str, tap: str) -> dict[str, Any]:
@@ -48,10 +48,10 @@ def scores(subject: Subject, protocol: str, tap: str) -> dict[str, Any]:
 
 
 def classes_of_run(roles: Roles) -> Tensor:
-    """int64 [K]: of each class of the data, which of the run's classifier it is, by name: the data may have fewer. As
-    they stand where the run did not say its names, and so as many. Raises ConfigError where the classifier does not
-    know one of them."""
-    facts, names = roles.method.facts, roles.class_names
+    """int64 [K]: of each class of the validation images' set, which of the run's classifier it is, by name: the set may
+    have fewer. As they stand where the run did not say its names, and so as many. Raises ConfigError where the
+    classifier does not know one of them."""
+    facts, names = roles.method.facts, roles.source_of(VALIDATION).class_names
     instead = "--protocol linear trains one on the frozen features"
     if not facts.class_names:
         if facts.num_classes != len(names):

@@ -75,6 +75,10 @@ class Roles:
     def check(self) -> None:
         """Raises ConfigError where the data cannot be evaluated on, before anything is read of its images."""
         self._check_labelled()
+        self.check_validation()
+
+    def check_validation(self) -> None:
+        """Raises ConfigError where there are no validation images, or some without a label."""
         missing = self._bind(VALIDATION).subsets[VALIDATION].count - self._num_labelled(VALIDATION)
         if missing:
             raise ConfigError(f"{missing} validation images carry no label, so nothing can be measured on them")

@@ -89,6 +89,29 @@ def test_features_are_worth_something_on_other_classes(tmp_path, monkeypatch):
         reopen.open_run(tmp_path, ("coloured",))
 
 
+def test_a_classifier_needs_no_images_but_those_it_is_scored_on(tmp_path, monkeypatch):
+    """Nothing is learnt from the others. Catches a score that waits for labelled images of the new data, and a protocol
+    that does learn from them and is not told that there are none."""
+    (stage,) = resolve("supervised.digits", ("epochs=1", "precision=fp32"))
+    run(fakes.job((stage,), tmp_path, recipe="supervised.digits", changes=("epochs=1", "precision=fp32")))
+    classifier = load_protocol("classifier")
+    own, _ = reopen.open_run(tmp_path, ())
+    digits = open_data(("digits",)).sources
+    without_labels = replace(digits["train"], labels=np.full(len(digits["train"]), -1))
+    for others, why in (({}, "--data labelled=PATH"), ({"train": without_labels}, "has 0 images, 10 were asked for")):
+        sources = DataSets({**others, "validation": digits["validation"]})
+        monkeypatch.setattr(reopen, "open_data", lambda data, sources=sources, **_: sources)
+        subject, _ = reopen.open_run(tmp_path, ("validation=others",))
+        assert classifier.evaluate(subject) == classifier.evaluate(own)
+        assert subject.looked_at == ("validation",)
+        with pytest.raises((ConfigError, StoreError), match=why):
+            load_protocol("knn").evaluate(subject)
+    coloured = digits_of(10, channels=3).sources["validation"]
+    monkeypatch.setattr(reopen, "open_data", lambda data, **_: DataSets({"validation": coloured}))
+    with pytest.raises(ConfigError, match="learnt from images of 1 channels; these have 3"):
+        reopen.open_run(tmp_path, ("validation=coloured",))
+
+
 def test_a_classifier_counts_by_the_names_of_its_classes(tmp_path, monkeypatch):
     """Another copy of the data may number the same classes otherwise. Catches a score by numbers, and a classifier that
     is asked for classes it does not know."""
