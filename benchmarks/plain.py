@@ -11,8 +11,10 @@ The two share networks and mathematics. State-dict keys are those of `fastssl`'s
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -112,31 +114,100 @@ class ResNet50(nn.Module):
         return self.layer4(self.layer3(self.layer2(self.layer1(x)))).mean((2, 3))
 
 
-class PawsNet(nn.Module):
-    """Trunk, projection head and, where asked for, prediction head: images of one size -> h, z, [N, out_features]."""
+class Attention(nn.Module):
+    """torch's fused attention between two linear layers."""
 
-    def __init__(self, trunk: WideResNet | ResNet50, out_features: int, prediction: bool):
+    def __init__(self, width: int, heads: int):
         super().__init__()
-        wide = trunk.num_features
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        images, tokens, width = x.shape
+        q, k, v = self.qkv(x).reshape(images, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        seen = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(seen.transpose(1, 2).reshape(images, tokens, width))
+
+
+class VitBlock(nn.Module):
+    """Pre-norm, an MLP four times as wide."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads)
+        self.mlp = nn.Sequential()
+        self.mlp.add_module("fc1", nn.Linear(width, 4 * width))
+        self.mlp.add_module("act", nn.GELU())
+        self.mlp.add_module("fc2", nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class ViT(nn.Module):
+    """[N, 3, H, W] -> the class token behind the last norm, [N, width]; ViT-S/16 by default."""
+
+    def __init__(self, size: int = 224, patch: int = 16, width: int = 384, depth: int = 12, heads: int = 6):
+        super().__init__()
+        self.side, self.num_features = size // patch, width
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.side**2 + 1, width))
+        self.patch_embed = nn.Sequential()
+        self.patch_embed.add_module("proj", nn.Conv2d(3, width, patch, patch))
+        self.blocks = nn.Sequential(*(VitBlock(width, heads) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = self.patch_embed(x)
+        positions = self.pos_embed[:, 1:]
+        if patches.shape[-1] != self.side:
+            grid = positions.transpose(1, 2).unflatten(2, (self.side, self.side))
+            grid = F.interpolate(grid, patches.shape[-2:], mode="bicubic", antialias=True)
+            positions = grid.flatten(2).transpose(1, 2)
+        first = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
+        tokens = torch.cat([first, patches.flatten(2).transpose(1, 2) + positions], dim=1)
+        return self.norm(self.blocks(tokens)[:, 0])
+
+
+INPLACE_RELU = functools.partial(nn.ReLU, inplace=True)
+
+
+class PawsNet(nn.Module):
+    """Trunk, projection head and, where asked for, prediction head: images of one size -> h, z, [N, out_features].
+    `hidden` is the width of the heads' hidden layers; None: PAWS's for ResNets."""
+
+    def __init__(
+        self,
+        trunk: WideResNet | ResNet50 | ViT,
+        out_features: int,
+        prediction: bool,
+        hidden: int | None = None,
+        activation: Callable[[], nn.Module] = INPLACE_RELU,
+    ):
+        super().__init__()
+        wide, within = hidden or trunk.num_features, hidden or out_features // 4
         self.trunk = trunk
         self.projection = nn.Sequential()
         for name, layer in {
-            "fc1": nn.Linear(wide, wide),
+            "fc1": nn.Linear(trunk.num_features, wide),
             "bn1": nn.BatchNorm1d(wide),
-            "relu1": nn.ReLU(inplace=True),
+            "act1": activation(),
             "fc2": nn.Linear(wide, wide),
             "bn2": nn.BatchNorm1d(wide),
-            "relu2": nn.ReLU(inplace=True),
+            "act2": activation(),
             "fc3": nn.Linear(wide, out_features),
         }.items():
             self.projection.add_module(name, layer)
         self.prediction = nn.Sequential()
         if prediction:
             self.prediction.add_module("bn1", nn.BatchNorm1d(out_features))
-            self.prediction.add_module("fc1", nn.Linear(out_features, out_features // 4))
-            self.prediction.add_module("bn2", nn.BatchNorm1d(out_features // 4))
-            self.prediction.add_module("relu", nn.ReLU(inplace=True))
-            self.prediction.add_module("fc2", nn.Linear(out_features // 4, out_features))
+            self.prediction.add_module("fc1", nn.Linear(out_features, within))
+            self.prediction.add_module("bn2", nn.BatchNorm1d(within))
+            self.prediction.add_module("act", activation())
+            self.prediction.add_module("fc2", nn.Linear(within, out_features))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         h = self.projection(self.trunk(x))
@@ -243,6 +314,16 @@ class LarsForeach(torch.optim.Optimizer):
             torch._foreach_add_(params, momenta)
 
 
+def adamw(net: nn.Module, betas: tuple[float, float], eps: float) -> torch.optim.AdamW:
+    """torch's own, of two groups: what is decayed, and norms, biases, tokens and positions."""
+    spared = {"trunk.cls_token", "trunk.pos_embed"}
+    decayed = {name for name, p in net.named_parameters() if p.ndim > 1} - spared
+    groups: list[dict[str, Any]] = [{"params": [], "weight_decay": 1.0}, {"params": [], "weight_decay": 0.0}]
+    for name, p in net.named_parameters():
+        groups[name not in decayed]["params"].append(p)
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps)
+
+
 # ------------------------------------------------------------------------------------------------------------ steps
 
 
@@ -281,13 +362,21 @@ class Authors:
 
 
 class Plain:
-    """The same on views of one size in one tensor: supports and global views, small views."""
+    """The same on views of one size in one tensor: supports and global views, small views. `optimizer` is LARS unless
+    it is given."""
 
-    def __init__(self, net: PawsNet, device: torch.device, half: bool = True, compiled: bool = False):
+    def __init__(
+        self,
+        net: PawsNet,
+        device: torch.device,
+        half: bool = True,
+        compiled: bool = False,
+        optimizer: torch.optim.Optimizer | None = None,
+    ):
         self.net = net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.device = device
         self.half = half
-        self.optimizer = LarsForeach(net)
+        self.optimizer = optimizer or LarsForeach(net)
         self.encode = torch.compile(net, dynamic=False) if compiled else net
         self.paws_loss = torch.compile(paws_loss, dynamic=False) if compiled else paws_loss
 
@@ -298,11 +387,15 @@ class Plain:
             h, z = h.float(), z.float()
         return self.paws_loss(h, z, labels_SK, images, times_log)
 
-    def step(self, views: Sequence[Tensor], labels_SK: Tensor, images: int, lr: float) -> Tensor:
+    def step(
+        self, views: Sequence[Tensor], labels_SK: Tensor, images: int, lr: float, decay: float | None = None
+    ) -> Tensor:
         loss = self.loss(views, labels_SK, images)
         loss.backward()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+            if decay is not None and group["weight_decay"]:
+                group["weight_decay"] = decay
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss.detach()

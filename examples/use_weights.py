@@ -1,8 +1,9 @@
-"""Weights of a run in plain torch: no fastssl is imported here. First `fastssl export RUN`, then
+"""Weights of a run in plain torch and in timm: no fastssl is imported here. First `fastssl export RUN`, then
 
     python examples/use_weights.py RUN/export photo.jpg
 
-`config.json` says how torchvision's ResNet becomes the trunk, and how an image becomes its input.
+`config.json` says how torchvision's ResNet becomes the trunk, or which model of timm's it is, and how an image becomes
+its input.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,19 +21,36 @@ from torch import Tensor, nn
 
 
 def load(folder: Path) -> nn.Module:
-    """The trunk in eval mode, built by torchvision: float32 [N, C, S, S] -> features [N, D]. For trunks that are no
-    ResNet of torchvision's, the folder's README says what they are."""
-    import torchvision
-
-    lines = json.loads((folder / "config.json").read_text())["architecture"]["torchvision"]
-    if not lines:
-        raise SystemExit(f"{folder}: its trunk cannot be made from torchvision's")
-    names = {"torch": torch, "torchvision": torchvision}
-    exec("\n".join(lines), names)  # a few lines that you can read in the folder's README
-    model = names["model"]
-    assert isinstance(model, nn.Module)
+    """The trunk in eval mode: float32 [N, C, S, S] -> features [N, D]. For trunks that are neither torchvision's nor
+    timm's, the folder's README says what they are."""
+    trunk = json.loads((folder / "config.json").read_text())["architecture"]
+    if trunk["torchvision"]:
+        model = torchvision_s(trunk["torchvision"])
+    elif trunk["timm"]:
+        model = timm_s(trunk["timm"], trunk["timm_settings"])
+    else:
+        raise SystemExit(f"{folder}: its trunk, {trunk['name']}, can be made from neither torchvision's nor timm's")
     model.load_state_dict(load_file(folder / "backbone.safetensors"))
     return model.eval()
+
+
+def torchvision_s(lines: list[str]) -> nn.Module:
+    """Its ResNet, changed by a few lines that you can read in the folder's README."""
+    import torchvision
+
+    names = {"torch": torch, "torchvision": torchvision}
+    exec("\n".join(lines), names)
+    model = names["model"]
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def timm_s(name: str, settings: dict[str, Any]) -> nn.Module:
+    """Its model without a classifier; a transformer takes images of any size that its patches fill."""
+    import timm
+
+    model: nn.Module = timm.create_model(name, **settings)
+    return model
 
 
 def prepared(folder: Path, image: Image.Image) -> Tensor:

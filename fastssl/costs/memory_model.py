@@ -45,7 +45,8 @@ CARDS_GB = (16, 40, 80, 141)  # V100, A100, A100 or H100, H200; in 10^9 bytes, a
 
 @dataclass(frozen=True)
 class MemoryNeeded:
-    """Bytes of one rank. `activations` by setting; `workspace_bytes` is what the backward pass needs beyond them."""
+    """Bytes of one rank. `activations` by setting, those that there are; `workspace_bytes` is what the backward pass
+    needs beyond them."""
 
     state_bytes: float
     batch_bytes: float
@@ -54,13 +55,16 @@ class MemoryNeeded:
     whole_bytes: float = float("inf")  # activations of a compiled step that computes nothing again
 
     def needed(self, how: str) -> float:
-        """Bytes that `--step how` needs."""
+        """Bytes that `--step how` needs: where there is no such setting, which the step says, those of eager."""
         copies = BATCHES_IN_FLIGHT + (how == "graphed")  # a graph reads its batch from a place of its own
-        return self.shared_bytes + copies * self.batch_bytes + self.workspace_bytes + self.activations[how]
+        return self.shared_bytes + copies * self.batch_bytes + self.workspace_bytes + self._kept(how)
 
     def has_room(self, how: str, card_bytes: float) -> bool:
         """Whether the card holds `--step how`, of the compiled ones, with nothing computed again."""
-        return self.needed(how) - self.activations[how] + self.whole_bytes <= ROOM * card_bytes
+        return self.needed(how) - self._kept(how) + self.whole_bytes <= ROOM * card_bytes
+
+    def _kept(self, how: str) -> float:
+        return self.activations.get(how, self.activations["eager"])
 
     @property
     def shared_bytes(self) -> float:
@@ -69,7 +73,7 @@ class MemoryNeeded:
 
     def settings_within(self, card_bytes: float) -> list[str]:
         """The settings that fit, the one to prefer first."""
-        return [how for how in PREFERENCE if self.needed(how) <= card_bytes]
+        return [how for how in PREFERENCE if how in self.activations and self.needed(how) <= card_bytes]
 
 
 def memory_of(trace: Trace) -> MemoryNeeded:
@@ -80,6 +84,8 @@ def memory_of(trace: Trace) -> MemoryNeeded:
     of_tokens = dict.fromkeys(KEPT_PER_OUTPUT, tokens.inputs + tokens.outputs)
     of_tokens["eager-recompute"] = tokens.inputs + tokens.kept // max(tokens.num, 1)  # of one block, backward
     recomputed = {how: rest + kept * outputs_bytes + of_tokens[how] for how, kept in KEPT_PER_OUTPUT.items()}
+    if not trace.recomputes:
+        del recomputed["eager-recompute"]
     moments_bytes = FP32 * (trace.num_moments - 1)  # beside the momentum
     return MemoryNeeded(
         state_bytes=trace.num_parameters * (BYTES_PER_PARAMETER + moments_bytes) + trace.fixed_bytes,
@@ -176,11 +182,11 @@ def _gb(num_bytes: float) -> str:
 
 def describe(memory: MemoryNeeded) -> tuple[str, str]:
     """In words: what each setting needs, and which settings fit which card."""
-    needs = ", ".join(f"{_gb(memory.needed(how))} {how}" for how in ("eager", *KEPT_PER_OUTPUT))
+    needs = ", ".join(f"{_gb(memory.needed(how))} {how}" for how in memory.activations)
     fits = []
     for card_gb in CARDS_GB:
         settings = memory.settings_within(card_gb * 1e9)
-        everything = len(settings) == len(PREFERENCE)
+        everything = len(settings) == len(memory.activations)
         fits.append(f"{card_gb} GB {'all' if everything else ', '.join(settings) or 'none'}")
         if everything:
             break  # larger ones hold all too

@@ -80,6 +80,7 @@ class Trace:
     conv_traffic_bytes what convolutions read and write, each tensor once a kernel; backward is two kernels, one for
                        the gradient of the input and one for that of the weight
     tokens             of blocks without convolutions
+    recomputes         whether there are blocks that `--step eager-recompute` would compute again
     messages           in order
     norm_channels      of each batch norm of the online network
     embedding_width    of the online network's last linear layer; 0 without any
@@ -98,6 +99,7 @@ class Trace:
     conv_io_bytes: tuple[int, int]
     conv_traffic_bytes: int
     tokens: TokenBlocks
+    recomputes: bool
     messages: tuple[Message, ...]
     norm_channels: tuple[int, ...]
     embedding_width: int
@@ -175,6 +177,7 @@ def _counted(stage: Stage, facts: Facts, world: int) -> Trace:
         conv_io_bytes=(counter.conv_inputs, counter.conv_outputs),
         conv_traffic_bytes=counter.conv_traffic,
         tokens=watched.found(),
+        recomputes=any(isinstance(m, Blocks) for m in nets.online.modules()),
         messages=tuple(counter.messages),
         norm_channels=tuple(m.num_features for m in nets.online.modules() if isinstance(m, _BatchNorm)),
         embedding_width=widths[-1] if widths else 0,

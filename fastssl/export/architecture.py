@@ -17,13 +17,15 @@ def architecture(encoder: Encoder, channels: int, trunk: Mapping[str, Tensor], s
     """Plain facts of the trunk that `encoder` builds for images of `channels`; `trunk` are its tensors.
 
     "torchvision" holds lines of Python that make its ResNet into this one, and "differs_from_torchvision" what they
-    change; without lines, it cannot be made so. "timm" is the name of timm's model where that is the same.
+    change; without lines, it cannot be made so. "timm" is the name of timm's model where that is the same, and
+    "timm_settings" what its `create_model` is given besides.
     Raises WeightsError where the tensors are not this trunk's.
     """
     with torch.device("meta"):  # shapes alone
         module = encoder.build(channels)
     fitting(module.state_dict(), trunk, source)
     likeness = encoder.from_torchvision(channels)
+    resized = {"dynamic_img_size": True} if likeness.resizes else {}
     return {
         "name": encoder.name,
         "encoder": to_plain(encoder),
@@ -32,4 +34,5 @@ def architecture(encoder: Encoder, channels: int, trunk: Mapping[str, Tensor], s
         "differs_from_torchvision": list(likeness.differs),
         "torchvision": list(likeness.lines),
         "timm": likeness.timm,
+        "timm_settings": {"num_classes": 0, "in_chans": channels} | resized if likeness.timm else {},
     }

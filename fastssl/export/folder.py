@@ -211,7 +211,7 @@ def _card(described: Mapping[str, Any]) -> str:
         "",
         "## Use",
         "",
-        *_use_lines(what, given["channels"]),
+        *_use_lines(what),
         *(_onnx_lines() if ONNX in described["files"] else []),
         "",
         f"Input: {given['channels']} x {given['size']} x {given['size']}, "
@@ -254,7 +254,7 @@ def _onnx_lines() -> list[str]:
             "```python", *lines, "```"]  # fmt: skip
 
 
-def _use_lines(what: Mapping[str, Any], channels: int) -> list[str]:
+def _use_lines(what: Mapping[str, Any]) -> list[str]:
     lines = []
     if what["torchvision"]:
         load = f'model.load_state_dict(safetensors.torch.load_file("{BACKBONE}"))'
@@ -264,7 +264,8 @@ def _use_lines(what: Mapping[str, Any], channels: int) -> list[str]:
         lines += ["torchvision's ResNet cannot be made into this one; the names of tensors follow it all the same."]
     if what["timm"]:
         load = f'model.load_state_dict(safetensors.torch.load_file("{BACKBONE}"))'
-        make = f'model = timm.create_model("{what["timm"]}", num_classes=0, in_chans={channels}).eval()'
+        settings = "".join(f", {name}={value}" for name, value in what["timm_settings"].items())
+        make = f'model = timm.create_model("{what["timm"]}"{settings}).eval()'
         lines += ["", "With timm:", "", "```python", "import safetensors.torch, timm", "", make, load, "```"]
     if what["differs_from_torchvision"]:
         lines += ["", "What is not torchvision's:", "", *[f"- {each}" for each in what["differs_from_torchvision"]]]

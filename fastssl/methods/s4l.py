@@ -396,7 +396,8 @@ class S4l(Method[S4lConfig, S4lNet]):
             assert nets.target is not None
             decay = 0.5 ** (1.0 / horizon.steps(self.config.half_life))
             follow(nets.target, nets.online, 1.0 - (1.0 - decay) / (1.0 - decay ** (step + 1)))
-            torch._foreach_copy_(list(nets.target.buffers()), list(nets.online.buffers()))
+            if statistics := list(nets.target.buffers()):  # a trunk without batch norms has none
+                torch._foreach_copy_(statistics, list(nets.online.buffers()))
 
     def embed(self, nets: Nets[S4lNet], x: Tensor, tap: str) -> Tensor:
         """ "turned-logits" are the mean of the logits of an image's four turns."""

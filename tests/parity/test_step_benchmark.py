@@ -18,7 +18,9 @@ import torch
 
 from benchmarks import plain as peers
 from benchmarks import step as benchmark
+from benchmarks.trunks import vits16_problem
 from fastssl.methods.base import Facts
+from fastssl.nn.encoders.vit import ViT
 from fastssl.nn.encoders.wide_resnet import WideResNet
 from fastssl.recipes.paws import digits
 from loaders.plan.views import Rrc
@@ -49,6 +51,18 @@ def rn50():
         "small_view": replace(problem.config.small_view, size=32),
     }
     return small(problem, **views)
+
+
+def vit():
+    """A vision transformer on crops of two sizes, its heads with GELU, AdamW with a moving decay."""
+    problem = vits16_problem(4, 2, 2)
+    views = {
+        "global_view": replace(problem.config.global_view, size=32),
+        "small_view": replace(problem.config.small_view, size=16),
+    }
+    small_one = ViT(32, 8, 24, 2, 3)
+    problem = replace(problem, peer_trunk=lambda: peers.ViT(32, 8, 24, 2, 3))
+    return small(problem, encoder=small_one, hidden_features=12, out_features=16, **views)
 
 
 def loss_and_gradients(build, problem):
@@ -83,22 +97,37 @@ def test_eager_losses_are_equal_in_float32():
     assert all(abs(ours - loss) < 1e-4 for loss in theirs)
 
 
+def test_a_vision_transformer_s_step_is_plain_pytorch_s():
+    """Catches positions or tokens that are decayed, and a decay that stays."""
+    problem = vit()
+    loss, gradients = loss_and_gradients(benchmark.fastssl_eager, problem)
+    peer_loss, peer_gradients = loss_and_gradients(benchmark.plain, problem)
+    assert abs(loss - peer_loss) < 1e-9 and gradients.keys() == peer_gradients.keys()
+    assert all((gradients[name] - g).abs().max() < 1e-9 for name, g in peer_gradients.items())
+    assert problem.decay(90_000) > 9 * problem.decay(0) > 0.3
+    same_after_three_steps(benchmark.plain, problem, (0, 40_000, 90_000), 1e-7)
+
+
 @pytest.mark.parametrize("peer", PEERS)
 def test_updates_and_running_statistics_are_equal(peer):
     """After three steps at a changing rate: both LARS, momentum included, and the order of batch-norm passes."""
     problem = replace(wrn(), peer_trunk=lambda: peers.WideResNet(10, 1))
     problem = replace(problem, config=replace(problem.config, encoder=WideResNet(10, 1)))
+    same_after_three_steps(peer, problem, (0, 400, 900), 1e-9)
+
+
+def same_after_three_steps(peer, problem, steps, tolerance):
     batch = benchmark.noise_batch(problem)
     after = []
     for build in (benchmark.fastssl_eager, peer):
         contender = build(problem, batch)
         formed = contender.formed(batch)
-        for step in (0, 400, 900):
+        for step in steps:
             contender.step(step, formed)
         after.append(contender.net.state_dict())
     assert after[0].keys() == after[1].keys()
     for name, value in after[0].items():
-        assert torch.allclose(value.double(), after[1][name].double(), rtol=1e-9, atol=1e-12), name
+        assert torch.allclose(value.double(), after[1][name].double(), rtol=tolerance, atol=1e-12), name
 
 
 # ---------------------------------------------------------------------------------------------------- golden losses

@@ -415,6 +415,11 @@ def on_a_rank():
     return local, statistics(net), outputs(layers(), own)
 
 
+def test_a_network_without_batch_norms_has_no_statistics_to_average():
+    """As a transformer under its classifier, after every step on several ranks."""
+    average_running_stats(nn.Linear(2, 2))
+
+
 def test_local_statistics_are_of_one_ranks_rows():
     """As if each rank trained alone, until the statistics are averaged; the default is of all ranks' rows, which
     differs. Catches a mode that nobody reads, and ranks that evaluate with different networks."""

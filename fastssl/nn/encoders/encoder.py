@@ -20,11 +20,13 @@ from fastssl.nn.trunks.trunk import Trunk
 @dataclass(frozen=True)
 class Likeness:
     """How a trunk is like torchvision's ResNets: what differs, in words, and lines of Python that make one of these
-    into it, none where there are no such lines. `timm` names timm's model where that is the same."""
+    into it, none where there are no such lines. `timm` names timm's model where that is the same; `resizes` says that
+    it takes images of other sizes than it was made for where it is made with dynamic_img_size=True, and only there."""
 
     differs: tuple[str, ...]
     lines: tuple[str, ...] = ()
     timm: str | None = None
+    resizes: bool = False
 
 
 @dataclass(frozen=True)

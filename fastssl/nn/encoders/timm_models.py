@@ -52,7 +52,9 @@ class Timm(Encoder):
         return ""
 
     def from_torchvision(self, channels: int) -> Likeness:
-        return Likeness((f"another network than its ResNets: {self.name}",), timm=self.model)
+        return Likeness(
+            (f"another network than its ResNets: {self.name}",), timm=self.model, resizes=_resizes(self.model)
+        )
 
 
 class TimmTrunk(Trunk):
@@ -92,12 +94,20 @@ def _created(model: str, channels: int) -> nn.Module:
     if not timm.is_model(model):
         near = difflib.get_close_matches(model.partition(".")[0], timm.list_models(), n=3, cutoff=0.0)
         raise ConfigError(f"timm has no model {model!r}; the nearest are {', '.join(near)}")
-    known = {"pretrained": False, "num_classes": 0, "in_chans": channels}
-    try:  # a transformer whose positions are interpolated for other sizes
-        network: nn.Module = timm.create_model(model, dynamic_img_size=True, **known)
-    except TypeError:
-        network = timm.create_model(model, **known)
+    sizes = {"dynamic_img_size": True} if _resizes(model) else {}
+    network: nn.Module = timm.create_model(model, pretrained=False, num_classes=0, in_chans=channels, **sizes)
     return network
+
+
+@cache
+def _resizes(model: str) -> bool:
+    """Whether it is a transformer that interpolates its positions for other sizes, where timm is told so."""
+    with unset_fake_temporarily(), torch.device("meta"):
+        try:
+            _timm().create_model(model, pretrained=False, dynamic_img_size=True)
+        except TypeError:
+            return False
+    return True
 
 
 def _drawn_or_shaped(model: str, channels: int) -> nn.Module:

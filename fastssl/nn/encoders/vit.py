@@ -60,4 +60,4 @@ class ViT(Encoder):
         plain = self.registers == 0 and self.layer_scale is None and channels == 3
         known = plain and letter is not None and (self.size, self.patch) == (224, 16)
         timm = f"vit_{_OF_TIMM[letter]}_patch16_224" if letter and known else None
-        return Likeness((f"a vision transformer with timm's names: {self.name}",), timm=timm)
+        return Likeness((f"a vision transformer with timm's names: {self.name}",), timm=timm, resizes=True)

@@ -61,5 +61,7 @@ def average_running_stats(module: nn.Module) -> None:
     """Give all ranks the mean of their running statistics, in one message; every rank must call it."""
     layers = [layer for layer in module.modules() if isinstance(layer, GlobalBatchNorm)]
     running = [buffer for layer in layers for buffer in (layer.running_mean, layer.running_var)]
+    if not running:
+        return
     mean = dist.mean_over_ranks(torch.cat(running))
     torch._foreach_copy_(running, mean.split([len(buffer) for buffer in running]))

@@ -83,6 +83,16 @@ def test_description_names_every_setting_and_stops_at_the_card_that_holds_all():
     assert cards == "16 GB compiled, eager-recompute; 40 GB all"
 
 
+def test_a_setting_that_a_network_has_not_is_not_offered():
+    """A transformer's blocks can be computed again, a trunk of others' has none that we know."""
+    (stage,) = fakes.stages("paws")
+    (vit,) = resolve("paws.digits", ("encoder=vit(8,4,16,2,2)",))
+    digits = Facts(10, 1, 0)
+    without, with_blocks = (memory_of(trace_step(each, digits, 1)) for each in (stage, vit))
+    assert "eager-recompute" in describe(with_blocks)[0] and "eager-recompute" not in describe(without)[0]
+    assert describe(without)[1] == "16 GB all" and without.needed("eager-recompute") == without.needed("eager")
+
+
 def test_dry_run_prints_the_estimate_or_why_there_is_none(tmp_path):
     """For the headline job, and for a chain of stages whose last needs what an earlier one makes."""
     result = CliRunner().invoke(main, ["train", "paws.rn50_100ep", "--gpus", "8", "--dry-run"])

@@ -8,8 +8,10 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastssl import dist
 from fastssl.costs.cost import ours
@@ -227,6 +229,28 @@ def test_its_step_is_counted(model):
         assert cost.flops["attention"] == 7 * 12 * 2 * 192 * (large * 197**2 + small * 37**2)
     else:  # 0.4 GFLOPs an image, as published
         assert cost.flops["convolutions"] == pytest.approx(6 * 0.39e9 * (large + small * (96 / 224) ** 2), rel=0.05)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_step_s_arithmetic_is_three_times_what_torch_counts_forward(model):
+    """Against `FlopCounterMode`, which has attention's two products where they are written out: backward adds two
+    products a layer, none for pixels, and five to attention's two. Catches groups that are not divided by, and a
+    layer that is not seen."""
+    (stage,) = resolve("supervised.rn50_100pct", ("view.size=96", "batch_global=2", "precision=fp32"))
+    stage = stage.with_settings(encoder=Timm(model))
+    found = ours(trace_step(stage, IMAGENET, 1)).flops
+    online = stage.config.build(IMAGENET, {}).nets().online
+    stem = next(layer for layer in online.modules() if isinstance(layer, nn.Conv2d))
+    of_pixels: list[int] = []
+    stem.register_forward_hook(lambda layer, _, out: of_pixels.append(2 * out.numel() * layer.weight[0].numel()))
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        online(torch.randn(2, 3, 96, 96))
+    counted = {str(op).removeprefix("aten."): n for op, n in counter.get_flop_counts()["Global"].items()}
+    linear = counted.pop("addmm", 0) + counted.pop("mm", 0)
+    assert found["convolutions"] == 3 * counted.pop("convolution") - of_pixels[0]
+    assert found["linear layers"] == 3 * linear > 0
+    assert found["attention"] == 3.5 * counted.pop("bmm", 0)
+    assert counted == {} and found["similarities"] == 0
 
 
 # ------------------------------------------------------------------------------------------------------ what is refused
