@@ -98,14 +98,22 @@ def test_eager_losses_are_equal_in_float32():
 
 
 def test_a_vision_transformer_s_step_is_plain_pytorch_s():
-    """Catches positions or tokens that are decayed, and a decay that stays."""
+    """Catches positions or tokens that are decayed, and a decay that stays. Of weights that change nothing (a bias
+    before a batch norm, one of all keys) Adam takes the gradient's rounding for a gradient."""
     problem = vit()
     loss, gradients = loss_and_gradients(benchmark.fastssl_eager, problem)
     peer_loss, peer_gradients = loss_and_gradients(benchmark.plain, problem)
     assert abs(loss - peer_loss) < 1e-9 and gradients.keys() == peer_gradients.keys()
     assert all((gradients[name] - g).abs().max() < 1e-9 for name, g in peer_gradients.items())
     assert problem.decay(90_000) > 9 * problem.decay(0) > 0.3
-    same_after_three_steps(benchmark.plain, problem, (0, 40_000, 90_000), 1e-7)
+    ours, theirs = after_three_steps(benchmark.plain, problem, (0, 40_000, 90_000))
+    fresh = problem.peer().state_dict()
+    moved = 0
+    for name, gradient in gradients.items():
+        matters = gradient.abs() > 1e-12
+        assert torch.allclose(ours[name][matters], theirs[name][matters], rtol=1e-7, atol=1e-12), name
+        moved += bool((ours[name][matters] != fresh[name][matters]).any())
+    assert moved > 0.8 * len(gradients)
 
 
 @pytest.mark.parametrize("peer", PEERS)
@@ -113,10 +121,14 @@ def test_updates_and_running_statistics_are_equal(peer):
     """After three steps at a changing rate: both LARS, momentum included, and the order of batch-norm passes."""
     problem = replace(wrn(), peer_trunk=lambda: peers.WideResNet(10, 1))
     problem = replace(problem, config=replace(problem.config, encoder=WideResNet(10, 1)))
-    same_after_three_steps(peer, problem, (0, 400, 900), 1e-9)
+    ours, theirs = after_three_steps(peer, problem, (0, 400, 900))
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert torch.allclose(value.double(), theirs[name].double(), rtol=1e-9, atol=1e-12), name
 
 
-def same_after_three_steps(peer, problem, steps, tolerance):
+def after_three_steps(peer, problem, steps):
+    """What eager fastssl and the peer have made of the network."""
     batch = benchmark.noise_batch(problem)
     after = []
     for build in (benchmark.fastssl_eager, peer):
@@ -125,9 +137,7 @@ def same_after_three_steps(peer, problem, steps, tolerance):
         for step in steps:
             contender.step(step, formed)
         after.append(contender.net.state_dict())
-    assert after[0].keys() == after[1].keys()
-    for name, value in after[0].items():
-        assert torch.allclose(value.double(), after[1][name].double(), rtol=tolerance, atol=1e-12), name
+    return after
 
 
 # ---------------------------------------------------------------------------------------------------- golden losses

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import step as benchmark
+from benchmarks import trunks
 from benchmarks.gpu import fast, right
 from benchmarks.gpu.calls import Record, Run, Skipped
 from fastssl.methods.base import Facts
@@ -24,6 +25,7 @@ def test_networks_of_the_peers_are_the_recipes():
     for problem, num in (
         (benchmark.wrn_problem(16, CPU), 1_518_400),
         (benchmark.rn50_problem(4, 6, 1, CPU), 38_210_112),
+        (trunks.vits16_problem(4, 6, 1), 21_665_664 + 231_168 + 132_608),  # trunk and heads of 256
     ):
         assert sum(p.numel() for p in problem.peer().parameters()) == num
 
