@@ -19,10 +19,10 @@ from loaders.plan.views import IMAGENET, SIGNED, Centre, Pixels, View
 LEAST_IMAGES = 100  # in all: below, an epoch is a step or two
 LEAST_SIDE = 32  # pixels
 SIDES = {"cpu": (96, 64, 48, 32), "cuda": (224, 160, 128, 96, 64, 48, 32)}  # of crops
-SEEN = {"cpu": 300_000, "cuda": 100_000_000}  # images in all epochs
+SEEN = {"cpu": 200_000, "cuda": 100_000_000}  # images in all epochs
 MOST_EPOCHS = {"cpu": 200, "cuda": 400}
 MOST_BATCH = {"cpu": 128, "cuda": 1024}
-MOST_SUPPORT = {"cpu": 96, "cuda": 1680}  # labelled images a step
+MOST_SUPPORT = {"cpu": 256, "cuda": 1680}  # labelled images a step
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,10 @@ class Choices:
 
     @cached_property
     def support(self) -> tuple[int, int]:
-        """Classes a step, and images of each."""
+        """Classes a step, and images of each: all classes where they fit, for an image whose class is not among a
+        step's supports is told to be of another."""
         of, most = self.images, MOST_SUPPORT[self.images.device]
-        each = max(1, min(of.smallest_class, 7, max(3, most // of.num_classes)))  # 7: as PAWS's authors have it
+        each = max(1, min(of.smallest_class, 7, max(2, most // of.num_classes)))  # 7: as PAWS's authors have it
         classes = min(of.num_classes, max(2, most // each))
         return classes - (classes % 8 if classes >= 16 else 0), each  # eights divide among ranks
 

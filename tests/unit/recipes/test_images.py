@@ -21,7 +21,7 @@ def test_choices_fit_any_set(name, device, num_images, num_labelled, num_classes
     """More classes a step than there are, more images of a class than it has, a batch larger than the set, no epoch."""
     num_classes = min(num_classes, num_labelled)
     images = Images(num_images, num_labelled, num_classes, max(1, num_labelled // num_classes), side, device=device)
-    (stage,) = resolve(name, (), images)
+    *before, stage = resolve(name, (), images)
     config = stage.config
     plan = config.build(Facts(num_classes, 3, 0), {}).plan()
     assert plan.stream(plan.epoch_of).batch_global <= (num_labelled if name == "supervised.mine" else num_images)
@@ -30,14 +30,29 @@ def test_choices_fit_any_set(name, device, num_images, num_labelled, num_classes
     if name == "paws.mine":
         assert 2 <= config.classes_global <= num_classes
         assert 1 <= config.images_per_class <= images.smallest_class
-    assert len(Choices(images).said()) == 6
+    for labels in before:
+        assert labels.config.batch_global <= num_labelled and labels.config.view.size == config.eval_view.size
+        assert labels.length.count >= 1 and labels.config.labels == config.labels
+    assert len(before) == (name == "paws.mine") and len(Choices(images).said()) == 6
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("num_classes", [2, 5, 13, 48, 102, 120])
+def test_a_step_shows_every_class_where_there_is_room(device, num_classes):
+    """An image of a class that is not among a step's supports, which is told to be of another."""
+    classes, each = Choices(replace(TYPICAL, num_classes=num_classes, device=device)).support
+    assert num_classes - 7 <= classes <= num_classes and each >= 2
 
 
 def test_what_is_chosen_can_be_changed_and_follows_the_data():
-    (small,) = resolve("paws.mine", ("epochs=3", "labels=per-class=5"), replace(TYPICAL, num_images=300, side=70))
+    settings = ("epochs=3", "labels=per-class=5")
+    labels, small = resolve("paws.mine", settings, replace(TYPICAL, num_images=300, side=70))
     assert (small.length.count, small.config.labels, small.config.global_view.size) == (3, "per-class=5", 64)
-    (grey,) = resolve("paws.mine", (), replace(TYPICAL, channels=1))
-    assert len(grey.config.eval_view.pixels.mean) == 1
+    assert (labels.length.count, labels.config.labels, labels.config.view.size) == (3, "per-class=5", 64)
+    for grey in resolve("paws.mine", (), replace(TYPICAL, channels=1)):
+        assert len(grey.config.eval_view.pixels.mean) == 1
+    (from_weights,) = resolve("paws.mine", (), replace(TYPICAL, from_weights=True))
+    assert from_weights == replace(resolve("paws.mine")[1], needs=from_weights.needs)
     (scratch,), (tuned,) = (
         resolve("supervised.mine", (), replace(TYPICAL, from_weights=weights)) for weights in (False, True)
     )
