@@ -44,6 +44,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "loaders.timing": (set(), {"numpy"}),
     "loaders.store": (DISK | {"loaders.plan"}, {"numpy", "PIL"}),
     "loaders.store.parquet": ({"loaders.errors", "loaders.store"}, {"numpy", "pyarrow"}),
+    "loaders.store.crc32c": (set(), {"numpy", "numba"}),
     "loaders.labels": (DISK | {"loaders.plan", "loaders.store"}, {"numpy"}),
     "loaders.convert": (DISK | {"loaders.store", "loaders.labels"}, {"numpy", "PIL"}),
     "loaders.published": ({"loaders.plan", "loaders.store", "loaders.labels", "loaders.errors"}, {"numpy", "PIL"}),

@@ -14,6 +14,7 @@ from fastssl.methods.base import Stages
 from fastssl.recipes.datasets import KNOWN_SETS
 from fastssl.recipes.images import TYPICAL, Choices, Images
 from fastssl.recipes.resolve import canonical, follows_images, resolve
+from loaders.errors import StoreError
 from loaders.loader import resolved
 from loaders.plan.views import parse_subset
 from loaders.store.data import LABELLED, TRAIN, UNLABELLED, DataSets, open_data
@@ -57,12 +58,25 @@ def stages_of(
     typical ones where there are none. Raises ConfigError, LoaderError."""
     if not follows_images(recipe):
         return resolve(recipe, changes), ()
-    images = replace(TYPICAL, device=device, from_weights=from_weights)
     if data:
-        labels = [change.removeprefix("labels=") for change in changes if change.startswith("labels=")]
-        images = _look_at(open_data(data), labels[-1] if labels else "all", images)
-    stages = resolve(recipe, changes, images)
-    return stages, (*(() if data else ("no --data: what follows is for typical images",)), *Choices(images).said())
+        return stages_for(open_data(data), recipe, changes, device, from_weights)
+    images = replace(TYPICAL, device=device, from_weights=from_weights)
+    said = ("no --data: what follows is for typical images", *Choices(images).said())
+    return resolve(recipe, changes, images), said
+
+
+def stages_for(
+    data: DataSets, recipe: str, changes: tuple[str, ...], device: Literal["cpu", "cuda"], from_weights: bool
+) -> tuple[Stages, tuple[str, ...]]:
+    """As `stages_of` for images that are open already; raises StoreError where they have to be converted first."""
+    if data.converted_first:
+        raise StoreError(data.converted_first)
+    if not follows_images(recipe):
+        return resolve(recipe, changes), ()
+    labels = [change.removeprefix("labels=") for change in changes if change.startswith("labels=")]
+    typical = replace(TYPICAL, device=device, from_weights=from_weights)
+    images = _look_at(data, labels[-1] if labels else "all", typical)
+    return resolve(recipe, changes, images), tuple(Choices(images).said())
 
 
 def restaged(job: Job, changes: tuple[str, ...]) -> Stages:

@@ -13,7 +13,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from fastssl.api.jobs import stages_of
+from fastssl.api.jobs import stages_for
 from fastssl.errors import ConfigError
 from fastssl.methods.base import Stages
 from loaders.errors import StoreError
@@ -171,7 +171,7 @@ def _advised(path: str, data: DataSets) -> tuple[str, str, Stages]:
     stages of what it would train)."""
     recipe = _recommended(path, data)
     try:
-        stages, _ = stages_of(recipe, (), (path,), "cpu", from_weights=False)
+        stages, _ = stages_for(data, recipe, (), "cpu", from_weights=False)
     except (ConfigError, StoreError) as error:
         return "", str(error), ()
     return shlex.join(["fastssl", "train", recipe, "--data", path]), "", stages

@@ -34,7 +34,7 @@ def convert_imagenet(
     dry_run: bool,
     verify: Path | None,
 ) -> None:
-    """SRC, whatever --data takes and Hugging Face's parquet files, to OUT/train.beton, OUT/val.beton and
+    """SRC, whatever --data takes, parquet files and TensorFlow Datasets' records, to OUT/train.beton, OUT/val.beton and
     OUT/manifest.json. The same command continues a conversion that was stopped. SRC is only read."""
     from fastssl.commands import converting
     from loaders.convert import conversion as convert

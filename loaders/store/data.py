@@ -60,7 +60,7 @@ class DataSets:
 
     `search` are the folders of the data, where label lists may lie. `masks` say what is foreground in the images of a
     key, for views with a mask. `said` are lines that say what each path holds, and what of it is left out; `left_out`
-    has all of that, by path.
+    has all of that, by path. `converted_first` says how what cannot be trained on as it lies there is converted.
     """
 
     sources: Mapping[str, Source]
@@ -68,6 +68,7 @@ class DataSets:
     masks: Mapping[str, Masks] = field(default_factory=dict)
     said: tuple[str, ...] = ()
     left_out: Mapping[str, PassedOver] = field(default_factory=dict)
+    converted_first: str = ""
 
     @overload
     def get(self, key: Literal["validation"]) -> Source | None: ...  # type: ignore[overload-overlap]
@@ -123,7 +124,7 @@ def open_data(specs: Iterable[str], *, validation: bool = True, in_place: bool =
     """
     parsed = [DataSpec(spec) for spec in specs]
     found: dict[str, list[Source]] = defaultdict(list)
-    mask_files, said, left_out = [], [], {}
+    mask_files, said, left_out, converted_first = [], [], {}, ""
     is_split = any(spec.key == VALIDATION for spec in parsed)  # also into all and none
     for spec in parsed:
         key, path = spec.key, spec.path
@@ -134,6 +135,7 @@ def open_data(specs: Iterable[str], *, validation: bool = True, in_place: bool =
             continue
         splits = open_path(path, validation, in_place)
         used = _used(splits, spec, with_validation=not any(other.key == VALIDATION for other in parsed))
+        converted_first = converted_first or splits.converted_first
         is_split |= splits.is_divided and key in (None, *_LEARNT)
         for role, source in used.items():
             if source is not None and (validation or role != VALIDATION):
@@ -145,7 +147,7 @@ def open_data(specs: Iterable[str], *, validation: bool = True, in_place: bool =
     masks = masks_by_key(sources, mask_files)
     if not is_split:
         said += _hold_out(sources, masks, validation)
-    return DataSets(sources, search_folders(parsed), masks, tuple(said), left_out)
+    return DataSets(sources, search_folders(parsed), masks, tuple(said), left_out, converted_first)
 
 
 def _used(splits: Splits, spec: DataSpec, with_validation: bool) -> dict[str, Source | None]:

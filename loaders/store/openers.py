@@ -7,12 +7,12 @@ A new format or layout is one file and one row of OPENERS.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from loaders.errors import StoreError
-from loaders.store import cifar, imagenet, listed, parquet, shards
+from loaders.store import cifar, imagenet, listed, parquet, records, shards
 from loaders.store.arrays import holds_arrays, open_arrays
 from loaders.store.beton import BetonSource
 from loaders.store.digits import open_digits
@@ -31,7 +31,8 @@ class Splits:
     """What one path holds. A `single` set, not divided into splits, serves as either.
 
     `said` is what it was taken for; `left_out` what lies there and is used for neither split; `is_divided` says whether
-    there are validation images, opened or not.
+    there are validation images, opened or not; `converted_first` how they are converted, where nothing trains on them
+    as they are.
     """
 
     said: str
@@ -40,6 +41,7 @@ class Splits:
     single: bool = False
     left_out: PassedOver | None = None
     is_divided: bool = False
+    converted_first: str = ""
 
     def ignored(self) -> PassedOver:
         """All that is left out, of the path and of its splits."""
@@ -73,9 +75,10 @@ def open_path(path: str, validation: bool = True, in_place: bool = False) -> Spl
             raise StoreError(f"{path}: no such file or folder")
         for opener in OPENERS:
             if opener.looks_like(p):
+                said = f"{path}: {opener.said} are converted first: fastssl convert-imagenet {path} OUT"
                 if in_place and not opener.in_place:
-                    raise StoreError(f"{path}: {opener.said} are converted first: fastssl convert-imagenet {path} OUT")
-                return opener.open(p, validation)
+                    raise StoreError(said)
+                return replace(opener.open(p, validation), converted_first="" if opener.in_place else said)
     except OSError as e:
         raise StoreError(f"{e.filename or path}: cannot be read: {e.strerror}") from e
     raise StoreError(f"{p}: no images; looked for {'; '.join(opener.said for opener in OPENERS)}")
@@ -144,23 +147,36 @@ def _open_tiny(p: Path, validation: bool) -> Splits:
 
 
 def _open_shards(p: Path, validation: bool) -> Splits:
-    return _sharded("WebDataset shards", p, ".tar", shards.list_shards, validation)
+    return _sharded("WebDataset shards", p, _by_split(p, ".tar"), shards.list_shards, validation)
 
 
 def _open_parquet(p: Path, validation: bool) -> Splits:
-    return _sharded("parquet files", p, parquet.SUFFIX, parquet.list_parquet, validation)
+    return _sharded("parquet files", p, _by_split(p, parquet.SUFFIX), parquet.list_parquet, validation)
+
+
+def _open_records(p: Path, validation: bool) -> Splits:
+    by_split = records.records_in(p) if p.is_dir() else {"train": [p]}
+    return _sharded("TensorFlow Datasets' records", p, by_split, records.list_records, validation)
+
+
+def _by_split(p: Path, suffix: str) -> dict[str, list[Path]]:
+    return shards.shards_in(p, suffix) if p.is_dir() else {"train": [p]}
 
 
 def _sharded(
-    said: str, p: Path, suffix: str, listed_in: Callable[[Path, list[Path]], Listing], validation: bool
+    said: str,
+    p: Path,
+    by_split: dict[str, list[Path]],
+    listed_in: Callable[[Path, list[Path]], Listing],
+    validation: bool,
 ) -> Splits:
     """Files of many images each, by split as their names say it."""
-    by_split = shards.shards_in(p, suffix) if p.is_dir() else {"train": [p]}
     left_out = PassedOver()
     if "val" not in by_split and "test" in by_split and "train" in by_split:
         by_split["val"] = by_split.pop("test")
-    for path in by_split.pop("test", []):
-        left_out.add(path.name, "of a test set")
+    for split in [split for split in by_split if split not in ("train", "val")]:
+        for path in by_split.pop(split):
+            left_out.add(path.name, f"of a {split} set")
 
     def source(split: str) -> Source | None:
         paths = by_split.get(split)
@@ -239,6 +255,7 @@ OPENERS = (
     Opener("n*.tar of ImageNet's classes", lambda p: _class_archives_at(p) is not None, _open_class_archives),
     Opener("WebDataset's *.tar", lambda p: _is_sharded(p, ".tar"), _open_shards),
     Opener(f"Hugging Face's *{parquet.SUFFIX}", lambda p: _is_sharded(p, parquet.SUFFIX), _open_parquet, False),
+    Opener("TensorFlow Datasets' *.tfrecord*", records.holds_records, _open_records, False),
     Opener("a .beton", Path.is_file, _open_beton),
     Opener("train/ and val/", lambda p: _divided(p) != (None, None), _open_divided),
     Opener("images, or folders of them", lambda p: bool(folders_in(p) or images_in(p)), _open_folder),

@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 
 from loaders.errors import StoreError
+from loaders.store.columns import IMAGES, LABELS, numbered, own_names
 from loaders.store.listing import Listing, PassedOver
 
 SUFFIX = ".parquet"
-_IMAGES = ("image", "img", "jpg", "png")  # columns, the first that is there
-_LABELS = ("label", "labels", "fine_label", "class", "class_label", "cls", "target", "category")
 _ROWS = 1000  # looked at together
 _GROUPS = 3  # row groups kept while a file is gone through
 
@@ -46,31 +45,10 @@ def list_parquet(name: Path, paths: list[Path]) -> Listing:
     if not rows:
         raise StoreError(f"{name}: no rows")
     labels = [label for label, *_ in rows]
-    names = _names([path for _, _, path, _, _ in rows], paths, [k for _, _, _, k, _ in rows])
-    class_names, numbers = _numbered(labels, parts[0].class_names)
+    names = own_names([row[2] for row in rows], [path.stem for path in paths], [row[3] for row in rows])
+    class_names, numbers = numbered(labels, parts[0].class_names)
     places = np.array([(size, parts[k].time, at, k) for _, at, _, k, size in rows], np.int64).reshape(-1, 4)
     return Listing(name, class_names, numbers, names, places, ignored, tuple(parts), paths=names)
-
-
-def _numbered(labels: list[Any], names: tuple[str, ...]) -> tuple[tuple[str, ...], np.ndarray]:
-    """Class names, of classes that have images, and each row's number among them, int64; -1 of rows without label."""
-    known = {label for label in labels if label is not None and label != -1}
-    if names and any(not isinstance(label, int) or not 0 <= label < len(names) for label in known):
-        raise StoreError(f"labels beyond the {len(names)} classes that the files name")
-    numbers = all(isinstance(label, int) for label in known)
-    order = sorted(known, key=lambda label: label if numbers else str(label))
-    number = {label: c for c, label in enumerate(order)}
-    found = np.array([number.get(label, -1) for label in labels], np.int64)
-    return tuple(names[label] if names else str(label) for label in order), found
-
-
-def _names(paths: list[str | None], files: list[Path], file_of: list[int]) -> list[str]:
-    """The images' own names where all have one of its own, else file and row."""
-    own = [path.rpartition("/")[2] for path in paths if path]
-    if len(own) == len(paths) == len(set(own)):
-        return own
-    first = {k: file_of.index(k) for k in set(file_of)}
-    return [f"{files[k].stem}-{i - first[k]:07d}" for i, k in enumerate(file_of)]
 
 
 class _Groups:
@@ -111,16 +89,16 @@ class _File:
         schema = self._file.schema_arrow
         found = ", ".join(f"{field.name} ({field.type})" for field in schema)
         images = [f.name for f in schema if types.is_struct(f.type) and f.type.get_field_index("bytes") >= 0]
-        image = next((name for name in _IMAGES if name in images), images[0] if len(images) == 1 else None)
+        image = next((name for name in IMAGES if name in images), images[0] if len(images) == 1 else None)
         if image is None:
             raise StoreError(
-                f"{self.path}: which column holds the images? A struct of bytes and path called {_IMAGES[0]} is looked "
+                f"{self.path}: which column holds the images? A struct of bytes and path called {IMAGES[0]} is looked "
                 f"for; found are {found}"
             )
         described = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
         classes = [name for name, kind in described.items() if isinstance(kind, dict) and kind.get("names")]
         rest = [field.name for field in schema if field.name != image]
-        label = next((name for name in (*_LABELS, *classes) if name in rest), None)
+        label = next((name for name in (*LABELS, *classes) if name in rest), None)
         if label is None and rest:
             raise StoreError(f"{self.path}: which column holds the labels? Call it label; found are {found}")
         names = described.get(label, {}).get("names") or () if label else ()

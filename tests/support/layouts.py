@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -147,6 +148,62 @@ def datasets(tree: Path, out: Path) -> tuple[str, ...]:
     return (str(out),)
 
 
+def record_of(payload: bytes) -> bytes:
+    """A TFRecord, its sums computed bit by bit as RFC 3720 has them."""
+
+    def masked(data: bytes) -> bytes:
+        crc = 0xFFFFFFFF
+        for byte in data:
+            crc ^= byte
+            for _ in range(8):
+                crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+        crc ^= 0xFFFFFFFF
+        return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+
+    length = struct.pack("<Q", len(payload))
+    return length + masked(length) + payload + masked(payload)
+
+
+def example_of(**features: bytes | int) -> bytes:
+    """A tf.train.Example as protobuf writes it: map entries of a key and a BytesList or Int64List of one value."""
+
+    def number(value: int) -> bytes:
+        value &= (1 << 64) - 1
+        groups = [value >> shift & 0x7F for shift in range(0, max(7, -(-value.bit_length() // 7) * 7), 7)]
+        return bytes([*(group | 0x80 for group in groups[:-1]), groups[-1]])
+
+    def message(field: int, data: bytes) -> bytes:
+        return bytes([field << 3 | 2]) + number(len(data)) + data
+
+    entries = b""
+    for name, value in features.items():
+        kind = message(1, message(1, value)) if isinstance(value, bytes) else message(3, message(1, number(value)))
+        entries += message(1, message(1, name.encode()) + message(2, kind))
+    return message(1, entries)
+
+
+def tfds(tree: Path, out: Path) -> tuple[str, ...]:
+    """As TensorFlow Datasets lays them out: a folder of the version, two files of training images."""
+    folder, classes = out / "5.1.0", sorted(path.name for path in (tree / "train").iterdir())
+    folder.mkdir()
+    (folder / "label.labels.txt").write_text("".join(f"{name}\n" for name in classes))
+    kinds = {
+        "image": "image_feature.Image",
+        "label": "class_label_feature.ClassLabel",
+        "file_name": "text_feature.Text",
+    }
+    described = {name: {"pythonClassName": f"tensorflow_datasets.core.features.{k}"} for name, k in kinds.items()}
+    (folder / "features.json").write_text(json.dumps({"featuresDict": {"features": described}}))
+    for split, name, count in (("train", "train", 2), ("val", "validation", 1)):
+        for k in range(count):
+            records = [
+                record_of(example_of(file_name=path.name.encode(), image=path.read_bytes(), label=classes.index(wnid)))
+                for wnid, path in images(tree, split)[k::count]
+            ]
+            (folder / f"set-{name}.tfrecord-{k:05}-of-{count:05}").write_bytes(b"".join(records))
+    return (str(out),)
+
+
 def betons(tree: Path, out: Path) -> tuple[str, ...]:
     convert(prepare(tree, Options()), out / "betons")
     return (str(out / "betons"),)
@@ -161,8 +218,8 @@ LAYOUTS: dict[str, Builder] = {
     builder.__name__: builder
     for builder in (
         folders, nested, tiny_imagenet, kaggle, official, class_archives, table, shards, webdataset, parquet, datasets,
-        betons, raw_betons,
+        tfds, betons, raw_betons,
     )
 }  # fmt: skip
-CONVERTED_FIRST = ("parquet", "datasets")
+CONVERTED_FIRST = ("parquet", "datasets", "tfds")
 CONVERTED_ALREADY = ("betons", "raw_betons")

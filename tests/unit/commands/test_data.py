@@ -8,7 +8,10 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+import loaders.store.data
+from fastssl.commands import contents
 from fastssl.commands.main import main
+from loaders.store.openers import open_path
 
 
 @pytest.fixture
@@ -68,6 +71,20 @@ def test_a_person_reads_it_and_runs_the_command(photos, tmp_path):
     dry = CliRunner().invoke(main, [*words[1:], "--dry-run"])
     assert dry.exit_code == 0 and "support      12 images a step" in dry.output and "warning" not in dry.output
     assert (tmp_path / "crops.html").read_text().count("<img") > 20
+
+
+def test_a_path_is_opened_once(photos, monkeypatch):
+    """Would catch every header of a large set read twice: to look, and to advise."""
+    opened = []
+
+    def counted(path, *arguments):
+        opened.append(path)
+        return open_path(path, *arguments)
+
+    monkeypatch.setattr(loaders.store.data, "open_path", counted)
+    (photos / "ant" / "2.jpg").unlink()
+    assert contents.look(str(photos)).command
+    assert opened == [str(photos)]
 
 
 def test_what_cannot_be_trained_on_is_said(tmp_path):

@@ -13,7 +13,7 @@ from loaders.errors import StoreError
 from loaders.store.beton import BetonFile
 from loaders.store.data import open_data
 from tests.support.imagenet_trees import encoded, folder_tree, tar_of
-from tests.support.layouts import tiny_imagenet
+from tests.support.layouts import example_of, record_of, tiny_imagenet
 from tests.unit.loaders.store.test_store import image_folder, save
 
 JPG = encoded(0)
@@ -213,3 +213,68 @@ def test_parquet_that_was_half_converted_continues_to_the_same_bytes(tmp_path, m
     source = open_data((str(tmp_path / "half"), "validation=none")).get("train")
     assert [source.jpeg(i) for i in range(30)] == [data for data, _, _ in rows]
     assert source.labels.tolist() == [k % 2 for k in range(30)] and source.class_names == ("cat", "dog")
+
+
+# TensorFlow Datasets' records
+
+
+def write_records(folder, records, count=1):
+    """Files of some records, and the names of two classes."""
+    folder.mkdir(exist_ok=True)
+    (folder / "label.labels.txt").write_text("cat\ndog\n")
+    for k in range(count):
+        (folder / f"set-train.tfrecord-{k:05}-of-{count:05}").write_bytes(b"".join(records[k::count]))
+    return folder
+
+
+def record(number, **features):
+    return record_of(example_of(**{"image": encoded(number), "label": number % 2, **features}))
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([record_of(example_of(picture=JPG, label=0))], r"record 0: which feature holds the image\?.* label, picture"),
+        ([record(0), record_of(example_of(image=JPG, label=b"x"))], "record 1 has 0 labels"),
+        ([record(0, label=7)], "labels beyond the 2 classes"),
+        ([record_of(b"\x0a\xff")], "record 0 is no tf.train.Example"),
+        ([record(0), record(1)[:-1]], r"00001: cut short at byte [\d,]+, record 1"),
+        ([record(0), record(1)[:7]], "cut short"),
+        ([record(0), b"\x09" + record(1)[1:]], "damaged, or no TFRecord file: no record's length at byte"),
+        ([], "no records"),
+    ],
+)
+def test_records(tmp_path, files, message):
+    with pytest.raises(StoreError, match=message) as raised:
+        prepared(write_records(tmp_path / "set", files))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_record_that_is_not_what_its_sum_says_is_left_out_by_name(tmp_path):
+    """Would catch a sum that is not looked at: the label of the second record would be another."""
+    spoilt = bytearray(record(1))
+    spoilt[-5] ^= 1
+    folder = write_records(tmp_path / "set", [record(0), bytes(spoilt), record(2), record(3)])
+    found = prepared(folder).splits["train"]
+    assert [found.read(i) for i in range(3)] == [encoded(k) for k in (0, 2, 3)] and found.labels.tolist() == [0, 0, 1]
+    assert found.ignored.listed == [
+        ("set-train.tfrecord-00000-of-00001: record 1", "damaged: its sum is not that of its bytes")
+    ]
+
+
+def test_records_of_which_files_are_missing_or_of_another_kind(tmp_path):
+    folder = write_records(tmp_path / "set", [record(k) for k in range(6)], count=3)
+    (folder / "set-train.tfrecord-00001-of-00003").unlink()
+    refused(folder, "converted first: fastssl convert-imagenet .* OUT")
+    with pytest.raises(StoreError, match=r"1 of the 3 files that set-train.* is one of are missing, first number 1"):
+        prepared(folder)
+    (tmp_path / "versions").mkdir()
+    for version in ("1.0.0", "2.0.0"):
+        write_records(tmp_path / "versions" / version, [record(0)])
+    with pytest.raises(StoreError, match=r"holds several sets; give one: .*1\.0\.0, .*2\.0\.0"):
+        prepared(tmp_path / "versions")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "features.json").write_text("{}")
+    (tmp_path / "other" / "set-train.array_record-00000-of-00001").write_bytes(b"x")
+    with pytest.raises(StoreError, match="only plain tfrecord is read"):
+        prepared(tmp_path / "other")

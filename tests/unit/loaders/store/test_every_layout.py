@@ -1,7 +1,9 @@
 """Every layout and format through every door: the same classes, labels, ids and pixels from each."""
 
+import base64
 import io
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,8 @@ from tests.unit.evaluation.test_evaluation import subject_of
 
 SPLITS = {"train": "train", "validation": "val"}
 VIEW = View("v", 8, Whole(), pixels=UNIT)
+OPTIONAL = {"ffcv": "ffcv", "dali": "nvidia"}  # loaders by the package that they need
+LOADERS = ("pil", "turbo", *(kind for kind, package in OPTIONAL.items() if find_spec(package)))
 
 
 @pytest.fixture(scope="module", params=["JPEG", "PNG"])
@@ -56,14 +60,14 @@ def pixels_of(data):
 
 
 def check_plan_and_embeddings(data, wanted, tolerance, most=None):
-    """Loader and embeddings, with either renderer: ids in order, labels and pixels of those very images."""
+    """Every loader, and embeddings: ids in order, labels and pixels of those very images."""
     for role, truth in wanted.items():
         subject = subject_of(data, labels="all")
         features = subject.features("labelled" if role == "train" else role, "backbone")
         assert features.ids.tolist() == list(range(len(truth)))
         names = [data.get(role).class_names[k] for k in features.labels.tolist()]
         assert names == [name for name, _ in truth]
-        for renderer in ("pil", "turbo"):
+        for renderer in LOADERS:
             stream = Stream("s", role, (VIEW,), Sequential(), len(truth))
             with Loader(bind(Plan((stream,), "s", 0), data), renderer=renderer, threads=1) as loader:
                 (batch,) = loader.batches(0, 1)
@@ -72,6 +76,13 @@ def check_plan_and_embeddings(data, wanted, tolerance, most=None):
                 shown = part.x["v"].permute(0, 2, 3, 1).numpy()
             for i, (_, encoded) in enumerate(truth[:most]):
                 assert np.abs(shown[i] - pixels_of(encoded)).mean() < tolerance, (role, i, renderer)
+
+
+@pytest.mark.parametrize("kind", OPTIONAL)
+def test_every_loader_is_among_the_rows(kind):
+    """Where this skips, `LOADERS` lacks that one in every row."""
+    if kind not in LOADERS:
+        pytest.skip(f"the extra {kind} is not installed")
 
 
 def test_read_in_place(row):
@@ -132,11 +143,11 @@ def test_looked_at(row):
         assert (split.least, split.most) == (min(counts), max(counts))
         stored = {"betons": "JPEG", "raw_betons": "decoded"}.get(layout, form)
         assert split.formats == {stored: len(wanted[role])} and not split.damaged and not split.unreadable
-    why_not = "fastssl convert-imagenet" if layout in ("parquet", "datasets") else "images to learn from are too few"
+    why_not = "fastssl convert-imagenet" if layout in CONVERTED_FIRST else "images to learn from are too few"
     assert found.command == "" and why_not in found.why_not
 
 
-@pytest.mark.parametrize("layout", ["class_archives", "shards", "webdataset", "parquet", "datasets"])
+@pytest.mark.parametrize("layout", ["class_archives", "shards", "webdataset", *CONVERTED_FIRST])
 def test_archives_that_were_half_converted_continue_to_the_same_bytes(layout, tmp_path, monkeypatch):
     """Would catch bytes of one member given for another where a conversion goes on in the middle of an archive."""
     monkeypatch.setattr(conversion, "COMMIT_S", 0.0)
@@ -156,6 +167,25 @@ def test_archives_that_were_half_converted_continue_to_the_same_bytes(layout, tm
     for name in ("train.beton", "val.beton", "manifest.json"):
         assert (tmp_path / "half" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert held(open_data((str(tmp_path / "half"),)).get("train")) == held(open_path(source).train)
+
+
+WRITTEN = """
+kAAAAAAAAACWYzf9Co0BCg4KBWxhYmVsEgUaAwoBAQpbCgVpbWFnZRJSClAKTolQTkcNChoKAAAADUlIRFIAAAADAAAAAggCAAAAEhbxTQAAAB
+VJREFUeJxjlJM7wcDAwMDAwMQAAwAR2gEIosVPVwAAAABJRU5ErkJgggoeCglmaWxlX25hbWUSEQoPCg1iZWVfdHJhaW4ucG5n6MVDTZAAAAAA
+AAAAlmM3/QqNAQoOCgVsYWJlbBIFGgMKAQAKWwoFaW1hZ2USUgpQCk6JUE5HDQoaCgAAAA1JSERSAAAAAwAAAAIIAgAAABIW8U0AAAAVSURBVH
+icYzwhJ8fAwMDAwMDEAAMAEy4BCGrAZWEAAAAASUVORK5CYIIKHgoJZmlsZV9uYW1lEhEKDwoNYW50X3RyYWluLnBuZ0+lA9o=
+"""  # by tensorflow_datasets 4.9.10 with TensorFlow 2.21.0: tiny-train.tfrecord-00000-of-00001, two PNGs
+
+
+def test_a_file_that_tensorflow_datasets_wrote(tmp_path):
+    """Would catch a reader and a test's writer that misread the specification alike."""
+    (tmp_path / "tiny-train.tfrecord-00000-of-00001").write_bytes(base64.b64decode(WRITTEN))
+    (tmp_path / "label.labels.txt").write_text("ant\nbee\n")
+    train = open_path(str(tmp_path)).train
+    assert [train.name_of(i) for i in range(len(train))] == ["bee_train.png", "ant_train.png"]
+    assert [train.class_names[label] for label in train.labels] == ["bee", "ant"]
+    colours = [set(Image.open(io.BytesIO(train.jpeg(i))).getdata()) for i in range(2)]
+    assert colours == [{(30, 30, 200)}, {(200, 30, 30)}]
 
 
 @pytest.mark.parametrize("sample", ["tiny-imagenet-sample", "caltech101-sample"])
