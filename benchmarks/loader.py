@@ -14,6 +14,9 @@ eight_decodes   a stream for each view: every view decodes its images for itself
 dali_own_ops    NVIDIA DALI on the CPU: one decode, its own random crops, colour twist and blur
 fastssl_*       `loaders.Loader` with each renderer, finished by numba
 fastssl_raw     ... `turbo`, from a `.beton` whose images are stored decoded
+fastssl_shards  ... `turbo`, in place from WebDataset shards of the same bytes
+fastssl_half_raw, fastssl_all_jpeg  ... `turbo`, from files of FFCV's DatasetWriter: of the same images, no side longer
+                than 500, half of them raw, and none
 decode_only     the floor: FFCV's libturbojpeg decodes each image, nothing else
 decode_and_crops  ... and cuts and resizes its eight crops, uint8
 """
@@ -22,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import io
 import itertools
 import json
 import math
@@ -31,6 +35,7 @@ import platform
 import random
 import statistics
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -56,6 +61,8 @@ from loaders.renderers.ffcv import FfcvRenderer
 from loaders.store.beton import BetonSource, BetonWriter
 from loaders.store.data import DataSets
 from loaders.store.folder import FolderSource
+from loaders.store.openers import open_path
+from loaders.store.source import Source
 
 VIEWS = (GLOBAL_VIEW, SMALL_VIEW)
 BATCH, PIL_BATCH = 32, 16
@@ -64,6 +71,8 @@ TARGETS = {  # ours : the peer -> (must, moonshot)
     ("fastssl_ffcv", "pil_dataloader"): (4.5, 6.0),
     ("fastssl_ffcv", "eight_decodes"): (3.0, None),
     ("fastssl_ffcv", "dali_own_ops"): (2.0, None),
+    ("fastssl_shards", "fastssl_turbo"): (0.9, None),
+    ("fastssl_half_raw", "fastssl_all_jpeg"): (1.3, None),
 }
 CROPS_PER_CPU_S = (550, 750)  # decode_and_crops, images a second and core: must, moonshot
 
@@ -205,7 +214,7 @@ def dali_own_ops(paths: list[Path], threads: int) -> Batches:
 # ------------------------------------------------------------------------------------------------------------- ours
 
 
-def fastssl(source: BetonSource, threads: int, renderer: str, streams: tuple[Stream, ...]) -> Batches:
+def fastssl(source: Source, threads: int, renderer: str, streams: tuple[Stream, ...]) -> Batches:
     bound = bind(Plan(streams, streams[0].name, seed=0), DataSets({"train": source}))
     with Loader(bound, renderer=renderer, threads=threads) as loader, closing(loader.batches(0, 1 << 40)) as batches:
         for batch in batches:
@@ -226,6 +235,49 @@ def raw_beton_of(folder: Path, out: Path) -> BetonSource:
     """The folder's images in one `.beton`, stored decoded."""
     convert(prepare(folder, Options(raw=True)), out)
     return BetonSource(out / "train.beton")
+
+
+def shards_of(folder: Path, out: Path) -> Source:
+    """The folder's files in WebDataset shards, `jpg` beside `cls`."""
+    files, members = FolderSource(folder), 200
+    out.mkdir()
+    for first in range(0, len(files), members):
+        with tarfile.open(out / f"train-{first // members:06}.tar", "w") as tar:
+            for i in range(first, min(first + members, len(files))):
+                for field, data in (("jpg", files.jpeg(i)), ("cls", b"%d" % files.labels[i])):
+                    member = tarfile.TarInfo(f"{i:06}.{field}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    source = open_path(str(out)).train
+    assert source is not None
+    return source
+
+
+class _Decoded:
+    """What FFCV's writer indexes."""
+
+    def __init__(self, files: FolderSource):
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
+        return np.array(Image.open(io.BytesIO(self.files.jpeg(i))).convert("RGB")), int(self.files.labels[i])
+
+
+def ffcvs_beton_of(folder: Path, path: Path, share_of_jpeg: float) -> BetonSource:
+    """The folder's images as FFCV's own script for ImageNet writes them, `500 SHARE 90`."""
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.writer import DatasetWriter
+
+    np.random.seed(0)  # which images are raw; the one worker is forked from here
+    image = RGBImageField(
+        write_mode="proportion", max_resolution=500, compress_probability=share_of_jpeg, jpeg_quality=90
+    )
+    writer = DatasetWriter(str(path), {"image": image, "label": IntField()}, num_workers=1)
+    writer.from_indexed_dataset(_Decoded(FolderSource(folder)))
+    return BetonSource(path)
 
 
 def together() -> tuple[Stream, ...]:
@@ -343,7 +395,7 @@ def show(result: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder of class folders of JPEGs")
-    parser.add_argument("--quick", action="store_true", help="short windows: two minutes in all")
+    parser.add_argument("--quick", action="store_true", help="short windows: three minutes in all")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     if arguments.data is None and "FASTSSL_TEST_DATA" not in os.environ:
@@ -357,12 +409,17 @@ def main() -> None:
     stack = ExitStack()
     made = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     source, raw = beton_of(folder, made / "train.beton"), raw_beton_of(folder, made / "raw")
+    shards = shards_of(folder, made / "shards")
+    half_raw, all_jpeg = (ffcvs_beton_of(folder, made / f"{share}.beton", share) for share in (0.5, 1.0))
     contenders: dict[str, Callable[[], Batches]] = {
         "pil_dataloader": lambda: pil_dataloader(paths, threads),
         "eight_decodes": lambda: fastssl(source, threads, "ffcv", apart()),
         "dali_own_ops": lambda: dali_own_ops(paths, threads),
         "fastssl_turbo": lambda: fastssl(source, threads, "turbo", together()),
         "fastssl_raw": lambda: fastssl(raw, threads, "turbo", together()),
+        "fastssl_shards": lambda: fastssl(shards, threads, "turbo", together()),
+        "fastssl_half_raw": lambda: fastssl(half_raw, threads, "turbo", together()),
+        "fastssl_all_jpeg": lambda: fastssl(all_jpeg, threads, "turbo", together()),
         "fastssl_ffcv": lambda: fastssl(source, threads, "ffcv", together()),
         "fastssl_dali": lambda: fastssl(source, threads, "dali", together()),
         "fastssl_pil": lambda: fastssl(source, threads, "pil", together()),

@@ -37,6 +37,19 @@ def test_every_contender_goes_on_handing_out_images(folder, tmp_path):
         batches.close()
 
 
+def test_containers_hold_the_same_images(folder, tmp_path):
+    """Would catch shards of other images, and files of FFCV's that are not half raw, or not all JPEG."""
+    files, shards = benchmark.FolderSource(folder), benchmark.shards_of(folder, tmp_path / "shards")
+    assert [shards.jpeg(i) for i in range(40)] == [files.jpeg(i) for i in range(40)]
+    assert shards.labels.tolist() == files.labels.tolist()
+    half, none = (benchmark.ffcvs_beton_of(folder, tmp_path / f"{share}.beton", share) for share in (0.5, 1.0))
+    assert len(half) == len(none) == 40
+    assert 10 <= half.is_raw.sum() <= 30 and not none.is_raw.any()
+    batches = benchmark.fastssl(half, 1, "turbo", benchmark.together())
+    assert [next(batches) for _ in range(2)] == [benchmark.BATCH] * 2
+    batches.close()
+
+
 def test_dali_contender_hands_out_images(folder):
     pytest.importorskip("nvidia.dali", reason="the extra dali is not installed")
     batches = benchmark.dali_own_ops(sorted(folder.glob("*/*.JPEG")), 1)
@@ -63,7 +76,8 @@ def test_windows_count_images_and_the_report_has_its_form():
             yield 7
 
     names = ("pil_dataloader", "eight_decodes", "dali_own_ops", "fastssl_ffcv", "fastssl_dali", "decode_only")
-    contenders = {name: batches for name in (*names, "fastssl_pil", "decode_and_crops")}
+    others = {name for pair in benchmark.TARGETS for name in pair} - {*names}
+    contenders = {name: batches for name in (*names, *others, "fastssl_pil", "decode_and_crops")}
     rates = benchmark.measure(contenders, rounds=3, seconds=0.02)
     assert all(values.shape == (3, 2) and (values > 0).all() for values in rates.values())
     result = benchmark.summary(rates, {})
