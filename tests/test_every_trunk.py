@@ -18,9 +18,10 @@ from fastssl.nn.encoders.encoder import Encoder
 from fastssl.nn.encoders.timm_models import Timm
 from fastssl.nn.encoders.vit import ViT
 from fastssl.recipes.supervised import finetune
-from loaders.plan.views import View
+from loaders.plan.views import FiveCrops, View
 from loaders.store.data import open_data
 from tests.end_to_end.command import metrics
+from tests.support.interrupted import assert_same_stages, run_in_pieces
 from tests.test_every_method import (
     REAL,
     _one_thread,  # noqa: F401  (every test here uses it)
@@ -67,11 +68,16 @@ def simclrv2_fine_tuned():
 PATHS = {name: paths()[name] for name in REAL} | {"simclrv2 fine-tuning": simclrv2_fine_tuned()}
 
 
+def enlarged(crop, size):
+    """Where squares are cut from the image, of one that holds them."""
+    return replace(crop, resize=size) if isinstance(crop, FiveCrops) else crop
+
+
 def moved(stage, on: On):
     """The stage on that trunk, crops and hidden layers as it needs them; without batch norms one core is the batch."""
     known = {f.name: getattr(stage.config, f.name) for f in fields(stage.config)}
     settings = {
-        name: replace(view, size=on.size if view.size >= 8 else on.small)
+        name: replace(view, size=on.size if view.size >= 8 else on.small, crop=enlarged(view.crop, on.size))
         for name, view in known.items()
         if isinstance(view, View)
     }
@@ -94,6 +100,16 @@ def test_two_steps_of_every_method(path, on, tmp_path):
             lines = metrics(tmp_path / stage.name if len(chain) > 1 else tmp_path)
             assert [line["step"] for line in lines] == [1, 2]
             assert all(isinstance(line["loss"], float) for line in lines)  # "nan" is a string
+
+
+def test_paws_on_it_continues_bitwise(on, tmp_path):
+    """Weights, optimiser and statistics. Catches buffers under names that a checkpoint loses."""
+    (stage,) = (moved(each, on) for each in PATHS["paws"])
+    chain = (replace(stage, length=Steps(4)),)
+    whole, pieces = (Job("paws", chain, (), ("digits",), tmp_path / name, 0, "cpu", 1) for name in ("whole", "pieces"))
+    stages.run(whole)
+    assert run_in_pieces(pieces, every=3) == 1
+    assert_same_stages(tmp_path / "whole", tmp_path / "pieces", chain)
 
 
 @pytest.mark.parametrize("path", ["s4l rotation", "s4l vat", "s4l moam"])

@@ -31,16 +31,19 @@ from fastssl.methods.base import (
     Method,
     Nets,
     autocast,
+    setting_of,
     through,
 )
 from fastssl.methods.supervised import check_encoder, check_same_input
 from fastssl.nn.encoders.encoder import Encoder
 from fastssl.nn.encoders.wide_resnet import WideResNet
+from fastssl.nn.heads import Activation
 from fastssl.nn.norm.running_stats import set_batch_norm_mode
 from fastssl.optim.lars import Lars
 from fastssl.optim.optimiser import Optimiser
 from fastssl.optim.rates import Rate, WarmupCosine
 from fastssl.weights.read import Weights
+from fastssl.weights.tensor_files import WeightsError
 from loaders.batch import Batch
 from loaders.plan.ops import Flip
 from loaders.plan.plan import Plan
@@ -74,6 +77,8 @@ class SuncetConfig(Config):
     encoder: Encoder = WideResNet(28, 2)
     out_features: int = 128
     prediction: bool = False  # a prediction head after the projection head, as the PAWS run has it
+    hidden_features: int | None = None  # of both heads, as the PAWS run has them, like their activation
+    activation: Activation = "relu"
     classes_global: int = 10
     images_per_class: int = 64
     tau: float = 0.1
@@ -109,8 +114,9 @@ class Suncet(Method[SuncetConfig, paws.PawsNet]):
     def nets(self) -> Nets[paws.PawsNet]:
         c = self.config
         shape = paws.PawsConfig(
-            c.dataset, c.eval_view, encoder=c.encoder, out_features=c.out_features, prediction=c.prediction
-        )
+            c.dataset, c.eval_view, encoder=c.encoder, out_features=c.out_features, prediction=c.prediction,
+            hidden_features=c.hidden_features, activation=c.activation,
+        )  # fmt: skip
         online = paws.PawsNet(shape, self.facts.channels)
         set_batch_norm_mode(online, "frozen")
         return Nets(online)
@@ -119,6 +125,11 @@ class Suncet(Method[SuncetConfig, paws.PawsNet]):
         """From a run of PAWS, whole. Raises WeightsError where it does not fit; then nothing is loaded."""
         check_same_input(weights, self.config.eval_view)
         check_encoder(weights, self.config.encoder)
+        theirs = setting_of(weights, str, "activation")
+        if theirs is not None and theirs != self.config.activation:  # which has no tensor that would not fit
+            raise WeightsError(
+                f"{weights.source} has {theirs} in its heads: --set activation={theirs} would take it; nothing loaded"
+            )
         weights.load_whole(nets.online, "online")
 
     def loss(self, nets: Nets[paws.PawsNet], batch: Batch) -> dict[str, Tensor]:

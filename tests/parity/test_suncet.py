@@ -146,6 +146,13 @@ def test_what_does_not_fit_is_refused():
         method.start_from(method.nets(), weights_of(wide, wide.nets()))
     with pytest.raises(WeightsError, match="prediction"):
         method.start_from(method.nets(), weights_of(headed, headed.nets()))
+    gelu = replace(theirs, hidden_features=16, activation="gelu").build(FACTS, {})
+    weights, form = weights_of(gelu, gelu.nets()), replace(method.config, hidden_features=16)
+    with pytest.raises(WeightsError, match="has gelu in its heads: --set activation=gelu would take it; nothing"):
+        (method := form.build(FACTS, {})).start_from(method.nets(), weights)
+    method = replace(form, activation="gelu").build(FACTS, {})
+    method.start_from(nets := method.nets(), weights)
+    assert any(isinstance(layer, torch.nn.GELU) for layer in nets.online.projection)
     with pytest.raises(ConfigError, match="a row needs another one of its class"):
         replace(method.config, images_per_class=1, view=replace(method.config.view, copies=1))
     with pytest.raises(ConfigError, match="a temperature, above zero"):
