@@ -339,8 +339,22 @@ def all_true(flag: bool) -> bool:
     """Whether every rank passed True. Waits for all ranks and for the device."""
     if not td.is_initialized():
         return flag
-    votes = torch.tensor(float(flag), device=_message_device())
+    votes = torch.tensor(float(flag), device=message_device())
     return bool(sum_over_group(votes, _world_name()).item() == world_size())
+
+
+@torch.no_grad()
+def broadcast(x: Tensor, source: int) -> Tensor:
+    """Rank `source`'s tensor on all ranks, written into `x`, which has its shape and dtype everywhere."""
+    if td.is_initialized():
+        td.broadcast(x, src=source)
+    return x
+
+
+@torch.no_grad()
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """Sum of x over ranks, equal on all of them, without gradient."""
+    return sum_over_group(x.contiguous(), _world_name()) if td.is_initialized() else x
 
 
 def broadcast_object(value: T, source: int = 0) -> T:
@@ -348,7 +362,7 @@ def broadcast_object(value: T, source: int = 0) -> T:
     if not td.is_initialized():
         return value
     box = [value]
-    td.broadcast_object_list(box, src=source, device=_message_device())
+    td.broadcast_object_list(box, src=source, device=message_device())
     return box[0]
 
 
@@ -381,6 +395,7 @@ def barrier() -> None:
     all_true(True)
 
 
-def _message_device() -> torch.device:
+def message_device() -> torch.device:
     """Where a message from the host must lie: NCCL carries nothing but GPU memory."""
-    return torch.device("cuda", local_gpu()) if td.get_backend() == "nccl" else torch.device("cpu")
+    on_gpu = td.is_initialized() and td.get_backend() == "nccl"
+    return torch.device("cuda", local_gpu()) if on_gpu else torch.device("cpu")

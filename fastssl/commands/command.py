@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import click
 
@@ -17,6 +17,9 @@ from fastssl.commands.installed import refuse_torch
 from fastssl.engine.settings import Option, Settings
 from fastssl.errors import EXIT_HUNG, EXIT_STOPPED, ConfigError, FastsslError, Hung, Stopped
 from loaders.errors import LoaderError
+
+if TYPE_CHECKING:
+    import torch
 
 Function = Callable[..., Any]
 
@@ -82,6 +85,20 @@ def ranks(gpus: int | None, cpu_ranks: int | None) -> dict[str, Any]:
     if gpus and cpu_ranks:
         raise ConfigError("--gpus and --cpu-ranks: give one of them")
     return {"device": "cuda" if gpus else "cpu", "world": gpus or cpu_ranks or 1}
+
+
+def on_ranks(gpus: int | None, cpu_ranks: int | None, work: Callable[[torch.device], Any]) -> Any:
+    """Do `work` on the ranks asked for: by default here alone, on a GPU where there is one. Raises ConfigError where
+    both are given."""
+    import torch
+
+    from fastssl.api.on_ranks import looked_at_on_ranks
+    from fastssl.launch.ranks import Ranks
+
+    asked = ranks(gpus, cpu_ranks)
+    if gpus is None and cpu_ranks is None and torch.cuda.is_available():
+        asked["device"] = "cuda"
+    return looked_at_on_ranks(Ranks(**asked), work, as_typed())
 
 
 def settings(*names: str) -> Callable[[Function], Function]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,10 +10,12 @@ from typing import Any, Literal
 
 import torch
 
+from fastssl import dist
 from fastssl.engine.job import Job
 from fastssl.engine.join import facts_of
 from fastssl.errors import ConfigError
 from fastssl.evaluation.subject import Subject
+from fastssl.machine import threads_per_rank
 from fastssl.methods.base import Facts, Method, Nets, about_of
 from fastssl.run_dir.checkpoint import CheckpointError, Checkpoints
 from fastssl.run_dir.files import CHECKPOINTS, RESOLVED, read_json
@@ -33,12 +34,14 @@ def open_run(
     labels: str | None = None,
     tap: str | None = None,
     held_out: str | None = None,
+    device: torch.device | None = None,
 ) -> tuple[Subject, int]:
     """The networks of `run`'s last stage at its newest checkpoint, beside `data` (default: what the run was trained
     and scored on), and the step they are from. A damaged checkpoint is passed over for the one before, with a line on
     stderr. The data may have other classes than the run's: its networks are built for their own. Raises FastsslError
     where the run cannot be read, LoaderError where the data lacks images of `labels`. `sets`, `labels` and `tap` are
-    Subject's, and so is `held_out`, by default the run's own where it is shown the data that it was trained on."""
+    Subject's, and so is `held_out`, by default the run's own where it is shown the data that it was trained on.
+    `device` (default: a GPU where there is one) is where its networks come to."""
     written = read_run(run)
     sources = _data_of(written, data)
     if labels is not None:
@@ -57,6 +60,7 @@ def open_run(
         sets=sets,
         tap=tap,
         leave_out_damaged=written.damaged == "replace",
+        device=device,
     )
     return subject, state["step"]
 
@@ -105,7 +109,7 @@ def _without_data(run: Path, why: LoaderError) -> Subject:
 def _newest(written: Written) -> dict[str, Any]:
     """The run's newest checkpoint; a damaged one is passed over with a line on stderr. Raises CheckpointError."""
     checkpoints = Checkpoints(written.folder(written.stages[-1]) / CHECKPOINTS)
-    state = checkpoints.load_newest(lambda text: print(f"warning: {text}", file=sys.stderr))
+    state = checkpoints.load_newest(lambda text: _say(f"warning: {text}"))
     if state is None:
         raise CheckpointError(f"{written.path} has no checkpoint yet")
     return state
@@ -119,12 +123,14 @@ def _loaded(method: Method[Any, Any], state: Mapping[str, Any]) -> Nets[Any]:
     return nets
 
 
-def _subject(method: Method[Any, Any], nets: Nets[Any], sources: DataSets, **settings: Any) -> Subject:
-    """Both on whatever this process computes on."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _subject(
+    method: Method[Any, Any], nets: Nets[Any], sources: DataSets, device: torch.device | None = None, **settings: Any
+) -> Subject:
+    """Both on `device`, by default on whatever this process computes on."""
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for module in nets.modules().values():
         module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return Subject(method, nets, sources, device=device, threads=len(os.sched_getaffinity(0)), **settings)
+    return Subject(method, nets, sources, device=device, threads=threads_per_rank(), **settings)
 
 
 def open_method(run: Path, data: tuple[str, ...]) -> tuple[Method[Any, Any], DataSets]:
@@ -143,8 +149,14 @@ def _data_of(written: Written, data: tuple[str, ...]) -> DataSets:
         data = written.data if had_some else (*written.data, NOTHING_HELD_OUT)
     sources = open_data(data, validation=written.held_out is None or data is not written.data)
     for line in sources.said:
-        print(line, file=sys.stderr)
+        _say(line)
     return sources
+
+
+def _say(text: str) -> None:
+    """Once, however many ranks open the run."""
+    if dist.is_main():
+        print(text, file=sys.stderr)
 
 
 def _facts(written: Written, about: Mapping[str, Any] | None, sources: DataSets, is_own: bool) -> Facts:

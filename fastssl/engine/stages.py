@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from fastssl import dist
+from fastssl.engine.apart import warnings_of
 from fastssl.engine.claim import claim, continues_without_validation, finished
 from fastssl.engine.job import Job
 from fastssl.engine.join import Here, fitted, join, made_by
@@ -27,10 +28,8 @@ from fastssl.methods.base import Artefact, Stage
 from fastssl.record.recorder import result_lines
 from fastssl.run_dir.files import CHECKPOINTS, RESULT, read_json
 from fastssl.run_dir.lock import held
-from loaders.errors import StoreError
 from loaders.files import write_file
 from loaders.store import staging
-from loaders.store.apart import check_apart
 from loaders.store.data import NOTHING_HELD_OUT, DataSets, open_data, search_folders
 
 
@@ -115,22 +114,11 @@ def _told(job: Job, data: DataSets) -> Job:
     """The job as it fits the data, after the first rank has said what that is. Raises StoreError, on every rank, where
     too many validation images are labelled ones."""
     job, lowered = fitted(job, data)
-    # The first rank alone reads what it takes: 64 would ask a file system for the same bytes.
-    warnings, refused = dist.broadcast_object(_apart(data) if dist.is_main() else ([], None))
-    if refused is not None:
-        raise StoreError(refused)
+    warnings = warnings_of(data)
     if dist.is_main():
         for line in (*data.said, *lowered, *(f"warning: {text}" for text in warnings)):
             print(line, flush=True)
     return job
-
-
-def _apart(data: DataSets) -> tuple[list[str], str | None]:
-    """`check_apart`, and why it refuses the data."""
-    try:
-        return check_apart(data), None
-    except StoreError as error:
-        return [], str(error)
 
 
 def _opened(job: Job) -> DataSets:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastssl.errors import ConfigError
 from fastssl.evaluation.accuracies import top5, top5_correct, wilson
+from fastssl.evaluation.shards import totals
 from fastssl.evaluation.subject import Roles, Subject
 from loaders.store.data import VALIDATION
 
@@ -38,11 +39,14 @@ def scores(subject: Subject, protocol: str, tap: str) -> dict[str, Any]:
     numbers_K = classes_of_run(subject)
     features = subject.features(VALIDATION, tap)
     number_N = numbers_K[features.labels]
-    correct = int((features.values.argmax(dim=1) == number_N).sum())
-    total = len(number_N)
+    correct, among_five, total = totals(
+        int((features.values.argmax(dim=1) == number_N).sum()),
+        top5_correct(features.values, number_N),
+        len(number_N),
+    )
     return {
         f"{protocol}_top1": correct / total,
-        **top5(protocol, top5_correct(features.values, number_N), total, features.values.shape[1]),
+        **top5(protocol, among_five, total, features.values.shape[1]),
         protocol: {"images": total, "top1_ci95": wilson(correct, total)},
     }
 

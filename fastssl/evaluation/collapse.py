@@ -17,12 +17,20 @@ def effective_rank(values_ND: Tensor) -> Tensor:
     Roy & Vetterli 2007, of the matrix itself, not centred; as RankMe uses it (arXiv 2210.02885). 1 for a matrix of
     zeros. Waits for the device.
     """
-    # The Gram matrix of the shorter side has the squares of the same singular values; rows pass a few at a time,
-    # because their float64 copy would be large.
-    tall = values_ND if len(values_ND) >= values_ND.shape[1] else values_ND.T
-    gram = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64, device=tall.device)
-    for rows in tall.split(4096):
-        gram += rows.double().T @ rows.double()
+    # The Gram matrix of the shorter side has the squares of the same singular values.
+    return rank_of_gram(gram(values_ND if len(values_ND) >= values_ND.shape[1] else values_ND.T))
+
+
+def gram(values_ND: Tensor) -> Tensor:
+    """float64 [D, D]: the rows' products with themselves, summed; those of parts of a matrix add up to the whole's."""
+    summed_DD = torch.zeros(values_ND.shape[1], values_ND.shape[1], dtype=torch.float64, device=values_ND.device)
+    for rows in values_ND.split(4096):  # because their float64 copy would be large
+        summed_DD += rows.double().T @ rows.double()
+    return summed_DD
+
+
+def rank_of_gram(gram: Tensor) -> Tensor:
+    """`effective_rank` of the matrix whose Gram matrix this is."""
     sigma = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
     return _entropy(sigma / sigma.sum().clamp_min(torch.finfo(sigma.dtype).tiny)).exp()
 

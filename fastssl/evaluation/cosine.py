@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-MAX_ELEMENTS = 2**25  # of one block of similarities: 128 MiB in fp32
-MAX_ROWS = 4096  # of the bank in one block, however few the queries
+from fastssl.evaluation.shards import BLOCK, passing, totals
+
+MAX_ELEMENTS = 2**25  # of one block of similarities, of all ranks' queries: 128 MiB in fp32
 
 
 def cosine_blocks(
@@ -18,13 +19,14 @@ def cosine_blocks(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(cosines [Q, n], labels [n]) for the bank's rows in order, n at a time, on `device`.
 
+    Of several ranks each has queries of its own and its part of the bank, and meets the parts of all in their order.
     The queries stay on the device, the bank passes by. Rows are L2-normalised with 1e-12 as the smallest norm.
     """
+    (num_queries,) = totals(len(queries_QD))
+    rows = max(1, min(BLOCK, MAX_ELEMENTS // max(1, num_queries)))
     q_QD = F.normalize(queries_QD.to(device), dim=1, eps=1e-12)
-    rows = max(1, min(MAX_ROWS, MAX_ELEMENTS // len(q_QD)))
-    for bank_nD, labels_n in zip(bank_ND.split(rows), labels_N.split(rows), strict=True):
-        b_nD = F.normalize(bank_nD.to(device), dim=1, eps=1e-12)
-        yield q_QD @ b_nD.T, labels_n.to(device)
+    for bank_nD, labels_n in passing(bank_ND, labels_N, block=rows, device=device):
+        yield q_QD @ F.normalize(bank_nD, dim=1, eps=1e-12).T, labels_n
 
 
 @contextmanager

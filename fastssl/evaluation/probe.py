@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastssl import dist
 from fastssl.evaluation.accuracies import top5, top5_correct, wilson
 from fastssl.evaluation.cosine import full_fp32
-from fastssl.evaluation.linear import root_mean_square
+from fastssl.evaluation.heads import root_mean_square
+from fastssl.evaluation.shards import Rows, totals, whole
 from fastssl.evaluation.subject import Subject
 from fastssl.optim.rates import warmup_stairs
 from loaders.plan.draws import mix, tag
@@ -34,13 +34,17 @@ def evaluate(subject: Subject) -> dict[str, Any]:
     tap = subject.method.taps[0]
     labelled, validation = subject.labelled_and_validation(tap)
     sets = labelled.values, labelled.labels, validation.values, validation.labels
-    curve, logits_QK = dist.broadcast_object(learnt(*sets, subject.num_classes, device=subject.device))
-    images = len(validation.labels)
-    correct = int((logits_QK.argmax(dim=1) == validation.labels).sum())
-    settings = {"batch": min(BATCH, len(labelled.labels)), "rate": RATE, "momentum": MOMENTUM, "epochs": EPOCHS}
+    curve, logits_QK = learnt(*sets, subject.num_classes, epochs=EPOCHS, device=subject.device)
+    correct, among_five, images, num_labelled = totals(
+        int((logits_QK.argmax(dim=1) == validation.labels).sum()),
+        top5_correct(logits_QK, validation.labels),
+        len(validation.labels),
+        len(labelled.labels),
+    )
+    settings = {"batch": min(BATCH, num_labelled), "rate": RATE, "momentum": MOMENTUM, "epochs": EPOCHS}
     return {
         "probe_top1": correct / images,
-        **top5("probe", top5_correct(logits_QK, validation.labels), images, subject.num_classes),
+        **top5("probe", among_five, images, subject.num_classes),
         "probe": {"tap": tap, **settings, "by_epoch": curve, "images": images, "top1_ci95": wilson(correct, images)},
     }
 
@@ -58,29 +62,32 @@ def learnt(
     device: torch.device | str = "cpu",
 ) -> tuple[dict[str, float], Tensor]:
     """Top-1 on the test images by epoch, as text; and the last logits [Q, num_classes] on the CPU. Begins at zero;
-    batches (at most all N) in a keyed order, the last partial one of an epoch left out. In the features' dtype."""
-    batch, scale = min(batch, len(train_ND)), root_mean_square(train_ND)
-    steps = len(train_ND) // batch
+    batches (at most all N) in a keyed order, the last partial one of an epoch left out. In the features' dtype. Of
+    several ranks each gives its own rows, and all learn from each batch alike."""
+    rows, labels_N, scale = Rows(train_ND), whole(labels_N), root_mean_square(train_ND)
+    batch = min(batch, len(rows))
+    steps = len(rows) // batch
     weight_KE = torch.zeros(num_classes, train_ND.shape[1] + 1, dtype=train_ND.dtype, device=device)
     velocity_KE, curve = torch.zeros_like(weight_KE), {}
     test_QE = _with_ones(test_QD.to(device) / scale)
     test_labels_Q = test_labels_Q.to(device)
     with full_fp32():
         for epoch in range(epochs):
-            order_N = torch.from_numpy(np.argsort(mix(tag("probe"), epoch, np.arange(len(train_ND))), kind="stable"))
+            order_N = torch.from_numpy(np.argsort(mix(tag("probe"), epoch, np.arange(len(rows))), kind="stable"))
             for at in range(steps):
-                rows_B = order_N[at * batch : (at + 1) * batch]
-                x_BE = _with_ones(train_ND[rows_B].to(device) / scale)
+                numbers_B = order_N[at * batch : (at + 1) * batch]
+                x_BE = _with_ones(rows.gathered(numbers_B, device) / scale)
                 p_BK = (x_BE @ weight_KE.T).softmax(dim=1)
                 velocity_KE *= MOMENTUM
-                velocity_KE += (p_BK - F.one_hot(labels_N[rows_B].to(device), num_classes)).T @ x_BE / batch
+                velocity_KE += (p_BK - F.one_hot(labels_N[numbers_B].to(device), num_classes)).T @ x_BE / batch
                 at_steps = [fall * steps for fall in falls]
                 step = epoch * steps + at
                 rate = warmup_stairs(step + 1, peak=RATE, factor=0.1, at_steps=at_steps, warmup_steps=steps)
                 weight_KE -= rate * velocity_KE
             if epoch < _EVERY_EPOCH or (epoch + 1) % _EVERY == 0 or epoch + 1 == epochs:
                 right_Q = (test_QE @ weight_KE.T).argmax(dim=1) == test_labels_Q
-                curve[str(epoch + 1)] = float(right_Q.double().mean())
+                right, tested = totals(int(right_Q.sum()), len(right_Q))
+                curve[str(epoch + 1)] = right / tested
         return curve, (test_QE @ weight_KE.T).cpu()
 
 

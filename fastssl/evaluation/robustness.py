@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastssl import dist
 from fastssl.errors import ConfigError
 from fastssl.evaluation.accuracies import wilson
-from fastssl.evaluation.linear import choose_head, held_out
+from fastssl.evaluation.linear import choose_head, own_held_out
 from fastssl.evaluation.progress import tell
+from fastssl.evaluation.shards import totals
 from fastssl.evaluation.subject import Roles, Subject
 from loaders.plan.views import Whole
 from loaders.published.robustness import ALEXNET_ERROR, SEVERITIES, SHIFTS, V2_FOLDERS, Shift, ShiftedSet
@@ -79,8 +79,8 @@ def groups(shifted: ShiftedSet, class_names: tuple[str, ...]) -> Tensor:
 
 
 def score(logits_NK: Tensor, labels_N: Tensor, group_K: Tensor) -> dict[str, Any]:
-    """Top-1 and top-5 accuracy, where any class of the label's group is right, top-1 with its interval; `_unmasked` and
-    `_masked`, where some classes are in no group."""
+    """Top-1 and top-5 accuracy on all ranks' rows, where any class of the label's group is right, top-1 with its
+    interval; `_unmasked` and `_masked`, where some classes are in no group."""
     strangers_K = group_K < 0
     rows = {"": logits_NK}
     if strangers_K.any():
@@ -89,9 +89,9 @@ def score(logits_NK: Tensor, labels_N: Tensor, group_K: Tensor) -> dict[str, Any
     for suffix, logits in rows.items():
         best = logits.topk(min(5, len(group_K)), dim=1)
         right_N5 = (group_K[best.indices] == labels_N[:, None]) & best.values.isfinite()  # -inf is no answer
-        correct, total = int(right_N5[:, 0].sum()), len(labels_N)
+        correct, among_five, total = totals(int(right_N5[:, 0].sum()), int(right_N5.any(dim=1).sum()), len(labels_N))
         scores[f"top1{suffix}"] = correct / total
-        scores[f"top5{suffix}"] = int(right_N5.any(dim=1).sum()) / total
+        scores[f"top5{suffix}"] = among_five / total
         scores[f"top1{suffix}_ci95"] = wilson(correct, total)
     return scores
 
@@ -137,13 +137,7 @@ def _classifier(subject: Subject) -> tuple[str, Callable[[Tensor], Tensor], dict
         return "logits", lambda values: values, {"kind": "the run's own", "tap": "logits"}
     tap = subject.method.taps[0]
     labelled = subject.labelled(tap)
-    head, about = dist.broadcast_object(
-        choose_head(
-            labelled.values,
-            labelled.labels,
-            held_out(labelled.labels, labelled.ids),
-            subject.num_classes,
-            device=subject.device,
-        )
+    head, about = choose_head(
+        labelled.values, labelled.labels, own_held_out(labelled), subject.num_classes, device=subject.device
     )
     return tap, lambda values: head.logits(values)[0], {"kind": "linear, on frozen features", "tap": tap, **about}

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastssl import dist
 from fastssl.errors import ConfigError, FastsslError
+from fastssl.evaluation.shards import BLOCK, share
 from fastssl.methods.base import NO_LABEL, Method, Nets
 from loaders.errors import StoreError
 from loaders.loader import Bound, Loader, bind
@@ -30,7 +31,8 @@ from loaders.store.source import Source
 
 @dataclass(frozen=True)
 class Features:
-    """Embeddings of N images on the CPU, ids ascending.
+    """Embeddings of N images on the CPU, ids ascending; of several ranks each has its own, after those of the ranks
+    before it.
 
     values  float32 [N, D], as the method gives them (not normalised)
     labels  int64 [N], -1 where the data has none
@@ -46,8 +48,8 @@ class Roles:
     """The images of a run's data by the part they play. A role is a source key; `labelled` means the images of that
     source whose labels the method sees, or those that `labels` (a subset as users write it) says in their place; any
     other role all images of its source. Where `held_out` is given (likewise), `validation` means those images of the
-    labelled source instead. `batch` counts images a rank. `sets` are published sets to measure on, by key, not opened
-    yet.
+    labelled source instead. `batch` counts the images that are embedded at once. `sets` are published sets to measure
+    on, by key, not opened yet.
     """
 
     def __init__(
@@ -55,7 +57,7 @@ class Roles:
         method: Method[Any, Any],
         data: DataSets,
         *,
-        batch: int = 512,
+        batch: int = BLOCK,
         held_out: str | None = None,
         labels: str | None = None,
         sets: Mapping[str, Path] | None = None,
@@ -161,7 +163,7 @@ class Roles:
                 source=LABELLED if subset is not None else role,
                 views=(config.eval_view,),
                 order=Sequential(),
-                batch_global=self.batch * dist.world_size(),
+                batch_global=self.batch,
                 ids=parse_subset(subset or "all"),
             )
             self._bound[role] = bind(Plan((stream,), epoch_of=role, seed=0), self.data)
@@ -172,7 +174,7 @@ class Subject(Roles):
     """A method's networks beside a run's data. `leave_out_damaged` says of images that cannot be used that they have
     no row; else they are errors.
 
-    Every rank must ask for the same features in the same order; all get all rows.
+    Every rank must ask for the same features in the same order, and each gets its share of the rows.
     """
 
     def __init__(
@@ -194,7 +196,8 @@ class Subject(Roles):
         self._features: dict[tuple[str, str], Features] = {}
 
     def features(self, role: str, tap: str) -> Features:
-        """Every image of `role` once, in the method's evaluation view, embedded at `tap` in eval mode.
+        """This rank's share of the images of `role`, each once, in the method's evaluation view, embedded at `tap` in
+        eval mode.
 
         Raises ConfigError where the run has no such data, FastsslError where an embedding is not finite.
         """
@@ -216,7 +219,7 @@ class Subject(Roles):
             raise ConfigError(f"{source.name} has images of {source.channels} channels; {takes}")
         view = self.method.config.eval_view
         view = replace(view, crop=crop or view.crop)
-        stream = Stream("images", "images", (view,), Sequential(), self.batch * dist.world_size())
+        stream = Stream("images", "images", (view,), Sequential(), self.batch)
         bound = bind(Plan((stream,), epoch_of="images", seed=0), DataSets({"images": source}))
         return self._embed(bound, "images", tap)
 
@@ -237,12 +240,11 @@ class Subject(Roles):
 
     def _embed(self, bound: Bound, role: str, tap: str) -> Features:
         view = self.method.config.eval_view.name
-        count, done = bound.subsets[role].count, 0
-        values_ND, marks_N2 = torch.empty(count, 0), torch.empty(count, 2, dtype=torch.int64)
+        first, last = share(bound.plan.steps_per_epoch)
+        count = max(0, min(last * self.batch, bound.subsets[role].count) - first * self.batch)
+        values_ND, marks_N2, done = torch.empty(count, 0), torch.empty(count, 2, dtype=torch.int64), 0
         loader = Loader(
-            bound,
-            rank=dist.rank(),
-            world=dist.world_size(),
+            bound,  # batch by batch as one rank alone would: so embeddings are the same to the last bit
             device=self.device,
             threads=self.threads,
             renderer=self.renderer,
@@ -250,19 +252,14 @@ class Subject(Roles):
         )
         with loader, eval_mode(self.nets), torch.no_grad():
             behind: deque[tuple[Tensor, Tensor, torch.cuda.Event | None]] = deque()
-            num_batches = bound.plan.steps_per_epoch
-            for number, batch in enumerate(loader.batches(0, num_batches), 1):
+            for number, batch in enumerate(loader.batches(first, last), first + 1):
                 part = batch.parts[role]
-                # Gathered batch by batch: a batch's rank slices are contiguous, so ids come out ascending, and the
-                # device never holds more than two global batches of embeddings. All but the last are even.
-                gather = dist.gather_ragged if number == num_batches else dist.gather_rows
-                rows_BD = gather(self.method.embed(self.nets, part.x[view], tap).float())
-                marks_B2 = gather(torch.stack([part.labels, part.ids], dim=1))
-                behind.append(_on_the_way(rows_BD, marks_B2))
-                if number == 1:
+                rows_BD = self.method.embed(self.nets, part.x[view], tap).float()
+                behind.append(_on_the_way(rows_BD, torch.stack([part.labels, part.ids], dim=1)))
+                if number == first + 1:
                     values_ND = torch.empty(count, rows_BD.shape[1])
                 # A GPU works on a batch while the last is fetched. On a CPU nothing waits: rows may be the batch's own.
-                while len(behind) > (self.device.type == "cuda" and number < num_batches):
+                while len(behind) > (self.device.type == "cuda" and number < last):
                     rows_BD, marks_B2, there = behind.popleft()
                     if there is not None:
                         there.synchronize()
@@ -270,23 +267,26 @@ class Subject(Roles):
                     done += len(rows_BD)
                 batch.release()
         assert done == count, f"{done} embeddings of {count} images"
-        if not torch.isfinite(values_ND).all():
+        if not dist.all_true(bool(torch.isfinite(values_ND).all())):
             raise FastsslError(f"embeddings of the {role} images at {tap!r} are not finite: the training has diverged")
-        return self._without_substitutes(
-            Features(values_ND, labels=marks_N2[:, 0].contiguous(), ids=marks_N2[:, 1].contiguous()), bound, role
-        )
+        width = max(dist.gather_objects(values_ND.shape[1]))  # a rank without images has not seen any
+        values_ND = values_ND if count else torch.empty(0, width)
+        found = Features(values_ND, labels=marks_N2[:, 0].contiguous(), ids=marks_N2[:, 1].contiguous())
+        return self._without_substitutes(found, bound, role, first * self.batch)
 
-    def _without_substitutes(self, found: Features, bound: Bound, role: str) -> Features:
-        """The rows of the images that were asked for: one that stands in for a damaged image would count twice. A line
-        says how many are left out; where none may be, StoreError is raised, on every rank alike."""
+    def _without_substitutes(self, found: Features, bound: Bound, role: str, first: int) -> Features:
+        """The rows of the images that were asked for, this rank's from number `first` on: one that stands in for a
+        damaged image would count twice. A line says how many are left out; where none may be, StoreError is raised, on
+        every rank alike."""
         source, ids = bound.sources[role], bound.subsets[role].ids
-        asked_N = torch.arange(len(found.ids)) if ids is None else torch.from_numpy(ids)
+        numbers_N = torch.arange(first, first + len(found.ids))
+        asked_N = numbers_N if ids is None else torch.from_numpy(ids)[numbers_N]
         own_N = found.ids == asked_N
-        lost = asked_N[~own_N].tolist()
+        lost = sum(dist.gather_objects(asked_N[~own_N].tolist()), [])
         if not lost:
             return found
-        first = f"{source.path_of(lost[0])} of {source.name}"
-        said = f"{len(lost)} of {len(own_N)} {role} images cannot be used, first {first}"
+        said = f"{len(lost)} of {bound.subsets[role].count} {role} images cannot be used, first "
+        said += f"{source.path_of(lost[0])} of {source.name}"
         if not self.leave_out_damaged:
             raise StoreError(f"{said}: mend or remove them")
         if dist.is_main():

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastssl import dist
 from fastssl.evaluation.accuracies import wilson
 from fastssl.evaluation.linear import choose_head, top1
 from fastssl.evaluation.progress import tell
+from fastssl.evaluation.shards import whole
 from fastssl.evaluation.subject import Roles, Subject
 from loaders.plan.views import Centre, Crop, View
 from loaders.published.transfer import TRANSFERS, Metric, TransferSet
@@ -77,23 +77,22 @@ METRICS: dict[Metric, Callable[[Tensor, Tensor], float]] = {"top1": top1, "mean_
 def _measured(subject: Subject, tap: str, data: TransferSet, metric: Metric) -> dict[str, Any]:
     crop = crop_of(subject.method.config.eval_view)
     learn, test = (subject.features_of(source, tap, crop) for source in (data.learn, data.test))
-    head, about = dist.broadcast_object(
-        choose_head(
-            learn.values,
-            learn.labels,
-            torch.from_numpy(data.is_val_N),
-            data.learn.num_classes,
-            score=METRICS[metric],
-            decays=DECAYS,
-            device=subject.device,
-        )
+    head, about = choose_head(
+        learn.values,
+        learn.labels,
+        torch.from_numpy(data.is_val_N)[learn.ids],
+        data.learn.num_classes,
+        score=METRICS[metric],
+        decays=DECAYS,
+        device=subject.device,
     )
-    (classes_Q,) = head.classes(test.values)
-    correct = int((classes_Q == test.labels).sum())
+    (own_classes_q,) = head.classes(test.values)
+    classes_Q, labels_Q = whole(own_classes_q), whole(test.labels)
+    correct = int((classes_Q == labels_Q).sum())
     return {
-        metric: METRICS[metric](classes_Q, test.labels),
-        "top1": correct / len(test.labels),
-        "top1_ci95": wilson(correct, len(test.labels)),
+        metric: METRICS[metric](classes_Q, labels_Q),
+        "top1": correct / len(labels_Q),
+        "top1_ci95": wilson(correct, len(labels_Q)),
         "validation": "published" if data.published else "a tenth of the training images of each class, keyed",
         "classes": data.learn.num_classes,
         **about,
