@@ -92,7 +92,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "fastssl.recipes.resolve": (GROUND | {"fastssl.methods.base", "fastssl.optim.horizon", "fastssl.recipes"}, set()),
     "fastssl.recipes.datasets": (set(), set()),
-    "fastssl.evaluation": (CONTRACT | {"fastssl.optim.rates"}, {"torch", "numpy", "sklearn"}),
+    "fastssl.evaluation": (CONTRACT | {"fastssl.optim.rates"}, {"torch", "numpy", "scipy"}),
     "fastssl.engine": (
         CONTRACT
         | {"fastssl.nn", "fastssl.optim.fused", "fastssl.record", "fastssl.evaluation", "fastssl.run_dir"}
