@@ -99,9 +99,11 @@ SIMCLRV2 = (
         "`simclrv2.rn50_800ep --set head_layers=4`, then `supervised.simclrv2_rn50_finetune_10pct --set head.layers=2`",
         "there"),
     Row("3.1, C", "linear evaluation with all labels", "`--protocol linear --labels all`",
-        "differs: without augmentation"),
+        "differs: without augmentation, since features are computed once"),
     Row("figure 4, A.1", "supervised with 1 and 10 %, smoothed labels",
-        "`supervised.rn50_1pct_smoothed`, `supervised.rn50_10pct_smoothed`", "differs: no AutoAugment"),
+        "`supervised.rn50_1pct_smoothed`, `supervised.rn50_10pct_smoothed`",
+        "differs: no AutoAugment. Its operations come in pairs by one draw; here every op draws for itself, and "
+        "shears, translations, posterising, autocontrast and sharpness are none of the ops"),
     Row("eq. 2", "distillation", "`simclrv2.distill_rn50`", "there"),
     Row("eq. 3", "distillation beside labels", "`simclrv2.distill_rn50 --set alpha=0.5`",
         "there, also where labelled images are a set of their own"),
@@ -116,7 +118,8 @@ SIMCLRV2 = (
         "differs: no Sobel filter and no broader colours, which are not specified further"),
     Row("G", "fine-tuned with 250, 4,000 and all labels", "`supervised.simclrv2_cifar10_rn18_sk_finetune_4000`",
         "there; batch and length are not published"),
-    Row("figures A.1, B.1, C.1, F.2", "accuracy by size, by way of training, by teacher", "", "missing: plots"),
+    Row("figures A.1, B.1, C.1, F.2", "accuracy by size, by way of training, by teacher", "",
+        "missing: plots of these numbers"),
 )  # fmt: skip
 
 SEMPPL = (
@@ -164,10 +167,12 @@ S4L = (
     Row("3.2", "VAT and entropy of unlabelled images alone", "`s4l.vat_entmin --set smoothed=unlabelled`",
         "differs by default: of all, as the code"),
     Row("4", "1,231,121 images to train on and 50,046 to choose by", "`--sweep`, `--held-out`",
-        "differs: held-out images stay in the unlabelled stream"),
+        "differs: held-out images stay in the unlabelled stream, without their label"),
     Row("4.1", "supervised with 10, 1 and 100 %", "`s4l.supervised`, `s4l.supervised_1pct`, `s4l.supervised_100pct`",
         "there; warm-up with 1 % is the code's"),
-    Row("4.1", "ResNets of 18 and 34 layers, v1", "", "missing: v2 from 50 layers on"),
+    Row("4.1", "ResNets of 18, 34 and 50 layers, v1 and v2, half to four times as wide",
+        "`s4l.supervised --set encoder='S4lResNet(18, base_width=32)'`, `s4l.supervised --set 'encoder=ResNet(34)'`",
+        "there; v1 is torchvision's"),
     Row("4.2", "pseudo-labels", "`s4l.pseudo_label`", "differs: labelled images keep their label, as in the code"),
     Row("4.2", "only those above .5", "`s4l.pseudo_label --set label.least_confidence=0.5`", "there"),
     Row("4.2", "VAT's length: 50, 39.7, 31.5, 25", "`s4l.vat --set vat.epsilon=39.7`", "there"),

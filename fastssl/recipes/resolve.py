@@ -83,6 +83,7 @@ def _changed(stages: Stages, key: str, text: str) -> Stages:
     first, _, rest = key.partition(".")
     named = [stage for stage in stages if stage.name == first and rest]
     field, asked = (rest, named) if named else (key, list(stages))
+    _refuse_parts_of_some(asked, field, text)
     changed = {stage.name: _stage_with(stage, field, text) for stage in asked}
     if not any(changed.values()):
         for stage in asked:
@@ -93,6 +94,14 @@ def _changed(stages: Stages, key: str, text: str) -> Stages:
             names |= vars(stage).keys() | vars(stage.config).keys()
         raise ConfigError(f"unknown key {key!r}{suggest(field, names - _FIXED)}")
     return tuple(changed.get(stage.name) or stage for stage in stages)
+
+
+def _refuse_parts_of_some(stages: list[Stage], key: str, text: str) -> None:
+    """Raises ConfigError where `key` is a part of what is unset in some of the stages alone."""
+    has = [stage.name for stage in stages if has_path(stage.config, key)]
+    if has and (lacks := [s.name for s in stages if s.name not in has and has_path(s.config, key.partition(".")[0])]):
+        each = " ".join(f"--set {name}.{key}={text}" for name in has)
+        raise ConfigError(f"{key}: stage {lacks[0]} has no {key.partition('.')[0]}; set it by stage: {each}")
 
 
 def _stage_with(stage: Stage, key: str, text: str) -> Stage | None:

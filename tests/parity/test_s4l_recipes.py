@@ -5,12 +5,14 @@ import re
 import shlex
 from dataclasses import replace
 
+import pytest
 from click.testing import CliRunner
 
 from fastssl.commands import dry_run
 from fastssl.commands.main import main
 from fastssl.costs import memory_model
 from fastssl.costs.trace import Untraceable
+from fastssl.errors import ConfigError
 from fastssl.methods.base import Epochs
 from fastssl.methods.s4l import (
     Exemplar,
@@ -89,6 +91,17 @@ def test_moam_s_later_stages_are_the_paper_s():
     assert (c.labels, c.pseudo_labels, c.half_life) == ("s4l-10", False, None)
     single = resolve("s4l.pseudo_label")[1].config.label_view
     assert (single.copies, single.turns, single.crop) == (1, (0,), Centre(resize=256))
+
+
+def test_a_weight_that_a_stage_does_not_have_is_set_by_stage():
+    """MOAM's last stage has neither rotation nor VAT: the error says what can be typed, and that is taken."""
+    with pytest.raises(ConfigError) as error:
+        resolve("s4l.moam", ("rotation.weight=.7",))
+    said = "rotation.weight: stage finetune has no rotation; set it by stage: "
+    assert str(error.value).startswith(said)
+    changes = str(error.value).removeprefix(said).removeprefix("--set ").split(" --set ")
+    joint, _, relearn, finetune = resolve("s4l.moam", tuple(changes))
+    assert (joint.config.rotation.weight, relearn.config.rotation.weight, finetune.config.rotation) == (0.7, 0.7, None)
 
 
 def test_the_header_s_sweeps_are_accepted(monkeypatch):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fastssl.nn.encoders.encoder import Encoder, Likeness
 from fastssl.nn.initialisers import haiku_default, variance_scaling
 from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm
-from fastssl.nn.trunks.resnet import BottleneckDepth, Depth, resnet, sknext
+from fastssl.nn.trunks.resnet import Depth, resnet, sknext
 from fastssl.nn.trunks.resnet_v2 import S4L_NORM
 from fastssl.nn.trunks.stem import Norm, Stem, same_max_pool
 from fastssl.nn.trunks.trunk import Trunk
@@ -154,10 +154,10 @@ class ByolResNet(_TensorflowResNets):
 
 @dataclass(frozen=True)
 class S4lResNet(_ResNets):
-    """S4L's ResNet v2; MOAM's has width 4."""
+    """S4L's ResNet v2; MOAM's has width 4. Half as wide: `base_width=32`."""
 
     kind = "ResNet-v2"
-    depth: BottleneckDepth = 50
+    depth: Depth = 50
     width: int = 1
     stem: Stem = "imagenet"
     base_width: int = 64

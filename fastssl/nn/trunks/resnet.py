@@ -16,13 +16,12 @@ from fastssl.nn.initialisers import Init, initialise, kaiming_fan_out
 from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm
 from fastssl.nn.norm.lockstep import Lockstep, LockstepSequential
 from fastssl.nn.recompute import Blocks
-from fastssl.nn.trunks.resnet_v2 import ResNetV2Trunk
+from fastssl.nn.trunks.resnet_v2 import PreactivationBlock, PreactivationBottleneck, ResNetV2Trunk
 from fastssl.nn.trunks.selective_kernel import SelectiveKernelBottleneck, SKNeXtBottleneck
 from fastssl.nn.trunks.stem import MaxPool, Norm, Stem, deep_stem, no_pool, stem_convolution, symmetric_max_pool
 from fastssl.nn.trunks.trunk import Trunk
 
 Depth = Literal[10, 18, 34, 50, 101, 152, 200]
-BottleneckDepth = Literal[50, 101, 152, 200]
 
 
 def resnet(
@@ -40,7 +39,7 @@ def resnet(
 
     selective_kernel  SimCLRv2's, with ResNet-D's stem and shortcuts; blocks without bottleneck (depth below 50) have
                       the latter only, as in SimCLRv2's code for TensorFlow 2 (that for TensorFlow 1 crashes)
-    preactivation     S4L's ResNet v2, from depth 50
+    preactivation     S4L's ResNet v2, without selective kernels
     stem              "imagenet" is a 7x7 convolution of stride 2 and a max-pool, "cifar" a 3x3 of stride 1 (images up
                       to 32)
     base_width        the stem's channel count at width 1; below 64 it makes networks for tests and for one CPU core
@@ -49,9 +48,10 @@ def resnet(
     block, blocks = _layout(depth)
     channels = base_width * width
     if preactivation:
-        if selective_kernel or block is not Bottleneck:
-            raise ValueError("pre-activation networks have bottlenecks, depth 50 or more, without selective kernels")
-        return ResNetV2Trunk(blocks, channels, stem, in_channels, **conventions)
+        if selective_kernel:
+            raise ValueError("pre-activation networks have no selective kernels")
+        v2_block = PreactivationBottleneck if block is Bottleneck else PreactivationBlock
+        return ResNetV2Trunk(v2_block, blocks, channels, stem, in_channels, **conventions)
     if selective_kernel and block is Bottleneck:
         block = SelectiveKernelBottleneck
     return ResNetTrunk(block, blocks, channels, stem, in_channels, resnet_d=selective_kernel, **conventions)

@@ -43,6 +43,27 @@ class PreactivationBottleneck(Lockstep):
         return [self.conv3(out) + shortcut for out, shortcut in zip(outs, shortcuts, strict=True)]
 
 
+class PreactivationBlock(Lockstep):
+    """Norm, ReLU, 3x3 (which strides); norm, ReLU, 3x3. The shortcut as in `PreactivationBottleneck`."""
+
+    expansion = 1
+
+    def __init__(self, in_channels: int, channels: int, stride: int, norm: Norm) -> None:
+        super().__init__()
+        self.bn1 = norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.bn2 = norm(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        changes = stride > 1 or in_channels != channels
+        self.downsample = nn.Conv2d(in_channels, channels, 1, stride, bias=False) if changes else None
+
+    def lockstep(self, xs: Sequence[Tensor]) -> list[Tensor]:
+        active = self.bn1.lockstep(xs, relu=True)
+        shortcuts = xs if self.downsample is None else [self.downsample(x) for x in active]
+        outs = self.bn2.lockstep([self.conv1(x) for x in active], relu=True)
+        return [self.conv2(out) + shortcut for out, shortcut in zip(outs, shortcuts, strict=True)]
+
+
 class ResNetV2Trunk(Trunk):
     """Convolution and max-pool without norm, four groups of blocks, norm, ReLU, global average pool.
 
@@ -51,6 +72,7 @@ class ResNetV2Trunk(Trunk):
 
     def __init__(
         self,
+        block: type[PreactivationBlock] | type[PreactivationBottleneck],
         blocks: tuple[int, int, int, int],
         stem_channels: int,
         stem: Stem,
@@ -69,8 +91,8 @@ class ResNetV2Trunk(Trunk):
             layers = []
             for index in range(num_blocks):
                 stride = 2 if group > 0 and index == 0 else 1
-                layers.append(PreactivationBottleneck(channels, stem_channels * 2**group, stride, norm))
-                channels = stem_channels * 2**group * PreactivationBottleneck.expansion
+                layers.append(block(channels, stem_channels * 2**group, stride, norm))
+                channels = stem_channels * 2**group * block.expansion
             groups.append(Blocks(*layers))
         self.layer1, self.layer2, self.layer3, self.layer4 = groups
         self.bn1 = norm(channels)

@@ -11,7 +11,7 @@ from fastssl.nn.encoders.resnet import ByolResNet, ResNet, S4lResNet, SimclrResN
 from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm
 from fastssl.nn.trunks import stem
 from fastssl.nn.trunks.resnet import ResNetTrunk, resnet
-from fastssl.nn.trunks.resnet_v2 import S4L_NORM, ResNetV2Trunk
+from fastssl.nn.trunks.resnet_v2 import S4L_NORM, PreactivationBlock, PreactivationBottleneck, ResNetV2Trunk
 from fastssl.nn.trunks.selective_kernel import SelectiveKernelBottleneck, SKNeXtBottleneck
 from tests.support.definitions import (
     assert_same,
@@ -133,7 +133,7 @@ def test_a_selective_kernel_block_equals_its_definition(form, stride):
 @pytest.mark.parametrize("which", [("layer1", 0), ("layer1", 1), ("layer2", 0)])
 def test_a_preactivation_block_equals_its_definition(which):
     """Catches a shortcut of the raw x, a norm in the shortcut, the stride in a 1x1, an in-place ReLU on x."""
-    net = shaken(ResNetV2Trunk((2, 1, 0, 0), 4, "cifar", 3))
+    net = shaken(ResNetV2Trunk(PreactivationBottleneck, (2, 1, 0, 0), 4, "cifar", 3))
     group, index = which
     block = getattr(net, group)[index]
     stride = 2 if group == "layer2" else 1
@@ -151,9 +151,26 @@ def test_a_preactivation_block_equals_its_definition(which):
     assert torch.equal(x, before)
 
 
+@pytest.mark.parametrize("which", [("layer1", 0), ("layer1", 1), ("layer2", 0)])
+def test_a_preactivation_block_without_bottleneck_equals_its_definition(which):
+    """Catches the stride in the second convolution, a shortcut of the raw x where the shape changes, or one with a
+    convolution where it does not, as in the first group."""
+    net = shaken(ResNetV2Trunk(PreactivationBlock, (2, 1, 0, 0), 4, "cifar", 3))
+    group, index = which
+    block, stride = getattr(net, group)[index], 2 if group == "layer2" else 1
+
+    def slow(x):
+        active = batch_norm(x, block.bn1).clamp(min=0)
+        shortcut = x if group == "layer1" else F.conv2d(active, block.downsample.weight, stride=stride)
+        out = batch_norm(F.conv2d(active, block.conv1.weight, stride=stride, padding=1), block.bn2).clamp(min=0)
+        return F.conv2d(out, block.conv2.weight, padding=1) + shortcut
+
+    assert_same(block, slow, block, [normal(3, block.conv1.in_channels, 6, 5)])
+
+
 def test_s4l_s_stem_and_end():
     """Catches a norm or ReLU before the first block, and pooled features without the last norm and ReLU."""
-    net = shaken(ResNetV2Trunk((1, 0, 0, 0), 4, "imagenet", 3))
+    net = shaken(ResNetV2Trunk(PreactivationBottleneck, (1, 0, 0, 0), 4, "imagenet", 3))
 
     def slow(x):
         x = F.conv2d(x, net.conv1.weight, stride=2, padding=3)

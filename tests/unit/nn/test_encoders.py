@@ -15,7 +15,7 @@ from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm
 from fastssl.nn.recompute import recompute_blocks
 from fastssl.nn.trunks import stem
 from fastssl.nn.trunks.resnet import ResNetTrunk, resnet, sknext
-from fastssl.nn.trunks.resnet_v2 import ResNetV2Trunk
+from fastssl.nn.trunks.resnet_v2 import PreactivationBottleneck, ResNetV2Trunk
 from fastssl.nn.trunks.selective_kernel import SelectiveKernelBottleneck, _select
 from tests.support.definitions import (
     normal,
@@ -30,6 +30,7 @@ NEW = {  # small ones of every kind
     "SimCLRv2": SimclrResNet(18, base_width=8),
     "SKNeXt": ByolResNet(50, selective_kernel=True, base_width=16),
     "v2": S4lResNet(50, base_width=8),
+    "v2 without bottleneck": S4lResNet(18, base_width=8),
 }
 
 
@@ -93,6 +94,29 @@ def test_parameters_of_s4l_s_resnet(width, total):
     assert sum(p.numel() for p in net.parameters()) == expected + 2 * channels == total
 
 
+@pytest.mark.parametrize(
+    ("depth", "blocks", "width", "total"),
+    [  # at width 1 as many as timm 1.0.31 counts in its resnetv2_18 and resnetv2_34
+        (18, (2, 2, 2, 2), 1, 11_174_720),
+        (34, (3, 4, 6, 3), 1, 21_282_880),
+        (34, (3, 4, 6, 3), 2, 85_082_240),
+    ],
+)
+def test_parameters_of_s4l_s_shallow_resnets(depth, blocks, width, total):
+    """Catches bottlenecks, a projection in the first group, where nothing changes, and a norm too many."""
+    expected, channels = 7 * 7 * 3 * 64 * width, 64 * width
+    for group, num_blocks in enumerate(blocks):
+        inner = 64 * width * 2**group
+        for _ in range(num_blocks):
+            expected += 2 * channels + 9 * channels * inner + 2 * inner + 9 * inner**2
+            expected += channels * inner if channels != inner else 0
+            channels = inner
+    with torch.device("meta"):
+        net = S4lResNet(depth, width).build()
+    assert net.num_features == 512 * width
+    assert sum(p.numel() for p in net.parameters()) == expected + 2 * channels == total
+
+
 def test_layers_that_torchvision_has_bear_its_names():
     """Catches checkpoints and exports that would not match: only the stem's convolutions change their names."""
     with torch.device("meta"):
@@ -115,9 +139,7 @@ def test_names_tell_what_is_decayed(encoder):
 
 
 def test_what_does_not_exist_is_refused():
-    with pytest.raises(ValueError, match="depth 50 or more"):
-        resnet(18, preactivation=True)
-    with pytest.raises(ValueError, match="without selective kernels"):
+    with pytest.raises(ValueError, match="have no selective kernels"):
         resnet(50, selective_kernel=True, preactivation=True)
     with pytest.raises(ValueError, match="depth 50 or more, not 34"):
         sknext(34)
@@ -302,7 +324,10 @@ def two_selective_kernel_blocks():
 
 @pytest.mark.parametrize(
     ("build", "sizes"),
-    [(two_selective_kernel_blocks, [20]), (lambda: ResNetV2Trunk((0, 1, 0, 0), 8, "imagenet", 3), [20, 12])],
+    [
+        (two_selective_kernel_blocks, [20]),
+        (lambda: ResNetV2Trunk(PreactivationBottleneck, (0, 1, 0, 0), 8, "imagenet", 3), [20, 12]),
+    ],
     ids=["selective kernels", "v2"],
 )
 def test_compiled_is_one_graph_and_equals_eager(build, sizes):
