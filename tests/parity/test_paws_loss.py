@@ -172,6 +172,69 @@ def test_entropy_is_that_of_predictions():
     assert max(map(relative_error, got, expected)) < 1e-9
 
 
+def terms_of(z_ND, z_support_SD, columns_S, h_GD, h_support_SD, *, sharpen_T, column_B=None):
+    """PAWS's cross-entropy, with labels for targets, and entropy; nothing smoothed."""
+    labels_SK = F.one_hot(columns_S).double()
+    supports = gather_supports(z_support_SD, h_support_SD, labels_SK)
+    targets = sharpened_targets(h_GD, supports, tau=0.1, sharpen_T=sharpen_T)
+    of_views = consistency(z_ND, targets, supports, tau=0.1, sharpen_T=sharpen_T, entropy=True)
+    targets = replace(targets, column_B=column_B)
+    of_labels = consistency(z_ND, targets, supports, tau=0.1, sharpen_T=sharpen_T)
+    return {"views": of_views.cross_entropy, "labels": of_labels.cross_entropy, "entropy": of_views.entropy}
+
+
+@pytest.mark.parametrize("sharpen_T", [0.25, 1.0])
+def test_of_uniform_predictions_only_labels_draw_away(sharpen_T):
+    """Propositions 1 and 2 and D.2 at p = 1/K. A support a class, along one axis each, and anchors between them all:
+    p is uniform, and the gradient in z is that in the logits, p - target. A sharpened uniform prediction is uniform,
+    and entropy stationary at its maximum: of the three, a label alone gives a gradient, which is (1/K - y) / tau."""
+    between_ND = torch.ones(2, 5, dtype=torch.float64).div(5**0.5).requires_grad_()
+    axes_SD, columns_S = torch.eye(5, dtype=torch.float64), torch.arange(5)
+    label = torch.tensor([3])
+    terms = terms_of(between_ND, axes_SD, columns_S, between_ND, axes_SD, sharpen_T=sharpen_T, column_B=label)
+    found = {name: torch.autograd.grad(term, between_ND, retain_graph=True)[0] for name, term in terms.items()}
+    expected = (torch.full((5,), 0.2, dtype=torch.float64) - torch.eye(5, dtype=torch.float64)[3]) / 0.1 / 2
+    assert (found["labels"] - expected).abs().max() < 1e-12
+    assert found["views"].abs().max() < 1e-12 and found["entropy"].abs().max() < 1e-12
+
+
+def test_near_collapse_labels_draw_away_linearly_and_the_rest_cubically():
+    """Rows v + eps * noise, as eps falls tenfold, down to a full collapse, of which nothing draws away: cosines are
+    stationary at equal directions. Catches a label target that is a prediction after all."""
+    generator = torch.Generator().manual_seed(0)
+    v_D, columns_S = torch.randn(8, generator=generator, dtype=torch.float64), torch.arange(15) % 5
+    noise = [torch.randn(rows, 8, generator=generator, dtype=torch.float64) for rows in (6, 15, 6, 15)]
+    norms = {}
+    for sharpen_T in (0.25, 1.0):
+        for eps in (1e-1, 1e-2, 1e-3, 0.0):
+            z_ND, z_support_SD, h_GD, h_support_SD = (v_D + eps * rows for rows in noise)
+            leaves = [z_ND.requires_grad_(), z_support_SD.requires_grad_()]
+            label = torch.tensor([0, 3, 4])
+            terms = terms_of(*leaves, columns_S, h_GD, h_support_SD, sharpen_T=sharpen_T, column_B=label)
+            for name, term in terms.items():
+                gradients = torch.autograd.grad(term, leaves, retain_graph=True)
+                norms[name, sharpen_T, eps] = torch.cat(gradients).norm().item()
+    for (name, sharpen_T, eps), norm in norms.items():
+        if eps == 0:
+            assert norm < 1e-13
+        elif eps > 1e-3:
+            power = math.log10(norm / norms[name, sharpen_T, eps / 10])
+            assert power == pytest.approx(1 if name == "labels" else 3, abs=0.1), (name, sharpen_T, eps)
+
+
+def test_of_two_views_each_has_the_other_s_target_to_the_bit():
+    """And crops the mean of both: weights of many views round nothing. Catches runs of two views that would differ."""
+    _, z_support_SD, labels_SK, h_GD, h_support_SD = inputs(2)
+    for dtype in (torch.float32, torch.float64):
+        supports = gather_supports(*(rows.detach().to(dtype) for rows in (z_support_SD, h_support_SD, labels_SK)))
+        targets = sharpened_targets(h_GD.to(dtype), supports, tau=0.1, sharpen_T=0.25)
+        first_BK, second_BK = targets.p_GK.chunk(2)
+        mean_BK = (first_BK + second_BK) / 2
+        expected = torch.cat([second_BK, first_BK, mean_BK, mean_BK])
+        found = targets.of_anchors(torch.arange(4 * IMAGES))
+        assert torch.equal(found, torch.where(expected < MIN_TARGET, 0.0, expected))
+
+
 def test_images_weigh_as_they_are_told():
     """RoPAWS's p_in: catches weights of anchors where those of images are given."""
     z_ND, z_support_SD, labels_SK, h_GD, h_support_SD = inputs(1)
