@@ -3,12 +3,13 @@
     python -m tools.table benchmarks/results/digits_labels.toml          # run what is missing, then the page
     python -m tools.table benchmarks/results/digits_labels.toml --page   # the page alone, from what is kept
 
-A description is TOML: `scores` are the columns of numbers, by their names in result.json; `seeds`; and for each of
-`[[rows]]` its `group` and `name`, and `arguments`, what follows `fastssl train`. `shared` is appended to all of them.
+A description is TOML: `scores` are the columns of shares, by their names in result.json, shown in percent; `seeds`;
+for each of `[[rows]]` its `group` and `name`, and `arguments`, what follows `fastssl train`. `shared` is appended to
+all of them. For `by_epoch`, where it is given, a table each says what every evaluation found.
 
-A run lies in RUNS/NAME/ROW-seedN and continues where it was stopped. Its result.json is copied unedited to a folder
-beside the description. The page has the description's name, with `.md`, and holds the table between the lines
-`<!-- table -->` and `<!-- /table -->`.
+A run lies in RUNS/NAME/ROW-seedN and continues where it was stopped. Its result.json, and for `by_epoch` the lines of
+metrics.jsonl that tell of evaluations, are copied unedited to a folder beside the description. The page has the
+description's name, with `.md`, and holds the table between the lines `<!-- table -->` and `<!-- /table -->`.
 Descriptions that name a recipe or setting that does not exist are refused before anything runs: each row is dry-run.
 """
 
@@ -52,6 +53,7 @@ class Table:
     scores: dict[str, str]  # title -> name in result.json; a row that lacks one shows a dash
     seeds: tuple[int, ...]
     rows: tuple[Row, ...]
+    by_epoch: dict[str, str]  # title -> name in evaluations
 
     @property
     def kept(self) -> Path:
@@ -60,6 +62,9 @@ class Table:
     def result(self, row: Row, seed: int) -> Path:
         return self.kept / f"{row.slug}-seed{seed}.json"
 
+    def evaluations(self, row: Row, seed: int) -> Path:
+        return self.kept / f"{row.slug}-seed{seed}.jsonl"
+
 
 def read(path: Path) -> Table:
     """Raises ClickException that names what is wrong with the description."""
@@ -67,7 +72,7 @@ def read(path: Path) -> Table:
         plain = tomllib.loads(path.read_text())
         shared = shlex.split(plain.get("shared", ""))
         rows = tuple(Row(row["group"], row["name"], (*shlex.split(row["arguments"]), *shared)) for row in plain["rows"])
-        table = Table(path, dict(plain["scores"]), tuple(plain["seeds"]), rows)
+        table = Table(path, dict(plain["scores"]), tuple(plain["seeds"]), rows, dict(plain.get("by_epoch", {})))
     except (OSError, tomllib.TOMLDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise click.ClickException(f"{path}: not a table's description: {error!r}") from None
     slugs = [row.slug for row in rows]
@@ -101,15 +106,20 @@ def run_missing(table: Table, runs: Path) -> None:
             done = train(row.arguments, "--seeds", str(seed), "--out", str(out))
             if done.returncode:
                 raise click.ClickException(f"{' '.join(row.arguments)}: {done.stderr.strip()[-500:]}")
+            if table.by_epoch:
+                lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+                table.evaluations(row, seed).write_text(
+                    "".join(line for line in lines if "evaluation" in json.loads(line))
+                )
             result.write_bytes((out / "result.json").read_bytes())
 
 
-def cell(values: list[float]) -> str:
-    """Mean and standard deviation of shares, in percent."""
+def cell(values: list[float], digits: int = 1) -> str:
+    """Mean and standard deviation."""
     if not values:
         return "–"
-    spread = f" ± {100 * stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{100 * fmean(values):.1f}{spread}"
+    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{fmean(values):.{digits}f}{spread}"
 
 
 def seconds(result: dict[str, Any]) -> float:
@@ -125,13 +135,32 @@ def markdown(table: Table) -> str:
     for row in table.rows:
         results = [table.result(row, seed) for seed in table.seeds]
         kept: list[dict[str, Any]] = [json.loads(path.read_text()) for path in results if path.exists()]
-        cells = [cell([r[name] for r in kept if name in r]) for name in table.scores.values()]
+        cells = [cell([100 * r[name] for r in kept if name in r]) for name in table.scores.values()]
         trained = f"{fmean(map(seconds, kept)):,.0f}" if kept else "–"
         shown = row.group if row.group != group else ""
         lines.append(f"| {shown} | {row.name} | {' | '.join(cells)} | {trained} | {len(kept)} |")
         commands.append(f"    fastssl train {shlex.join(row.arguments)} --seeds {','.join(map(str, table.seeds))}")
         group = row.group
+    for title, name in table.by_epoch.items():
+        lines += ["", *_by_epoch(table, title, name)]
     return "\n".join([*lines, "", *commands])
+
+
+def _by_epoch(table: Table, title: str, name: str) -> list[str]:
+    """The lines of a table of what each evaluation found of `name`."""
+    found: list[dict[float, list[float]]] = []
+    for row in table.rows:
+        found.append({})
+        for path in (path for seed in table.seeds if (path := table.evaluations(row, seed)).exists()):
+            for each in map(json.loads, path.read_text().splitlines()):
+                found[-1].setdefault(each["epoch"], []).append(each["evaluation"][name])
+    epochs = sorted({epoch for of_row in found for epoch in of_row})
+    titles = (title, "", *(f"epoch {epoch:g}" for epoch in epochs))
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for row, of_row in zip(table.rows, found, strict=True):
+        cells = " | ".join(cell(of_row.get(epoch, []), digits=2) for epoch in epochs)
+        lines.append(f"| {row.group} | {row.name} | {cells} |")
+    return lines
 
 
 def page(table: Table) -> str:

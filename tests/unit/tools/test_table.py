@@ -38,7 +38,9 @@ def test_pages_say_what_their_results_do(path):
     """A number typed by hand, or a page left behind by its runs."""
     table = tables.read(path)
     assert path.with_suffix(".md").read_text() == tables.page(table)
-    assert all(table.result(row, seed).exists() for row in table.rows for seed in table.seeds)
+    cells = [(row, seed) for row in table.rows for seed in table.seeds]
+    assert all(table.result(*each).exists() for each in cells)
+    assert not table.by_epoch or all(table.evaluations(*each).exists() for each in cells)
 
 
 def test_what_is_missing_is_run_and_kept_unedited(description, tmp_path, monkeypatch):
@@ -67,6 +69,28 @@ def test_what_is_missing_is_run_and_kept_unedited(description, tmp_path, monkeyp
     assert "| 20 labels | labels alone | 50.0 ± 35.4 | 50.0 | 6 | 2 |" in page
     assert "|  | PAWS | 62.5 ± 17.7 | – | 8 | 2 |" in page
     assert "    fastssl train paws.digits --set 'encoder=ResNet(10)' --data digits --seeds 0,1" in page
+
+
+def test_evaluations_are_kept_and_shown_by_epoch(description, tmp_path, monkeypatch):
+    """Catches other lines than evaluations, lines written anew, and numbers in percent that are none."""
+    description.write_text('by_epoch = {"effective rank" = "effective_rank"}\n' + DESCRIPTION)
+    lines = ['{"step": 5, "loss": 1.0}', '{"step": 5,  "epoch": 1.0, "evaluation": {"effective_rank": %s}}',
+             '{"step": 9, "epoch": 2.0, "evaluation": {"effective_rank": 4.0}}']  # fmt: skip
+
+    def train(arguments, *more):
+        out = Path(more[-1])
+        out.mkdir(parents=True)
+        (out / "metrics.jsonl").write_text("\n".join(lines) % (1 + int(more[1])) + "\n")
+        (out / "result.json").write_text('{"trained_s": 1.0}')
+        return CompletedProcess(arguments, 0, "", "")
+
+    monkeypatch.setattr(tables, "train", train)
+    table = tables.read(description)
+    tables.run_missing(table, tmp_path / "runs")
+    assert table.evaluations(table.rows[0], 1).read_text() == "\n".join(lines[1:]) % 2 + "\n"
+    page = tables.page(table)
+    assert "| effective rank |  | epoch 1 | epoch 2 |" in page
+    assert "| 20 labels | PAWS | 1.50 ± 0.71 | 4.00 ± 0.00 |" in page
 
 
 def test_a_run_that_fails_says_why_and_keeps_nothing(description, tmp_path, monkeypatch):
