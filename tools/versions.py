@@ -1,6 +1,9 @@
 """Whether training is right with other versions: environments, a chosen subset of checks in each, one table.
 
-    python -m tools.versions FOLDER [--only 2.11.0 ...] [--checks [train unit ...]] [--drop] [--table FILE]
+    python -m tools.versions FOLDER [--only 2.11.0 ...] [--checks [train "unit nn" ...]] [--drop] [--table FILE]
+
+The unit tests are a check for each of their rooms: those that touch torch most come first, and one that was cut off
+costs no other.
 
 Each environment lies in FOLDER/torch-VERSION with its results beside it, so that the same command goes on where it was
 stopped; what passed at this commit is not done again, and `--checks` alone shows what is known. `--drop` removes an
@@ -22,11 +25,14 @@ import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from benchmarks.machine import commit, cpu_model
 
 ROOT = Path(__file__).parents[1]
+UNIT, LOOSE = ROOT / "tests" / "unit", "files"
+FIRST = ("nn", "optim", "losses", "engine", "methods", "weights", "export", "evaluation", "run_dir", "costs")
 SCRATCH = "run"  # in an environment's folder: where its checks work
 CHECK_S = 3600.0
 ONE_PROCESS = ("-p", "no:xdist", "-p", "no:cacheprovider", "-o", "addopts=--strict-markers")
@@ -184,9 +190,16 @@ def compiled(python: Path, out: Path) -> str:
     return f"{max(differences):.1e}"
 
 
-def unit(python: Path, out: Path) -> str:
-    """The unit tests: how many passed and were skipped."""
-    return _counted(_pytest(python, out, "tests/unit"))
+def unit(python: Path, out: Path, room: str) -> str:
+    """A room's unit tests: how many passed and were skipped."""
+    files = sorted(UNIT.glob("test_*.py")) if room == LOOSE else [UNIT / room]
+    return _counted(_pytest(python, out, *map(str, files)))
+
+
+def rooms() -> list[str]:
+    """Those of the unit tests, and LOOSE for the files beside them; what computes with torch first."""
+    there = sorted(path.name for path in UNIT.iterdir() if any(path.glob("test_*.py"))) + [LOOSE]
+    return sorted(there, key=lambda room: FIRST.index(room) if room in FIRST else len(FIRST))
 
 
 def touching(python: Path, out: Path) -> str:
@@ -224,7 +237,7 @@ CHECKS: dict[str, Callable[[Path, Path], str]] = {
     "two ranks": two_ranks,
     "64 GPUs": dry_run,
     "compiled": compiled,
-    "unit": unit,
+    **{f"unit {room}": partial(unit, room=room) for room in rooms()},
     "touching torch": touching,
 }
 DEFAULT = [name for name in CHECKS if name != "touching torch"]  # whose larger part the unit tests are
@@ -274,8 +287,10 @@ def _checked(name: str, python: Path, out: Path) -> dict:
 
 
 def as_table(found: Sequence[dict]) -> str:
-    """Markdown: a row for each environment, a column for each check."""
-    names = [name for name in CHECKS if any(name in each["checks"] for each in found)]
+    """Markdown: a row for each environment, a column for each check; the rooms of the unit tests are one."""
+    found = [each | {"checks": _rooms_as_one(each["checks"])} for each in found]
+    order = [*(name for name in CHECKS if not name.startswith("unit ")), "unit"]
+    names = [name for name in order if any(name in each["checks"] for each in found)]
     lines = ["| torch | Python | NumPy | Triton | " + " | ".join(names) + " |", "|---" * (4 + len(names)) + "|"]
     for each in found:
         if "missing" in each:
@@ -286,6 +301,22 @@ def as_table(found: Sequence[dict]) -> str:
         cells = ["not run" if a is None else a["text"] if a["ok"] else f"**failed**: {a['text']}" for a in answers]
         lines.append("| " + " | ".join(versions + cells) + " |")
     return "\n".join(lines)
+
+
+def _rooms_as_one(checks: dict) -> dict:
+    """The checks, `unit` in place of those of its rooms: how many passed in all, which failed, which were not seen."""
+    seen = {room: checks[f"unit {room}"] for room in rooms() if f"unit {room}" in checks}
+    others = {name: check for name, check in checks.items() if not name.startswith("unit ")}
+    if not seen:
+        return others
+    counts = [re.match(r"(\d+) passed, (\d+) skipped", check["text"]) for check in seen.values() if check["ok"]]
+    passed, skipped = (sum(int(count[k]) for count in counts if count) for k in (1, 2))
+    text = f"{passed} passed, {skipped} skipped"
+    if failed := [f"{room}: {check['text']}" for room, check in seen.items() if not check["ok"]]:
+        text += f"; **failed** in {'; '.join(failed)}"
+    if missing := [room for room in rooms() if room not in seen]:
+        text += f"; not seen: {', '.join(missing)}"
+    return others | {"unit": {"ok": True, "text": text}}
 
 
 def wrong(found: Sequence[dict]) -> bool:
