@@ -6,9 +6,11 @@ import ctypes
 import functools
 import os
 import platform
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+CODE_BYTES = 64 << 20  # of a disk, below which nothing is compiled
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 
@@ -47,6 +50,25 @@ def compile_threads(num: int) -> None:
         os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(num)
         if (compiler := sys.modules.get("torch._inductor.config")) is not None:  # it has read the environment
             compiler.compile_threads = num  # type: ignore[attr-defined]
+
+
+def no_room_for_code(*variables: str) -> str:
+    """Which of the folders that compiled code is kept in lies on a full disk, if one does: `variables` are the names by
+    which users move them. To find it out in the middle of compiling would leave other ranks waiting."""
+    for variable in variables:
+        folder = Path(os.environ.get(variable) or _usual_place(variable)).absolute()
+        there = next(place for place in (folder, *folder.parents) if place.exists())
+        left = shutil.disk_usage(there).free
+        if left < CODE_BYTES:
+            return f"{folder}, which keeps compiled code, has {left >> 20} MiB left: free some, or set {variable}"
+    return ""
+
+
+def _usual_place(variable: str) -> str:
+    """Where torch's compiler and Triton keep what they compile unless `variable` is set: below here."""
+    if variable == "TORCHINDUCTOR_CACHE_DIR":
+        return tempfile.gettempdir()
+    return os.environ.get("TRITON_HOME") or str(Path.home())
 
 
 def forget_compiled() -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -42,11 +43,13 @@ class Wrong(Exception):
 
 @dataclass
 class Called:
-    """A call as it went: how often it was given, the longest time that it took, where it was killed, its last lines."""
+    """A call as it went: how often it was given, the longest time that it took, what all of them took of CPUs, where it
+    was killed, its last line."""
 
     parts: tuple[str, ...]
     times: int = 0
     longest_s: float = 0.0
+    cpu_s: float = 0.0
     killed_in: list[str] = field(default_factory=list)
     said: str = ""
 
@@ -121,7 +124,7 @@ def call(
         called.times += 1
         if called.times > MOST_TIMES + len(called.killed_in):
             raise Wrong(f"{' '.join(parts)}: still not done after {called.times} times: {called.said}")
-        begun_s = time.monotonic()
+        begun_s, cpu_before_s = time.monotonic(), _cpu_s()
         with (tree / "said").open("w") as said:
             process = subprocess.Popen(
                 [*command, "--budget-s", str(budget_s)],
@@ -132,6 +135,7 @@ def call(
                 start_new_session=True,
             )
             part = _watched(process, parts, tree, called.killed_in, begun_s + budget_s + OVER_S)
+        called.cpu_s += _cpu_s() - cpu_before_s
         called.longest_s = max(called.longest_s, time.monotonic() - begun_s)
         lines = (tree / "said").read_text().strip().splitlines()
         called.said = lines[-1] if lines else ""
@@ -146,6 +150,12 @@ def call(
         ]:
             raise Wrong(f"{part} was killed, and lost {', '.join(lost)}")
     return called
+
+
+def _cpu_s() -> float:
+    """Of all processes that this one has waited for, and those that they have."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _watched(
@@ -199,7 +209,9 @@ def holds(after: Any, before: Any) -> bool:
 
 def show(called: Called, found: dict[str, Any]) -> None:
     killed = f", killed in {', '.join(called.killed_in)}" if called.killed_in else ""
-    print(f"{' '.join(called.parts)}: given {called.times} times, {called.longest_s:.0f} s at most{killed}")
+    print(
+        f"{' '.join(called.parts)}: given {called.times} times, {called.longest_s:.0f} s at most, {called.cpu_s:.0f} CPU seconds{killed}"
+    )
     for part in called.parts:
         entry = found[part]["found"]
         note = entry.get("skipped") or entry.get("left out") or ("passed" if entry.get("passed") else "measured")

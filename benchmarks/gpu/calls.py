@@ -75,6 +75,7 @@ class Run:
     window_s: float = WINDOW_S
     part: str = ""
     found: Found = field(default_factory=dict)
+    longest_s: float = 0.0  # of what `once` measured
 
     def left_s(self) -> float:
         return self.ends_s - self.clock()
@@ -83,6 +84,17 @@ class Run:
         """Raise OutOfTime where less than that is left."""
         if self.left_s() < seconds:
             raise OutOfTime
+
+    def once(self, key: str, measure: Callable[[], Any]) -> None:
+        """Have `found[key]` be `measure()`, unless an earlier call has found it. Raises OutOfTime where what took
+        longest so far would not end in time."""
+        if key in self.found:
+            return
+        self.need(self.longest_s)
+        begun = self.clock()
+        self.found[key] = measure()
+        self.longest_s = max(self.longest_s, self.clock() - begun)
+        self.keep()
 
     def keep(self) -> None:
         """Write what `found` holds by now."""
@@ -105,7 +117,7 @@ def do(run: Run, parts: dict[str, Part], names: list[str], settings: Found, show
             continue
         # what a failed part found may be mended by now; what a timed one had measured when it was cut off is good
         run.part, run.found = name, run.record.parts.get(name, {}).get("found", {}) if state == "begun" else {}
-        begun = run.clock()
+        run.longest_s, begun = 0.0, run.clock()
         run.record.put(name, "begun", found=run.found, settings=settings)
         try:
             run.found = part.do(run)

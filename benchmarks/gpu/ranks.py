@@ -12,6 +12,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -40,19 +41,18 @@ def ranks(run: Run) -> Found:
     for optimiser, recipe in optimisers.items():
         for precision in ("fp32", "bf16", "fp16") if on_gpu else ("fp32",):
             # One after the other, so that a failure is known by its name and what was found is written at once.
-            key = f"{optimiser}, {precision}"
-            if f"{key}, {WAYS[1]}" in found:
+            # A graph is refused for fp16, and impossible without a card.
+            ways = WAYS if on_gpu and precision != "fp16" else WAYS[:2]
+            keys = {how: f"{optimiser}, {precision}, {how}" for how in ways}
+            if all(key in found for key in keys.values()):
                 continue
             lone = trained("eager", recipe, precision, run.device)["losses"]
             nudged = trained("eager", recipe, precision, run.device, times=1 + NUDGES[precision][0])["losses"]
             limits = limits_of(lone, nudged, precision)
             with group_of_one(run.device):
-                for how in WAYS:
-                    if how == "graphed" and (precision == "fp16" or not on_gpu):
-                        continue  # refused, or impossible
+                for how, key in keys.items():
                     limit = [0.0] * NUM_STEPS if how == "eager" else limits
-                    found[f"{key}, {how}"] = held(how, recipe, precision, run.device, lone, limit)
-                    run.keep()
+                    run.once(key, partial(held, how, recipe, precision, run.device, lone, limit))
     found["passed"] = all(entry["passed"] for entry in found.values() if isinstance(entry, dict))
     if not on_gpu:
         found["left out"] = "NCCL, graphs, SGD and half precision need a card"

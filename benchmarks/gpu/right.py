@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -72,12 +73,8 @@ def steps(run: Run) -> Found:
     exact = replace(exact, config=replace(exact.config, precision="fp32"))
     reference = gradients(steps_of.fastssl_eager, exact)
     for name, build in {"authors": steps_of.authors, "compiled": steps_of.fastssl}.items():
-        if f"{name}, float64 gradients" in found:
-            continue
-        found[f"{name}, float64 gradients"] = told(
-            lambda build=build: difference(gradients(build, exact), reference), EXACT
-        )
-        run.keep()
+        apart = partial(lambda build: difference(gradients(build, exact), reference), build)
+        run.once(f"{name}, float64 gradients", partial(told, apart, EXACT))
     builds = {"compiled": steps_of.fastssl, "recomputed": steps_of.fastssl_recomputed}
     builds |= {"graphed": steps_of.fastssl_graphed} if run.device.type == "cuda" else {}
     for precision in ("fp32", "bf16") if not run.toy else ("fp32",):
@@ -85,11 +82,7 @@ def steps(run: Run) -> Found:
         problem = replace(problem, config=replace(problem.config, precision=precision))
         eager, limits = eager_and_limits(problem, precision)
         for name, build in builds.items():
-            key = f"{name}, {precision} losses"
-            if key in found:
-                continue
-            found[key] = compared(lambda build=build, problem=problem: losses(build, problem), eager, limits)
-            run.keep()
+            run.once(f"{name}, {precision} losses", partial(compared, partial(losses, build, problem), eager, limits))
     if run.device.type == "cuda":
         found["gradients that differ between two equal steps"] = bits(run.device)
     found["passed"] = all(entry["passed"] for entry in found.values() if isinstance(entry, dict) and "passed" in entry)

@@ -27,7 +27,7 @@ from fastssl.engine import gradient_check
 from fastssl.engine.graph import Graph, Kept
 from fastssl.engine.settings import How
 from fastssl.errors import ConfigError, FastsslError
-from fastssl.machine import runs_triton
+from fastssl.machine import no_room_for_code, runs_triton
 from fastssl.methods.base import Config, Horizon, Method, Nets, Stage
 from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm
 from fastssl.nn.recompute import recompute_blocks, recomputing
@@ -203,10 +203,11 @@ class TrainingStep:
         their graphs.)"""
         from torch._dynamo.exc import TorchDynamoException
 
+        problem = no_room_for_code("TORCHINDUCTOR_CACHE_DIR")
         try:
-            x = torch.ones(8, device=self.device, requires_grad=True)
-            torch.compile(lambda x: x.cos().square(), fullgraph=True)(x).sum().backward()
-            problem = ""
+            if not problem:
+                x = torch.ones(8, device=self.device, requires_grad=True)
+                torch.compile(lambda x: x.cos().square(), fullgraph=True)(x).sum().backward()
         except (TorchDynamoException, OSError) as error:
             problem = _first_line(error)
         if not dist.all_true(not problem):

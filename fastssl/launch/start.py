@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from fastssl.launch.here import started_here
 from fastssl.launch.lines import lines, show_how
 from fastssl.launch.ranks import Ranks, Work
 from fastssl.launch.started_by_others import check_world, end_with_agent, launcher, one_of_many
+from fastssl.machine import no_room_for_code
 
 
 def start(ranks: Ranks, work: Work, command: str, door: Callable[[], None]) -> Any:
@@ -47,7 +49,21 @@ def _ask(door: Callable[[], None]) -> None:
 def _check_gpus(ranks: Ranks) -> None:
     """Raise FastsslError where there are GPUs that torch cannot use; the driver counts them all the same."""
     if ranks.device == "cuda" and not torch.cuda.is_available():
-        raise FastsslError(f"torch cannot use this host's GPUs{_why_none()}; `fastssl doctor` says what to install")
+        raise FastsslError(f"torch cannot use this host's GPUs{(why := _why_none())}; {_what_to_install(why)}")
+    if ranks.device == "cuda" and (problem := no_room_for_code("TRITON_CACHE_DIR")):
+        raise FastsslError(f"kernels cannot be compiled: {problem}")
+
+
+def _what_to_install(why: str) -> str:
+    """Torch names the newest CUDA that the driver knows, as 12080, and not what to do about it."""
+    known = re.search(r"found version (\d+)", why)
+    if known is None or torch.version.cuda is None:
+        return "`fastssl doctor` says what to install"
+    major, minor = divmod(int(known[1]) // 10, 100)
+    return (
+        f"this torch is built for CUDA {torch.version.cuda}, the driver is for {major}.{minor} at most: update the "
+        f"driver, or install torch's build for CUDA {major} (pytorch.org)"
+    )
 
 
 def _why_none() -> str:

@@ -22,6 +22,7 @@ from tools.faults.scene import LATEST, RANKS, STEPS, TRAIN, WATCHDOG_S, WATCHED,
 
 SLACK_S = 30.0  # beyond the watchdog's limit: its own beats, and a busy machine's
 CHECKPOINT, NOT_METRICS = 200_000, 50_000  # bytes: less than a checkpoint of this job, more than its metrics
+SAVED = "as SIGTERM asked; the same command continues"
 HOST = re.escape(socket.gethostname())
 
 
@@ -95,7 +96,7 @@ def terminate(scene: Scene) -> str:
     """SIGTERM to the launcher: all ranks save at one step, and nothing is done again."""
     with scene.training(first=1) as (process, _):
         process.send_signal(signal.SIGTERM)
-    scene.expect(process, EXIT_STOPPED, "as SIGTERM asked; the same command continues")
+    scene.expect(process, EXIT_STOPPED, SAVED)
     assert scene.checkpoints()[-1].name == f"step-{command.steps_logged(scene.run_dir):08d}"
     return "the launcher, and all saved"
 
@@ -219,13 +220,17 @@ def requeue(scene: Scene) -> str:
         options = ("--parsable", f"--ntasks={RANKS}", "--requeue", "--open-mode=append", f"--output={log}")
         number = answer("sbatch", *options, "--wrap", shlex.join(["srun", *command.FASTSSL, *TRAIN]))
         command.wait_until(lambda: command.steps_logged(scene.run_dir) >= at)
+        scene.struck_s, before = time.monotonic(), len(scene.log())
         answer("scontrol", "requeue", number)
+        command.wait_until(lambda: SAVED in scene.log() or scene.finished())
+        if scene.finished():
+            raise TooLate
+        done = command.steps_logged(scene.run_dir)
+        lost = scene.goes_on(done, lambda: scene.log()[before:], scene.finished)
         command.wait_until(lambda: (scene.run_dir / "result.json").exists())
         command.wait_until(lambda: answer("squeue", "--noheader", "--format=%T") == "")
-    if "continues   from step" not in scene.log():
-        raise TooLate
-    assert scene.log().count("as SIGTERM asked; the same command continues") == 1, scene.log()
-    return f"after step {at}"
+    assert scene.log().count(SAVED) == 1, scene.log()
+    return f"after step {at}; {lost}"
 
 
 def cut_link(scene: Scene) -> str:
@@ -234,9 +239,9 @@ def cut_link(scene: Scene) -> str:
         ranks = _one_on_each(hosts, scene)
         _wait_for_step(scene, ranks)
         hosts.cut()
-        start_s = time.monotonic()
+        scene.struck_s = time.monotonic()
         codes = [rank.wait(timeout=WATCHDOG_S + SLACK_S) for rank in ranks]
-        took_s = time.monotonic() - start_s
+        took_s = time.monotonic() - scene.struck_s
         if scene.finished():
             raise TooLate
         logs = [_log_of(scene, host) for host in range(2)]
@@ -244,9 +249,11 @@ def cut_link(scene: Scene) -> str:
         assert re.search(rf"watchdog: rank 1 on {HOST} has not answered for \d+ s", logs[0]), logs[0]
         assert re.search(r"watchdog: the first rank's host has not answered for \d+ s", logs[1]), logs[1]
         hosts.restore()
-        codes = [rank.wait(timeout=200) for rank in _one_on_each(hosts, scene)]
+        done, again = command.steps_logged(scene.run_dir), _one_on_each(hosts, scene)
+        lost = scene.goes_on(done, lambda: _log_of(scene, 0), lambda: again[0].poll() is not None)
+        codes = [rank.wait(timeout=200) for rank in again]
         assert codes == [0, 0], _log_of(scene, 0)
-    return f"both ranks had ended {took_s:.1f} s later"
+    return f"both ranks had ended {took_s:.1f} s later; {lost}"
 
 
 def cut_link_for_a_moment(scene: Scene) -> str:

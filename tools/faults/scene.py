@@ -6,7 +6,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,14 +96,20 @@ class Scene:
         after the fault the first step was done again, in words."""
         done = command.steps_logged(self.run_dir)
         with command.running(self.folder, *TRAIN) as process:
-            command.wait_until(lambda: "\n  directory " in self.log() or process.poll() is not None)
-            found = re.search(r"^  continues +from step (\d+)$", self.log(), re.MULTILINE)
-            resumed = int(found[1]) if found else 0
-            command.wait_until(lambda: command.steps_logged(self.run_dir) > resumed or process.poll() is not None)
-            lost_s = time.monotonic() - self.struck_s
+            lost = self.goes_on(done, self.log, lambda: process.poll() is not None)
             code = process.wait(timeout=250)
         assert code == 0, self.log()
-        assert done - resumed <= MOST_AGAIN, f"{done} steps were done, and it went on from {resumed}:\n{self.log()}"
+        return lost
+
+    def goes_on(self, done: int, log: Callable[[], str], ended: Callable[[], bool]) -> str:
+        """Wait for the first new step of the command that goes on after `done` steps, and has written `log` since; from
+        where to where, and how long after the fault, in words. AssertionError where much is done again."""
+        command.wait_until(lambda: "\n  directory " in log() or ended())
+        found = re.search(r"^  continues +from step (\d+)$", log(), re.MULTILINE)
+        resumed = int(found[1]) if found else 0
+        command.wait_until(lambda: command.steps_logged(self.run_dir) > resumed or ended())
+        lost_s = time.monotonic() - self.struck_s
+        assert done - resumed <= MOST_AGAIN, f"{done} steps were done, and it went on from {resumed}:\n{log()}"
         return f"{done} steps done, went on from {resumed}, {lost_s:.1f} s after the fault"
 
     def compare(self) -> None:

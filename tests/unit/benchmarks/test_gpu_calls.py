@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import calls, fast, right
+from benchmarks.gpu import ranks as ranks_module
 from benchmarks.gpu.calls import OutOfTime, Part, Record, Run, do, must_wait, next_lines
 from benchmarks.step import Contender
 
@@ -148,6 +150,44 @@ def test_a_contender_is_not_built_where_its_compilation_would_not_end(tmp_path, 
     with pytest.raises(OutOfTime):
         fast.measured(run, right.toy_problem(run.device), {"authors": build, "fastssl": build}, window)
     assert clock.now == 60 and counted == []
+
+
+def test_what_was_found_once_is_not_found_again_and_nothing_is_begun_that_would_not_end(tmp_path):
+    """Catches a call that is cut off while it compiles, and does it again in the next."""
+    clock, path = Clock(), tmp_path / "gpu.json"
+
+    def part(run):
+        for number in range(4):
+            run.once(f"step {number}", lambda: setattr(clock, "now", clock.now + 100) or clock.now)
+        return run.found
+
+    ends = []
+    for _ in range(2):
+        run = a_run(path, clock, budget_s=250.0)
+        do(run, {"steps": Part(part, 60)}, ["steps"], {}, lambda *_: None)
+        ends.append((run.record.state("steps"), clock.now, clock.now <= run.ends_s))
+    assert ends == [("begun", 200.0, True), ("done", 400.0, True)]
+    assert list(Record(path).parts["steps"]["found"].values()) == [100.0, 200.0, 300.0, 400.0]
+
+
+@pytest.mark.parametrize("killed_after", range(1, 17))
+def test_ranks_that_were_killed_go_on_with_whatever_is_missing(killed_after, tmp_path, monkeypatch):
+    """Catches graphs that are left out, and pass, where the machine was lost after the compiled steps."""
+    held = []
+
+    def hold(how, recipe, precision, *_):
+        held.append((recipe, precision, how))
+        return {"passed": True}
+
+    monkeypatch.setattr(ranks_module, "trained", lambda *_, **__: {"losses": [1.0] * ranks_module.NUM_STEPS})
+    monkeypatch.setattr(ranks_module, "group_of_one", lambda device: nullcontext())
+    monkeypatch.setattr(ranks_module, "held", hold)
+    run = Run(torch.device("cuda", 0), False, Record(tmp_path / "gpu.json"), part="ranks")
+    whole = ranks_module.ranks(run)
+    assert len(held) == 16 and sum(how == "graphed" for *_, how in held) == 4 and whole["passed"]
+    held.clear()
+    run.found = dict(list(whole.items())[:killed_after])
+    assert ranks_module.ranks(run) == whole and len(held) == 16 - killed_after
 
 
 def test_limits_follow_what_rounding_does():
