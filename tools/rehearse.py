@@ -209,9 +209,8 @@ def holds(after: Any, before: Any) -> bool:
 
 def show(called: Called, found: dict[str, Any]) -> None:
     killed = f", killed in {', '.join(called.killed_in)}" if called.killed_in else ""
-    print(
-        f"{' '.join(called.parts)}: given {called.times} times, {called.longest_s:.0f} s at most, {called.cpu_s:.0f} CPU seconds{killed}"
-    )
+    took = f"{called.longest_s:.0f} s at most, {called.cpu_s:.0f} CPU seconds in all"
+    print(f"{' '.join(called.parts)}: given {called.times} times, {took}{killed}")
     for part in called.parts:
         entry = found[part]["found"]
         note = entry.get("skipped") or entry.get("left out") or ("passed" if entry.get("passed") else "measured")

@@ -35,7 +35,9 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout_s: f
     with TemporaryDirectory() as folder:
         ranks = [
             context.Process(
-                target=_rank_main, args=(rank, world, Path(folder), dict(os.environ), function, args), daemon=True
+                target=_rank_main,
+                args=(rank, world, Path(folder), dict(os.environ), timeout_s, function, args),
+                daemon=True,
             )
             for rank in range(world)
         ]
@@ -63,6 +65,7 @@ def _rank_main(
     world: int,
     folder: Path,
     environment: dict[str, str],
+    timeout_s: float,
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
@@ -71,7 +74,8 @@ def _rank_main(
     os.environ.update(environment)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     try:
-        dist.init("gloo", init_method=f"file://{folder}/rendezvous", timeout_s=60.0)
+        # As long as all of it may take: on a busy machine one rank may compile for minutes more than the other.
+        dist.init("gloo", init_method=f"file://{folder}/rendezvous", timeout_s=timeout_s)
         result = function(*args)
         torch.save(result, folder / f"{rank}.partial")
         dist.barrier()
