@@ -26,7 +26,7 @@ from fastssl.engine.step import TrainingStep
 from fastssl.methods.base import Horizon
 from fastssl.nn.encoders.resnet import ResNet
 from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm
-from fastssl.recipes import resolve
+from fastssl.recipes.resolve import resolve
 from loaders.loader import Loader, bind
 from loaders.store.data import open_data
 

@@ -6,10 +6,12 @@ Libraries are imported in processes of their own: one that crashes or hangs ends
 from __future__ import annotations
 
 import errno
+import ipaddress
 import json
 import os
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -48,7 +50,8 @@ def examine(data: Path | None = None) -> list[Row]:
     rows = [installed.torch_row(torch), *_libraries(answers), *installed.pairs(), installed.compiler_row(len(gpus))]
     rows += [_driver(gpus, torch), *_cuda(torch, gpus), *_steps(torch)]
     rows += [_dali(answers["DALI"], gpus), _ffcv(answers["FFCV"]), _triton(answers["Triton"], gpus)]
-    rows += [_apex(answers["apex"]), _cpus(len(gpus)), _shared_memory(), *_limits(), _slurm(answers["submitit"])]
+    rows += [_apex(answers["apex"]), _cpus(len(gpus)), _shared_memory(), *_limits(), _host(len(gpus))]
+    rows += [_slurm(answers["submitit"])]
     return rows if data is None else [*rows, _file_system(data, max(1, len(gpus)))]
 
 
@@ -315,6 +318,20 @@ def _limits() -> Iterator[Row]:
         yield Row("locked memory", _limit(locked), "look", remedy)
     else:
         yield Row("locked memory", _limit(locked), "ok")
+
+
+def _host(num_gpus: int) -> Row:
+    """By what address ranks on other hosts would be told to come here."""
+    name = socket.gethostname()
+    try:
+        address = socket.gethostbyname(name)
+    except OSError:
+        address = ""
+    found = f"{name}, {address or 'of no address'}"
+    if num_gpus and (not address or ipaddress.ip_address(address).is_loopback):
+        remedy = "ranks on several hosts do not meet: GLOO_SOCKET_IFNAME=NAME, of the network (ip -br addr) they share"
+        return Row("host", found, "look", remedy)
+    return Row("host", found, "ok")
 
 
 def _limit(value: int) -> str:

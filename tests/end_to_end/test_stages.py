@@ -50,6 +50,24 @@ def test_what_a_stage_produced_is_known_by_its_digest(tmp_path):
         Artefact(path, sha256_of(path)).made_of()
 
 
+def test_networks_of_a_stage_that_produces_lie_in_memory_as_images_do(tmp_path, monkeypatch):
+    """Catches weights that cuDNN would turn round for every batch."""
+    load, produce, seen = fakes.TinyLabeller.load_inputs, fakes.TinyLabeller.produce, set()
+
+    def with_convolution(self, nets):
+        load(self, nets)
+        nets.online.convolution = torch.nn.Conv2d(3, 4, 3)
+
+    def looked_at(self, nets, batch):
+        seen.add(nets.online.convolution.weight.is_contiguous(memory_format=torch.channels_last))
+        return produce(self, nets, batch)
+
+    monkeypatch.setattr(fakes.TinyLabeller, "load_inputs", with_convolution)
+    monkeypatch.setattr(fakes.TinyLabeller, "produce", looked_at)
+    stages.run(fakes.job(fakes.stages("s4l"), tmp_path))
+    assert seen == {True}
+
+
 # --------------------------------------------------------------------------------------- stopped inside, and continued
 
 NUM_STEPS = 6  # of a pass over the digits

@@ -16,7 +16,12 @@ from loaders.store.data import open_data
 
 
 def stepped(
-    how: How, stages: Stages, device: torch.device, steps: int, watch: AbstractContextManager | None = None
+    how: How,
+    stages: Stages,
+    device: torch.device,
+    steps: int,
+    watch: AbstractContextManager | None = None,
+    keeps_all: bool = False,
 ) -> tuple[TrainingStep, list[str], list[float]]:
     """The step of the one stage, prepared within `watch`; what it warned of; the losses of its first steps."""
     (stage,) = stages
@@ -26,7 +31,7 @@ def stepped(
     method = stage.config.build(facts_of(data, 0), {})
     nets = method.nets()
     nets.online.to(memory_format=torch.channels_last)
-    step = TrainingStep(stage, how, method, nets, method.optimizer(nets), device)
+    step = TrainingStep(stage, how, method, nets, method.optimizer(nets), device, keeps_all)
     warnings: list[str] = []
     losses = []
     with Loader(bind(method.plan(), data), threads=1) as loader:

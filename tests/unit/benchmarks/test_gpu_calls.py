@@ -190,6 +190,18 @@ def test_ranks_that_were_killed_go_on_with_whatever_is_missing(killed_after, tmp
     assert ranks_module.ranks(run) == whole and len(held) == 16 - killed_after
 
 
+@pytest.mark.parametrize("recipe", ranks_module.OPTIMISERS.values())
+def test_a_group_of_one_changes_no_bit(recipe, monkeypatch):
+    """Catches a part that cannot run at all, and sums over one rank that are not what was summed."""
+    monkeypatch.setattr(ranks_module, "NUM_STEPS", 2)
+    cpu = torch.device("cpu")
+    lone = ranks_module.trained("eager", recipe, "fp32", cpu)["losses"]
+    with ranks_module.group_of_one(cpu):
+        found = ranks_module.held("eager", recipe, "fp32", cpu, lone, [0.0] * 2)
+    assert found["passed"] and found["difference"] == 0 and len(lone) == 2
+    assert ranks_module.trained("eager", recipe, "fp32", cpu, times=1.1)["losses"] != lone
+
+
 def test_limits_follow_what_rounding_does():
     """Catches a tolerance that a right graph misses, and one that lets another rate pass."""
     limits = right.limits_of([1.0, 1.0, 1.0], [1.0, 1.001, 1.0], "fp32")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import sys
 
 import pytest
@@ -146,6 +147,23 @@ def test_threads_beyond_cpus_and_gpus_without_cpus_are_told(monkeypatch):
     assert doctor._cpus(0).remedy.endswith("taskset -c 0-1")
     monkeypatch.setenv("OMP_NUM_THREADS", "16")
     assert doctor._cpus(0).remedy == "threads share CPUs: set OMP_NUM_THREADS to 2 at most"
+
+
+@pytest.mark.parametrize(
+    ("address", "num_gpus", "verdict"),
+    [("127.0.1.1", 8, "look"), ("", 8, "look"), ("10.0.0.7", 8, "ok"), ("127.0.1.1", 0, "ok")],
+)
+def test_a_host_that_others_would_not_find_is_told(address, num_gpus, verdict, monkeypatch):
+    """Debian gives a host's name an address of the loopback: gloo would tell it to ranks on other hosts."""
+
+    def asked(name):
+        if not address:
+            raise socket.gaierror(-2, "Name or service not known")
+        return address
+
+    monkeypatch.setattr(socket, "gethostbyname", asked)
+    row = doctor._host(num_gpus)
+    assert row.verdict == verdict and ("GLOO_SOCKET_IFNAME" in row.remedy) == (verdict == "look")
 
 
 def test_small_shared_memory_and_slow_disks_are_told(monkeypatch, tmp_path):

@@ -36,6 +36,23 @@ def one_rank(tmp_path):
     td.destroy_process_group()
 
 
+@pytest.mark.parametrize(("capability", "how"), [((9, 0), "compiled"), ((8, 0), "compiled"), ((7, 0), "eager")])
+def test_the_default_follows_the_gpu_which_is_asked_once(card, monkeypatch, capability, how):
+    """Catches a V100 that is handed what Triton generates, and a driver that is asked 800 times a step."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: asked.append(device) or capability)
+    assert {step_module.default_how(CUDA) for _ in range(100)} == {how}
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("keeps_all", [False, True])
+def test_norms_are_computed_again_unless_there_is_room(card, monkeypatch, keeps_all):
+    told = []
+    monkeypatch.setattr(step_module, "keep_what_is_dear", told.append)
+    stepped("compiled", supervised(), CUDA, 1, keeps_all=keeps_all)
+    assert told == [not keeps_all]
+
+
 def on_a_card(how, stages, steps=STEPS):
     return stepped(how, stages, CUDA, steps)
 
