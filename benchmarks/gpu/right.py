@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import sys
@@ -110,7 +111,7 @@ def compared(measure: Any, eager: Sequence[float], limits: Sequence[float]) -> F
         apart = [abs(a - b) for a, b in zip(measure(), eager, strict=True)]
     except (Exception, SystemExit) as error:
         return {"passed": False, "error": f"{type(error).__name__}: {error}"[:500]}
-    worst = max(range(len(apart)), key=lambda k: apart[k] / limits[k] if apart[k] == apart[k] else float("inf"))
+    worst = max(range(len(apart)), key=lambda k: _times_limit(apart[k], limits[k]))
     first = max(apart[:3])
     passed = apart[worst] <= limits[worst]
     return {
@@ -120,6 +121,13 @@ def compared(measure: Any, eager: Sequence[float], limits: Sequence[float]) -> F
         "at_step": worst,
         "first_three": first,
     }
+
+
+def _times_limit(apart: float, limit: float) -> float:
+    """A limit may be zero, where bits are compared; what is no number is beyond any."""
+    if apart <= limit:
+        return apart / limit if limit else 0.0
+    return apart / limit if limit and math.isfinite(apart) else math.inf
 
 
 def limits_of(eager: Sequence[float], nudged: Sequence[float], precision: str) -> list[float]:

@@ -195,7 +195,8 @@ def test_a_group_of_one_changes_no_bit(recipe, monkeypatch):
     """Catches a part that cannot run at all, and sums over one rank that are not what was summed."""
     monkeypatch.setattr(ranks_module, "NUM_STEPS", 2)
     cpu = torch.device("cpu")
-    lone = ranks_module.trained("eager", recipe, "fp32", cpu)["losses"]
+    with ranks_module.our_norms():
+        lone = ranks_module.trained("eager", recipe, "fp32", cpu)["losses"]
     with ranks_module.group_of_one(cpu):
         found = ranks_module.held("eager", recipe, "fp32", cpu, lone, [0.0] * 2)
     assert found["passed"] and found["difference"] == 0 and len(lone) == 2
@@ -209,6 +210,9 @@ def test_limits_follow_what_rounding_does():
     held = right.compared(lambda: [1.0, 1.02, 1.0], [1.0, 1.0, 1.0], limits)
     assert not held["passed"] and held["at_step"] == 1 and held["difference"] == pytest.approx(0.02)
     assert not right.compared(lambda: [float("nan")] * 3, [1.0] * 3, limits)["passed"]
+
+    same, other = (right.compared(lambda value=value: [1.0, value], [1.0, 2.0], [0.0, 0.0]) for value in (2.0, 3.0))
+    assert same["passed"] and not other["passed"] and other["at_step"] == 1
 
     def breaks():
         raise SystemExit("benchmarks.step: not compiled")
