@@ -14,9 +14,10 @@ from fastssl import dist
 from fastssl.costs import memory_model
 from fastssl.engine.job import Job
 from fastssl.engine.stages import run
+from fastssl.errors import FastsslError
 from fastssl.launch.ranks import Ranks
 from fastssl.launch.start import start
-from fastssl.machine import own_cpus, share_cpus, threads_per_rank
+from fastssl.machine import no_room_for_code, own_cpus, share_cpus, threads_per_rank
 
 
 def on_ranks(job: Job, work: Callable[[Job], Any] = run) -> Any:
@@ -25,7 +26,7 @@ def on_ranks(job: Job, work: Callable[[Job], Any] = run) -> Any:
     if job.device == "cuda" and torch.cuda.is_available():
         card_bytes = torch.cuda.get_device_properties(0).total_memory
         job = replace(job, with_room=memory_model.stages_with_room(job, card_bytes))
-    return start(Ranks(job.world, job.device), partial(work, job), job.command, partial(_check_memory, job))
+    return start(Ranks(job.world, job.device), partial(work, job), job.command, partial(_check_room, job))
 
 
 def looked_at_on_ranks(ranks: Ranks, work: Callable[[torch.device], Any], command: str) -> Any:
@@ -41,8 +42,10 @@ def _with_own_device(ranks: Ranks, work: Callable[[torch.device], Any]) -> Any:
     return work(torch.device("cuda", dist.local_gpu()) if ranks.device == "cuda" else torch.device("cpu"))
 
 
-def _check_memory(job: Job) -> None:
-    """At the door rather than in the first step."""
+def _check_room(job: Job) -> None:
+    """On the card and for its kernels on the disk: at the door rather than in the first step."""
     if job.device == "cuda":
+        if problem := no_room_for_code("TRITON_CACHE_DIR"):
+            raise FastsslError(f"kernels cannot be compiled: {problem}")
         here = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
         memory_model.refuse_job(job, here)

@@ -14,7 +14,6 @@ from fastssl.launch.here import started_here
 from fastssl.launch.lines import lines, show_how
 from fastssl.launch.ranks import Ranks, Work
 from fastssl.launch.started_by_others import check_world, end_with_agent, launcher, one_of_many
-from fastssl.machine import no_room_for_code
 
 
 def start(ranks: Ranks, work: Work, command: str, door: Callable[[], None]) -> Any:
@@ -50,8 +49,6 @@ def _check_gpus(ranks: Ranks) -> None:
     """Raise FastsslError where there are GPUs that torch cannot use; the driver counts them all the same."""
     if ranks.device == "cuda" and not torch.cuda.is_available():
         raise FastsslError(f"torch cannot use this host's GPUs{(why := _why_none())}; {_what_to_install(why)}")
-    if ranks.device == "cuda" and (problem := no_room_for_code("TRITON_CACHE_DIR")):
-        raise FastsslError(f"kernels cannot be compiled: {problem}")
 
 
 def _what_to_install(why: str) -> str:

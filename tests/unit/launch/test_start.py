@@ -1,7 +1,5 @@
 """What is said where the driver counts GPUs that torch cannot use."""
 
-import shutil
-
 import pytest
 import torch
 
@@ -29,20 +27,3 @@ def test_a_driver_too_old_for_torchs_cuda_is_said_at_the_door(monkeypatch):
         f"torch cannot use this host's GPUs ({says}); this torch is built for CUDA 13.0, the driver is for 12.8 at "
         "most: update the driver, or install torch's build for CUDA 12 (pytorch.org)"
     )
-
-
-def test_no_room_for_compiled_kernels_is_said_at_the_door(monkeypatch, tmp_path):
-    """Catches ranks that wait for one which could not write its kernels."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "not" / "there"))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(
-        shutil, "disk_usage", lambda path: usage._replace(free=(3 << 20) if path == tmp_path else 1 << 40)
-    )
-    with pytest.raises(
-        FastsslError, match=r"there, which keeps compiled code, has 3 MiB left: free some, or set TRITON_C"
-    ):
-        start(Ranks(1, "cuda"), lambda: pytest.fail("the work was begun"), "fastssl train", lambda: None)
-    monkeypatch.setenv("TRITON_CACHE_DIR", "/elsewhere")
-    assert start(Ranks(1, "cuda"), lambda: "done", "fastssl train", lambda: None) == "done"
