@@ -61,8 +61,8 @@ def stages_of(
     if data:
         return stages_for(open_data(data), recipe, changes, device, from_weights)
     images = replace(TYPICAL, device=device, from_weights=from_weights)
-    said = ("no --data: what follows is for typical images", *Choices(images).said())
-    return resolve(recipe, changes, images), said
+    stages, said = _resolved_for(images, recipe, changes)
+    return stages, ("no --data: what follows is for typical images", *said)
 
 
 def stages_for(
@@ -76,7 +76,17 @@ def stages_for(
     labels = [change.removeprefix("labels=") for change in changes if change.startswith("labels=")]
     typical = replace(TYPICAL, device=device, from_weights=from_weights)
     images = _look_at(data, labels[-1] if labels else "all", typical)
-    return resolve(recipe, changes, images), tuple(Choices(images).said())
+    return _resolved_for(images, recipe, changes)
+
+
+def _resolved_for(images: Images, recipe: str, changes: tuple[str, ...]) -> tuple[Stages, tuple[str, ...]]:
+    """The stages of a recipe that follows from `images`, and what is said of the choices."""
+    stages = resolve(recipe, changes, images)
+    said = Choices(images).said()
+    if len(stages) > 1:
+        lengths = ", ".join(f"{stage.name}.epochs" for stage in stages)
+        said.append(f"{len(stages)} stages, one after the other (--set epochs=... is of each; of one: {lengths})")
+    return stages, tuple(said)
 
 
 def restaged(job: Job, changes: tuple[str, ...]) -> Stages:

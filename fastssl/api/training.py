@@ -57,7 +57,9 @@ def train(
     changes = tuple(f"{key}={_written(value)}" for key, value in (set or {}).items())
     unknown = sorted(settings.keys() - Job.__dataclass_fields__.keys())
     if unknown:
-        raise ConfigError(f"train() has no setting {unknown[0]!r}")
+        raise ConfigError(
+            f"train() has no setting {unknown[0]!r}; settings of the recipe are set={{{unknown[0]!r}: ...}}"
+        )
     if gpus and cpu_ranks:
         raise ConfigError("gpus and cpu_ranks: give one of them")
     settings |= {"device": "cuda" if gpus else "cpu", "world": gpus or cpu_ranks or 1}

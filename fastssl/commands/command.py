@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Function = Callable[..., Any]
 
-RUN = click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
+RUN = click.argument("run", type=click.Path(path_type=Path))
 DATA = click.option("--data", multiple=True, metavar="[KEY=]PATH", help="KEY: unlabelled, labelled, validation, masks")
 CHANGES = click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change a field of the recipe.")
 GPUS = click.option("--gpus", type=click.IntRange(1), help="Ranks, one a GPU, on all hosts together.")

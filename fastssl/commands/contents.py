@@ -162,8 +162,11 @@ def _recommended(path: str, data: DataSets) -> str:
     """The recipe that would train on the data."""
     if path == "digits":
         return "paws.digits"
-    labelled = any((data.get(key).labels >= 0).any() for key in (LABELLED, TRAIN) if key in data.sources)
-    return "paws.mine" if labelled else "simclrv2.mine"
+    return "paws.mine" if _labelled(data) else "simclrv2.mine"
+
+
+def _labelled(data: DataSets) -> bool:
+    return any((data.get(key).labels >= 0).any() for key in (LABELLED, TRAIN) if key in data.sources)
 
 
 def _advised(path: str, data: DataSets) -> tuple[str, str, Stages]:
@@ -211,6 +214,10 @@ def as_tables(found: Contents) -> Iterator[Table | Text]:
         yield Text(f"warning: {text}", "yellow")
     if found.command:
         yield Text.assemble("\n", ("to train on it:  ", "dim"), (found.command, "bold green"))
+        if not _labelled(found.data):
+            path = shlex.quote(found.path)
+            beside = f"fastssl train paws.mine --data unlabelled={path} --data labelled=FOLDER"
+            yield Text.assemble(("with labelled ones, a folder a class:  ", "dim"), (beside, "green"))
     else:
         yield Text(f"\nno recipe for it: {found.why_not}", "yellow")
 
@@ -252,6 +259,6 @@ def show(found: Contents, file: Path) -> None:
 
     if not found.command:
         raise ConfigError(f"{found.path}: no recipe whose crops could be shown: {found.why_not}")
-    method = found.stages[0].config.build(facts_of(found.data, seed=0), {})
+    method = found.stages[-1].config.build(facts_of(found.data, seed=0), {})
     text = page(f"Images in {found.path}", paragraph(found.command), contact_sheet(method, found.data))
     write_file(file, text)

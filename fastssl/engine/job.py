@@ -45,7 +45,8 @@ class Job(Settings):
     def next_commands(self) -> list[str]:
         """What one would type next."""
         data = "".join(f" --data {spec}" for spec in self.data if spec != "digits")
-        return [f"fastssl evaluate {self.out} --protocol knn{data}", f"fastssl embed {self.out}{data}"]
+        commands = [f"report {self.out}", f"evaluate {self.out} --protocol knn{data}", f"embed {self.out}{data}"]
+        return [f"fastssl {command}" for command in commands]
 
     def missing_inputs(self) -> list[str]:
         """What the user must still say to give the stages their inputs."""

@@ -21,7 +21,7 @@ from fastssl.run_dir.checkpoint import CheckpointError, Checkpoints
 from fastssl.run_dir.files import CHECKPOINTS, RESOLVED, read_json
 from fastssl.run_dir.written import Written, read_run
 from fastssl.weights.read import CONFIG, read_weights
-from loaders.errors import LoaderError
+from loaders.errors import LoaderError, StoreError
 from loaders.loader import resolved
 from loaders.plan.views import parse_subset
 from loaders.store.data import LABELLED, NOTHING_HELD_OUT, TRAIN, VALIDATION, DataSets, open_data
@@ -144,10 +144,16 @@ def open_method(run: Path, data: tuple[str, ...]) -> tuple[Method[Any, Any], Dat
 def _data_of(written: Written, data: tuple[str, ...]) -> DataSets:
     """The data given, else the run's, with what it is said to be on stderr. A run that was begun without validation
     images has none today either: what would be held out, it has learnt from."""
-    if not data:
+    given = bool(data)
+    if not given:
         had_some = written.held_out is not None or VALIDATION in written.resolved["data"]
         data = written.data if had_some else (*written.data, NOTHING_HELD_OUT)
-    sources = open_data(data, validation=written.held_out is None or data is not written.data)
+    try:
+        sources = open_data(data, validation=written.held_out is None or data is not written.data)
+    except LoaderError as error:
+        if given:
+            raise
+        raise StoreError(f"{error}; it is what the run was trained on: give --data with where it lies now") from error
     for line in sources.said:
         _say(line)
     return sources

@@ -1,8 +1,8 @@
 """Requests to stop: signals that ask a run to save and leave, and how the ranks agree on the step at which they do.
 
-SIGTERM, SIGUSR1 and SIGUSR2 (SLURM's time limit and preemption, submitit, a user's `kill`) ask. Each rank tells the
-others at every step, and all learn of it at the step after, so that nobody waits for the telling: a request is met at
-the second step boundary after it at the latest. The run saves there and ends with EXIT_STOPPED.
+SIGTERM, SIGUSR1, SIGUSR2 (SLURM's time limit and preemption, submitit, a user's `kill`) and SIGINT (Ctrl-C) ask. Each
+rank tells the others at every step, and all learn of it at the step after, so that nobody waits for the telling: a
+request is met at the second step boundary after it at the latest. The run saves there and ends with EXIT_STOPPED.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from types import FrameType
 
 from fastssl import dist
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 SAME_REQUEST_S = 2.0  # schedulers signal a whole group, and launchers pass it on: one request may come several times
 
 
@@ -25,11 +26,13 @@ class StopRequest:
     context is not of the main thread.
 
     A second request, later than SAME_REQUEST_S, ends the process at once with 128 + its number. A thread answers, not
-    a Python signal handler: that would wait for a collective that never ends.
+    a Python signal handler: that would wait for a collective that never ends. Where SIGINT was KeyboardInterrupt
+    before, as in a notebook, a second one is that again.
     """
 
     def __init__(self) -> None:
         self.signum = 0
+        self._asked_s = 0.0
         self._listens = False
 
     def __enter__(self) -> StopRequest:
@@ -39,7 +42,7 @@ class StopRequest:
         self._read, write = socket.socketpair()
         write.setblocking(False)
         self._write = write
-        self._handlers = {signum: signal.signal(signum, lambda *_: None) for signum in STOP_SIGNALS}
+        self._handlers = {signum: signal.signal(signum, self._handle) for signum in STOP_SIGNALS}
         self._wakeup_before = signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._listen, name="fastssl-signals", daemon=True)
         self._thread.start()
@@ -56,15 +59,25 @@ class StopRequest:
         self._read.close()
 
     def _listen(self) -> None:
-        asked_s = 0.0
         while arrived := self._read.recv(64):
             for signum in arrived:
                 if signum not in STOP_SIGNALS:
                     continue
                 if not self.signum:
-                    self.signum, asked_s = signum, time.monotonic()
-                elif time.monotonic() - asked_s > SAME_REQUEST_S:
+                    self._asked_s, self.signum = time.monotonic(), signum
+                elif self._again() and not self._raises(signum):
                     os._exit(128 + signum)
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if self.signum and self._again() and self._raises(signum):
+            raise KeyboardInterrupt
+
+    def _again(self) -> bool:
+        """Whether what arrives now is more than the request that was made."""
+        return time.monotonic() - self._asked_s > SAME_REQUEST_S
+
+    def _raises(self, signum: int) -> bool:
+        return self._handlers[signal.Signals(signum)] is signal.default_int_handler
 
 
 class Agreement:

@@ -51,7 +51,7 @@ def train(at: Joined) -> dict[str, Any]:
                 trainer.run(recorder, evaluate if at.protocols else None, clock, at.here.stop)
             scores = evaluations[-1] if evaluations else evaluate() if at.protocols else {}
             result = _result(at, trainer, scores) | {"trained_s": recorder.trained_s()}
-            recorder.finish(scores, job.next_commands())
+            recorder.finish(scores, job.next_commands() if at.stage is job.stages[-1] else ())
     return result
 
 

@@ -24,7 +24,7 @@ from fastssl.errors import EXIT_HUNG, EXIT_STOPPED, FastsslError, Hung, Stopped
 from fastssl.launch.meeting import CONTINUES, EXIT_REFUSED, HOST, end_with, exit_code, joined, told_by
 from fastssl.launch.ranks import Ranks, Work
 
-_FORWARDED = signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2
+_FORWARDED = signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT
 
 
 def started_here(ranks: Ranks, work: Work) -> Any:
@@ -73,7 +73,7 @@ def _failure(rank: int, failure: ProcessFailure) -> Exception:
 def _worker(ranks: Ranks, work: Work, parent: int) -> Any:
     """A rank in a process of its own: ends with its launcher, and leaves word of errors where the agent looks."""
     end_with(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal interrupts all its processes; the launcher answers
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # before it can save, Ctrl-C ends it without Python's traceback
     try:
         return joined(ranks, work)
     except Exception as error:
@@ -89,7 +89,7 @@ def _signals_forwarded() -> Iterator[None]:
     def forward(signum: int, frame: FrameType | None) -> None:
         ranks = multiprocessing.active_children()
         if not ranks:
-            raise SystemExit(128 + signum)
+            raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(128 + signum)
         for rank in ranks:
             os.kill(rank.pid, signum)  # type: ignore[arg-type]  # all have started
 

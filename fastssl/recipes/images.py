@@ -16,7 +16,7 @@ from fastssl.errors import ConfigError
 from fastssl.nn.encoders.resnet import ResNet
 from loaders.plan.views import IMAGENET, SIGNED, Centre, Pixels, View
 
-LEAST_IMAGES = 100  # in all: below, an epoch is a step or two
+LEAST_IMAGES = 100  # in all, for networks that know nothing yet: below, an epoch is a step or two
 LEAST_SIDE = 32  # pixels
 SIDES = {"cpu": (96, 64, 48, 32), "cuda": (224, 160, 128, 96, 64, 48, 32)}  # of crops
 SEEN = {"cpu": 200_000, "cuda": 100_000_000}  # images in all epochs
@@ -58,8 +58,9 @@ class Choices:
 
     def __post_init__(self) -> None:
         of = self.images
-        if of.num_images < LEAST_IMAGES:
-            raise ConfigError(f"{of.num_images} images to learn from are too few: {LEAST_IMAGES} at least")
+        least = 2 if of.from_weights else LEAST_IMAGES
+        if of.num_images < least:
+            raise ConfigError(f"{of.num_images} images to learn from are too few: {least} at least")
         if of.side < LEAST_SIDE:
             raise ConfigError(
                 f"the images' shorter side is {of.side} pixels at the median, less than the smallest crops: "

@@ -29,8 +29,9 @@ def review_page(run: Path, source: Source, found: Predictions) -> Html:
         f"{run.name}: what to look at next",
         element("h1", "What to look at next"),
         paragraph(
-            f"Images of {source.name} as ", element("code", run), f" sees them, {shown}, the least sure first. Those "
-            "at the top teach most where a person labels them.", quiet=True,
+            f"Images of {source.name} as ", element("code", run), f" sees them, {shown}, the least sure first: where "
+            "the class is least ahead of the second. Those at the top teach most where a person labels them.",
+            quiet=True,
         ),
         element("div", *cards, class_="thumbs"),
     )  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Literal, overload
 import numpy as np
 
 from loaders.errors import StoreError
-from loaders.store.held_out import MOST, SHARE, held_out
+from loaders.store.held_out import FEW, MOST, SHARE, held_out
 from loaders.store.listing import PassedOver
 from loaders.store.masks import MaskFile, Masks, PickedMasks, check_count, masks_by_key
 from loaders.store.openers import DIGITS, Splits, open_path
@@ -177,9 +177,11 @@ def _hold_out(sources: dict[str, Source], masks: dict[str, Masks], validation: b
         masks[key] = PickedMasks(masks[key], kept)
     if validation:
         sources[VALIDATION] = Selected(whole, held, f"{whole.name} (held out)")
+    few = f"; on so few, one image is {100 / len(held):.0f} points of a score" if len(held) < FEW else ""
     return [
         f"{whole.name}: no validation images, so {len(held):,} of its {len(whole):,} are held out: one in {SHARE} of "
-        f"each class, {MOST} at most; others are --data validation=PATH, and --data {NOTHING_HELD_OUT} trains on all"
+        f"each class, {MOST} at most{few}; others are --data validation=PATH, and --data {NOTHING_HELD_OUT} trains on "
+        "all"
     ]
 
 

@@ -14,6 +14,7 @@ from loaders.plan.draws import mix, tag
 from loaders.store.source import Source
 
 SHARE = 10  # one image in so many
+FEW = 50  # in all: below, one image is more than two points of a score
 MOST = 50  # of a class: as many as ImageNet's validation images have
 
 

@@ -205,7 +205,7 @@ def test_damaged_json_is_named(finished, tmp_path):
     ("arguments", "says"),
     [
         (("evaluate", "empty", "--protocol", "knn"), "empty is no run directory: it has no resolved.json"),
-        (("evaluate", "nowhere", "--protocol", "knn"), "'nowhere' does not exist"),
+        (("evaluate", "nowhere", "--protocol", "knn"), "nowhere is no run directory: it has no resolved.json"),
         (("evaluate", "empty", "--protocol", "soft"), "unknown protocol 'soft'; did you mean 'soft-nn'?"),
         (("embed", "empty"), "empty is no run directory"),
     ],

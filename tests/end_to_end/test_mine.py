@@ -38,6 +38,8 @@ def run(photos, tmp_path_factory):
 def test_choices_are_said_and_the_run_evaluates_and_predicts(run, photos, tmp_path):
     folder, output = run
     assert "crops of 32 pixels" in output and "show one of 3 classes" in output
+    assert "2 stages" in output and "of one: labels.epochs, pretrain.epochs" in output
+    assert output.count("\nnext\n") == 1 and f"fastssl report {folder}" in output  # at the end alone
     code, scores = fastssl("evaluate", folder, "--protocol", "knn")
     assert code == 0 and 0 <= json.loads(scores[scores.index("{") :])["knn_top1"] <= 1
     code, output = fastssl("predict", folder, "--data", photos, "--out", tmp_path / "p.csv")

@@ -84,10 +84,14 @@ def test_unlabelled_folder_beside_a_small_labelled_one_trains_paws(images):
     assert "many: all, 100 images; 16 a step" in output
     assert f"labelled: all, {100 - held.sum()} images; 20 a step" in output
     assert f"labelled: no validation images, so {held.sum()} of its 100 are held out" in output
+    assert f"one image is {100 / held.sum():.0f} points of a score" in output
     assert len(losses("run")) == 2 and np.isfinite(losses("run")).all()
 
     scores = json.loads(invoke("evaluate", "run", "--protocol", "soft-nn"))
     assert scores["step"] == 2 and scores["provenance"]["validation"]["count"] == held.sum()
+    Path("many").rename("elsewhere")
+    refused = CliRunner().invoke(main, ["evaluate", "run", "--protocol", "soft-nn"]).output
+    assert "Error: many: no such file or folder; it is what the run was trained on: give --data" in refused
     both = [*data, "--data", "validation=labelled"]
     anew = ["train", "paws.cifar10_small", "--labels", "all", *CIFAR]
     for words in (["evaluate", "run", "--protocol", "soft-nn"], anew):

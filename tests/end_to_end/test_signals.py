@@ -56,7 +56,9 @@ def ask_to_stop(folder, world, signum, to, program=command.FASTSSL):
     with command.running(folder, *arguments(world), program=program) as process:
         before = command.steps_logged(folder / "run")
         command.wait_until(lambda: process.poll() is not None or command.steps_logged(folder / "run") > before)
-        if process.poll() is None:
+        if process.poll() is None and signum == signal.SIGINT and program is command.FASTSSL:
+            command.interrupt(process.pid)
+        elif process.poll() is None:
             os.kill(to(process.pid, command.children(process.pid)), signum)
         code = process.wait(timeout=200)
     log = (folder / "log").read_text()
@@ -77,7 +79,7 @@ def last_rank(pid, workers):
     return max(worker for worker in workers if not command.children(worker))
 
 
-ALL = ("SIGUSR1", "SIGUSR2", "SIGTERM")
+ALL = ("SIGUSR1", "SIGINT", "SIGUSR2", "SIGTERM")
 
 
 @pytest.mark.timeout(1500)
@@ -138,6 +140,34 @@ def test_a_second_request_ends_a_process_that_cannot_answer_at_once():
     assert process.poll() is None
     process.send_signal(signal.SIGUSR1)
     assert process.wait(timeout=20) == 128 + signal.SIGUSR1
+
+
+AT_CTRL_C = """
+import signal, time
+from fastssl.engine import signals
+signals.SAME_REQUEST_S = 0.2
+signal.signal(signal.SIGINT, signal.default_int_handler)
+with signals.StopRequest() as stop:
+    print("ready", flush=True)
+    while not stop.signum:
+        time.sleep(0.01)
+    print("asked", flush=True)
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+"""
+
+
+def test_ctrl_c_asks_at_first_and_is_pythons_own_the_second_time():
+    """Catches a Ctrl-C that loses what was trained since the last checkpoint, and a second that ends a notebook."""
+    process = subprocess.Popen([sys.executable, "-c", AT_CTRL_C], cwd=command.ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "asked\n"
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "interrupted\n" and process.wait(timeout=20) == 0
 
 
 def test_one_request_that_arrives_twice_is_one():

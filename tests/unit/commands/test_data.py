@@ -73,6 +73,12 @@ def test_a_person_reads_it_and_runs_the_command(photos, tmp_path):
     assert (tmp_path / "crops.html").read_text().count("<img") > 20
 
 
+def test_photos_without_classes_are_told_of_labelled_ones_beside_them(photos):
+    *_, train, beside = said(photos / "bee").rstrip().splitlines()
+    assert train.endswith(f"fastssl train simclrv2.mine --data {photos / 'bee'}")
+    assert beside.endswith(f"fastssl train paws.mine --data unlabelled={photos / 'bee'} --data labelled=FOLDER")
+
+
 def test_a_path_is_opened_once(photos, monkeypatch):
     """Would catch every header of a large set read twice: to look, and to advise."""
     opened = []

@@ -53,6 +53,8 @@ def test_what_is_chosen_can_be_changed_and_follows_the_data():
         assert len(grey.config.eval_view.pixels.mean) == 1
     (from_weights,) = resolve("paws.mine", (), replace(TYPICAL, from_weights=True))
     assert from_weights == replace(resolve("paws.mine")[1], needs=from_weights.needs)
+    few = replace(TYPICAL, num_images=16, num_labelled=16, num_classes=4, smallest_class=4, from_weights=True)
+    assert resolve("supervised.mine", (), few)[0].config.batch_global == 8  # of the 16
     (scratch,), (tuned,) = (
         resolve("supervised.mine", (), replace(TYPICAL, from_weights=weights)) for weights in (False, True)
     )
