@@ -89,9 +89,6 @@ def test_unlabelled_folder_beside_a_small_labelled_one_trains_paws(images):
 
     scores = json.loads(invoke("evaluate", "run", "--protocol", "soft-nn"))
     assert scores["step"] == 2 and scores["provenance"]["validation"]["count"] == held.sum()
-    Path("many").rename("elsewhere")
-    refused = CliRunner().invoke(main, ["evaluate", "run", "--protocol", "soft-nn"]).output
-    assert "Error: many: no such file or folder; it is what the run was trained on: give --data" in refused
     both = [*data, "--data", "validation=labelled"]
     anew = ["train", "paws.cifar10_small", "--labels", "all", *CIFAR]
     for words in (["evaluate", "run", "--protocol", "soft-nn"], anew):
@@ -119,6 +116,9 @@ def test_unlabelled_folder_beside_a_small_labelled_one_trains_paws(images):
     assert about["table"]["sha256"] == hashlib.sha256(Path("run/embeddings/labelled.csv").read_bytes()).hexdigest()
     unlabelled = Path("run/embeddings/unlabelled.csv").read_text().splitlines()
     assert len(unlabelled) == 101 and unlabelled[1].endswith(".jpg,")
+    Path("many").rename("elsewhere")
+    refused = CliRunner().invoke(main, ["evaluate", "run", "--protocol", "soft-nn"]).output
+    assert "Error: many: no such file or folder; it is what the run was trained on: give --data" in refused
 
 
 def test_seeds_their_spread_and_what_a_finished_run_says():
