@@ -33,6 +33,7 @@ from loaders.labels.subsets import NotAmong, Resolved, resolve
 from loaders.plan.plan import BoundPlan, Plan, Rows, StreamFacts, ViewRows
 from loaders.plan.views import Balanced, Subset
 from loaders.renderers import Renderer
+from loaders.renderers.autoaugment import CHANNELS, AutoAugmented
 from loaders.renderers.cache import CachedRenderer
 from loaders.renderers.memory import MemoryRenderer
 from loaders.renderers.pil import PilRenderer
@@ -140,6 +141,7 @@ class Loader:
         self._times = {name: PhaseTimes() for name in bound.sources}
         self._elapsed_s = {name: np.zeros(2) for name in bound.sources}  # rendering, finishing
         self.history: deque[Prepared] = deque(maxlen=_HISTORY)
+        augmented = _with_policy(bound, renderer)
         self._renderers = {
             name: make_renderer(
                 renderer, source, self._pool, self.threads, self.device, self._times[name], bound.masks.get(name)
@@ -147,6 +149,8 @@ class Loader:
             for name, source in bound.sources.items()
         }
         self._cache_recurring(renderer, cache_bytes)
+        for name in augmented:
+            self._renderers[name] = AutoAugmented(self._renderers[name], self._pool, self._times[name])
         self._replace_unreadable()
         self._ahead = copy_stream(self.device) if self.device.type == "cuda" else None  # copies and finishes
         self._finishes_there = runs_triton(self.device)
@@ -405,6 +409,19 @@ def _turn(out: Any, turns: tuple[int, ...], rot90: Callable[..., Any]) -> None:
     for i, turn in reversed(list(enumerate(turns))):  # the original last
         if i or turn % 4:
             out[i] = rot90(out[0], turn, (1, 2))
+
+
+def _with_policy(bound: Bound, renderer: str) -> list[str]:
+    """The streams that have a view with a policy. Raises StoreError where `renderer` or the images do not take one."""
+    streams = [s.name for s in bound.plan.asked.streams if any(view.policy is not None for view in s.views)]
+    for source in (bound.sources[name] for name in streams):
+        if renderer == "dali" and is_encoded(source):
+            raise StoreError(
+                "--loader dali: a view has AutoAugment, which DALI's pipeline lacks; choose auto, turbo, ffcv or pil"
+            )
+        if source.channels not in CHANNELS:
+            raise StoreError(f"AutoAugment wants images of 1 or 3 channels, {source.name} has {source.channels}")
+    return streams
 
 
 def make_renderer(

@@ -102,10 +102,9 @@ SIMCLRV2 = (
         "there"),
     Row("3.1, C", "linear evaluation with all labels", "`--protocol linear --labels all`",
         "differs: without augmentation, since features are computed once"),
-    Row("figure 4, A.1", "supervised with 1 and 10 %, smoothed labels",
-        "`supervised.rn50_1pct_smoothed`, `supervised.rn50_10pct_smoothed`",
-        "differs: no AutoAugment. Its operations come in pairs by one draw; here every op draws for itself, and "
-        "shears, translations, posterising, autocontrast and sharpness are none of the ops"),
+    Row("figure 4, A.1", "supervised with 1 and 10 %: AutoAugment, smoothed labels",
+        "`supervised.rn50_autoaugment_1pct`, `supervised.rn50_autoaugment_10pct`",
+        "there; length, rate and decay are S4L's. The figure is a plot, without numbers"),
     Row("eq. 2", "distillation", "`simclrv2.distill_rn50`", "there"),
     Row("eq. 3", "distillation beside labels", "`simclrv2.distill_rn50 --set alpha=0.5`",
         "there, also where labelled images are a set of their own"),

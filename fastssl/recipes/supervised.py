@@ -18,6 +18,7 @@ from fastssl.recipes.labels_alone import alone, beside
 from fastssl.recipes.published import Published, published
 from fastssl.recipes.simclrv2_networks import CIFAR10_DEPTHS, NETWORKS, Network, made
 from fastssl.recipes.simclrv2_networks import SOURCE as SIMCLR
+from loaders.plan.autoaugment import AutoAugment
 from loaders.plan.ops import Flip
 from loaders.plan.views import IMAGENET, UNIT, Centre, ClampedRrc, DistortedBox, Filter, Rrc, View, Whole
 
@@ -147,13 +148,23 @@ def rn50w4_colour_100pct() -> Stages:
 
 
 def rn50_10pct_smoothed() -> Stages:
-    """As rn50_10pct with labels smoothed by 0.1, as in SimCLRv2's figure 4, but without its AutoAugment."""
+    """As rn50_10pct with labels smoothed by 0.1."""
     return tuple(stage.with_settings(label_smoothing=0.1) for stage in rn50_10pct())
 
 
 def rn50_1pct_smoothed() -> Stages:
-    """As rn50_1pct with labels smoothed by 0.1, as in SimCLRv2's figure 4, but without its AutoAugment."""
+    """As rn50_1pct with labels smoothed by 0.1."""
     return tuple(stage.with_settings(label_smoothing=0.1) for stage in rn50_1pct())
+
+
+def rn50_autoaugment_10pct() -> Stages:
+    """As rn50_10pct_smoothed with AutoAugment: the baseline of SimCLRv2's figure 4, which plots it without a number."""
+    return _autoaugmented(rn50_10pct_smoothed())
+
+
+def rn50_autoaugment_1pct() -> Stages:
+    """As rn50_1pct_smoothed with AutoAugment: the baseline of SimCLRv2's figure 4, which plots it without a number."""
+    return _autoaugmented(rn50_1pct_smoothed())
 
 
 def finetune(config: SupervisedConfig, length: Epochs, init: Ref | None = None) -> Stage:
@@ -214,6 +225,11 @@ def _with_colours(width: int) -> Stages:
     (stage,) = rn50_100pct()
     view = replace(_RANDOM_CROP, ops=(Flip(), *colours(1.0)))
     return (stage.with_settings(encoder=ResNet(50, width), view=view),)
+
+
+def _autoaugmented(stages: Stages) -> Stages:
+    view = replace(_RANDOM_CROP, policy=AutoAugment())
+    return tuple(stage.with_settings(view=view) for stage in stages)
 
 
 def _imagenet_baseline(labels: str, epochs: int, weight_decay: float = 1e-4, peak: float = 0.1) -> Stages:

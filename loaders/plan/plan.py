@@ -46,13 +46,15 @@ class ViewRows:
     """One view of B images: boxes [copies * B, 4] and one parameter table [copies * B, columns] an op, copy-major.
 
     `greys`, int16 [copies * B], is the level that stands outside a copy's mask, -1 where the copy is not masked; None
-    where the view has no mask.
+    where the view has no mask. `policy`, int8 [copies * B, 3], is what `AutoAugment.chosen` chose; None where the view
+    has no policy.
     """
 
     view: View
     boxes: np.ndarray
     tables: tuple[np.ndarray, ...]
     greys: np.ndarray | None = None
+    policy: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -267,10 +269,13 @@ def _view_rows(view: View, ids: np.ndarray, facts: StreamFacts, image_keys: np.n
         op.parameters(uniforms(mix(keys, tag(type(op).__name__), i), op.num_draws)) for i, op in enumerate(view.ops)
     )
     box = boxes(view, np.tile(facts.sizes[ids], (view.copies, 1)), mix(keys, tag("box")))
-    if view.mask is None:
-        return ViewRows(view, box, tables)
-    assert facts.foreground is not None
-    return ViewRows(view, box, tables, _greys(view.mask, np.tile(facts.foreground[ids], view.copies), keys))
+    greys = policy = None
+    if view.mask is not None:
+        assert facts.foreground is not None
+        greys = _greys(view.mask, np.tile(facts.foreground[ids], view.copies), keys)
+    if view.policy is not None:
+        policy = view.policy.chosen(uniforms(mix(keys, tag("policy")), view.policy.NUM_DRAWS))
+    return ViewRows(view, box, tables, greys, policy)
 
 
 def _greys(mask: SaliencyMask, foreground: np.ndarray, keys: np.ndarray) -> np.ndarray:

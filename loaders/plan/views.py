@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from loaders.plan.autoaugment import AutoAugment
 from loaders.plan.ops import Op
 
 
@@ -117,8 +118,8 @@ class SaliencyMask:
 
 @dataclass(frozen=True)
 class View:
-    """One way of looking at an image: a mask, where there is one, a crop, then photometric ops in order, then
-    normalisation.
+    """One way of looking at an image: a mask, where there is one, a crop, a policy, where there is one, photometric
+    ops in order, then normalisation.
 
     `copies` independent draws of the same description count as one view of that many copies (PAWS's two global
     crops, exemplar's eight); each copy is also given at every quarter turn in `turns` (rotation prediction),
@@ -134,6 +135,7 @@ class View:
     copies: int = 1
     turns: tuple[int, ...] = (0,)
     mask: SaliencyMask | None = None
+    policy: AutoAugment | None = None
 
     def __post_init__(self) -> None:
         if self.size < 1 or self.copies < 1 or not self.turns:

@@ -12,7 +12,8 @@ from fastssl.optim.horizon import Share
 from fastssl.recipes.published import cells
 from fastssl.recipes.resolve import recipes, resolve
 from fastssl.recipes.simclrv2_networks import NETWORKS
-from loaders.plan.ops import TfColourJitter
+from loaders.plan.autoaugment import AutoAugment
+from loaders.plan.ops import Flip, TfColourJitter
 
 
 def test_every_network_of_table_1_has_its_cells():
@@ -59,10 +60,15 @@ def test_semppls_seven_networks_are_fine_tuned():
 
 
 def test_supervised_baselines_of_the_papers():
-    """PAWS's appendix B has colours for wider networks, SimCLRv2's figure 4 smoothed labels."""
+    """PAWS's appendix B has colours for wider networks, SimCLRv2's figure 4 smoothed labels and AutoAugment."""
     (wide,) = resolve("supervised.rn50w4_colour_100pct")
     assert wide.config.encoder == ResNet(50, 4) and any(isinstance(op, TfColourJitter) for op in wide.config.view.ops)
     (smoothed,), (plain,) = resolve("supervised.rn50_1pct_smoothed"), resolve("supervised.rn50_1pct")
     assert (smoothed.config.label_smoothing, plain.config.label_smoothing) == (0.1, 0.0)
+    for share in ("10pct", "1pct"):
+        (augmented,) = resolve(f"supervised.rn50_autoaugment_{share}")
+        (smoothed,) = resolve(f"supervised.rn50_{share}_smoothed")
+        assert augmented.config.view.policy == AutoAugment() and augmented.config.view.ops == (Flip(),)
+        assert augmented.with_settings(view=smoothed.config.view) == smoothed and smoothed.config.view.policy is None
     (cifar,) = resolve("supervised.cifar10_wrn28_2_100pct")
     assert cifar.config.labels == "all" and cifar.length == Epochs(1000)
