@@ -27,10 +27,11 @@ def test_the_readme_is_a_page_or_two():
 
 def test_the_page_of_recipes_is_what_the_recipes_say():
     """A recipe added, or a number changed, without the page: `python -m tools.recipe_page` writes it."""
-    assert recipe_page.PAGE.read_text() == recipe_page.page()
+    page = recipe_page.page()
+    assert recipe_page.PAGE.read_text() == page
     assert recipe_page.with_results(README) == README
     for name in recipes():
-        assert f"| `{name}` |" in recipe_page.page()
+        assert f"| `{name}` |" in page
 
 
 def test_what_was_measured_is_of_recipes_that_there_are_and_in_the_files_named():

@@ -204,8 +204,10 @@ NEW = {
     "S4lConfig": ("class_on", "self_supervised_on", "trained"),
     "LabelConfig": ("class_on", "self_supervised_on", "trained", "least_confidence"),
     "Vat": ("divergence",),
+    "SuncetConfig": ("hidden_features", "activation"),
     "SupervisedConfig": ("scaling",),
     "Simclrv2Config": ("hidden_features",),
+    "View": ("policy",),
 }
 
 
