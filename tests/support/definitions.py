@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm
 
@@ -49,4 +50,16 @@ def shaken(module):
             nn.init.uniform_(layer.weight, 0.5, 1.5)
             if layer.bias.requires_grad:
                 nn.init.normal_(layer.bias)
+    return module
+
+
+@torch.no_grad()
+def with_moved_norms(module):
+    """In its own dtype, with batch norms, ours or others', whose weights and running statistics are neither 1 nor 0."""
+    for layer in module.modules():
+        if isinstance(layer, _BatchNorm):
+            for tensor in (layer.weight, layer.running_var):
+                tensor.uniform_(0.5, 1.5)
+            for tensor in (layer.bias, layer.running_mean):
+                tensor.normal_(std=0.1)
     return module

@@ -20,9 +20,9 @@ from fastssl.export import onnx
 from fastssl.nn.encoders.resnet import ResNet
 from fastssl.nn.encoders.timm_models import Timm
 from fastssl.nn.encoders.vit import ViT
-from fastssl.nn.norm.global_batch_norm import GlobalBatchNorm
 from fastssl.nn.trunks.trunk import Trunk
 from loaders.plan.views import CIFAR10
+from tests.support.definitions import with_moved_norms
 
 
 def need(*libraries: str) -> None:
@@ -76,25 +76,13 @@ def test_features_of_real_images_are_torch_s(encoder, cifar10_dir):
     pixels = torch.from_numpy(images.reshape(14, 3, 32, 32) / np.float32(255))
     mean, std = (torch.tensor(each).view(3, 1, 1) for each in (CIFAR10.mean, CIFAR10.std))
     torch.manual_seed(0)
-    trunk = shaken_norms(encoder.build(3)).eval()
+    trunk = with_moved_norms(encoder.build(3)).eval()
     session = onnxruntime.InferenceSession(onnx.as_onnx(trunk, 3, 32))
     for x in (pixels[:1], pixels[:7], pixels[7:]):
         x = (x - mean) / std
         (found,) = session.run(None, {"images": x.numpy()})
         wanted = trunk(x).detach()
         assert (torch.from_numpy(found) - wanted).abs().max() < 1e-4 * wanted.abs().max()
-
-
-@torch.no_grad()
-def shaken_norms(trunk: Trunk) -> Trunk:
-    """With statistics and weights of batch norms that are neither 1 nor 0."""
-    for layer in trunk.modules():
-        if isinstance(layer, GlobalBatchNorm):
-            for tensor in (layer.weight, layer.running_var):
-                tensor.uniform_(0.5, 1.5)
-            for tensor in (layer.bias, layer.running_mean):
-                tensor.normal_(std=0.1)
-    return trunk
 
 
 def test_what_cannot_be_written_and_what_would_differ_is_refused():

@@ -29,6 +29,7 @@ from fastssl.recipes.resolve import resolve
 from fastssl.weights.read import load_whole, read_weights
 from loaders.batch import Batch, Part
 from tests.ranks.pool import run_ranks
+from tests.support.definitions import with_moved_norms
 
 try:
     import timm
@@ -56,23 +57,11 @@ def of_timm(model: str) -> nn.Module:
     return timm.create_model(model, num_classes=0, **sizes)
 
 
-@torch.no_grad()
-def shaken(module: nn.Module) -> nn.Module:
-    """With norms whose weights and statistics are neither 1 nor 0."""
-    for layer in module.modules():
-        if isinstance(layer, _BatchNorm):
-            for tensor in (layer.weight, layer.running_var):
-                tensor.uniform_(0.5, 1.5)
-            for tensor in (layer.bias, layer.running_mean):
-                tensor.normal_(std=0.1)
-    return module
-
-
 @pytest.mark.parametrize("model", MODELS)
 def test_features_are_timm_s_to_the_bit(model):
     """On crops of two sizes, with weights that go from one to the other under timm's names. Catches an activation that
     goes with its batch norm, another epsilon, a head that stays, positions that are not interpolated."""
-    theirs = shaken(of_timm(model)).eval()
+    theirs = with_moved_norms(of_timm(model)).eval()
     trunk = Timm(model).build().eval()
     trunk.load_state_dict(theirs.state_dict())
     assert trunk.state_dict().keys() == theirs.state_dict().keys()
