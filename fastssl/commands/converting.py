@@ -38,8 +38,7 @@ def described(plan: Conversion, out: Path) -> str:
         if split.ignored.count:
             lines.append(f"  ignored: {split.ignored.count:,} other things there, first {split.ignored.listed[0][0]}")
     if plan.options.reencode:
-        anew = plan.options.reencode
-        lines.append(f"pixels change: no side longer than {anew.max_side}, JPEG of quality {anew.quality}")
+        lines.append(f"pixels change: {plan.options.reencode.said}")
     existing = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
     needed, free = sum(map(plan.bytes_needed, plan.splits)), shutil.disk_usage(existing).free
     verdict = "" if needed <= free else f": {(needed - free) / 2**30:.2f} GiB too little"

@@ -69,7 +69,7 @@ def claim(job: Job, data: DataSets) -> None:
         else:
             if job.resume == "never":
                 _clear(job)
-            run = {**_as_typed(job), "world": job.world, "threads": threads_per_rank()}
+            run = {**_as_typed(job), "data_said": data.said, "world": job.world, "threads": threads_per_rank()}
             _write(
                 job,
                 {

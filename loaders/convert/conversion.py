@@ -32,14 +32,14 @@ from loaders.convert.manifest import HASH_DIGITS, MANIFEST, in_chunks, read_mani
 from loaders.errors import StoreError
 from loaders.files import Progress, partial_of, put, write_file
 from loaders.labels.subsets import Resolved, listed
-from loaders.store.beton import PAGE_SIZE, Stored, data_start, place, write_tables
+from loaders.store.beton import PAGE_SIZE, BetonFile, Stored, data_start, place, write_tables
 from loaders.store.data import VALIDATION, described
 from loaders.store.folder import ListedSource
 from loaders.store.held_out import held_out
 from loaders.store.images import ImageError, decode
 from loaders.store.listing import Listing
 from loaders.store.openers import open_path
-from loaders.store.source import Source, digest
+from loaders.store.source import Concatenated, Source, digest
 
 TRAIN, VAL = "train", "val"
 FORMAT = 1  # of the manifest and of the way images are laid out
@@ -132,9 +132,15 @@ def _sides(listing: Listing, reencode: Reencode | None) -> np.ndarray:
 
 
 def _listing(part: Source, source: Path) -> Listing:
-    if not isinstance(part, ListedSource):
-        raise StoreError(f"{source}: nothing to convert: {part.name} is read as it is")
-    return part.listing
+    if isinstance(part, ListedSource):
+        return part.listing
+    betons = part.sources if isinstance(part, Concatenated) else (part,)
+    made_from = ""
+    if all(isinstance(beton, BetonFile) for beton in betons):
+        changed = "; ".join(dict.fromkeys(beton.changed for beton in betons if beton.changed))  # type: ignore[attr-defined]
+        before = f", whose pixels were changed already ({changed})" if changed else ""
+        made_from = f"{before}; --max-side, --pixels and --subset are for the files that it was made from"
+    raise StoreError(f"{source}: nothing to convert: {part.name} is read as it is{made_from}")
 
 
 def _number_classes(val: Listing, class_names: tuple[str, ...]) -> None:
@@ -223,11 +229,23 @@ class _Split:
             self._partial.unlink(missing_ok=True)
             self._partial.touch()
         with open(self._partial, "r+b") as file:
-            if self._options.raw:  # a file system that takes no file of this size says so now
-                file.truncate(self._slots_end)
+            if self._options.raw:
+                self._make_room(file)
             self._convert_images(file.fileno(), progress)
             self._finish(file)
         put(self._partial, self._final)
+
+    def _make_room(self, file: BinaryIO) -> None:
+        """Give the file its length. Raises StoreError where the file system takes none so large, or none that is longer
+        than what was written to it: now, and not after a night."""
+        try:
+            file.truncate(self._slots_end)
+        except OSError as e:
+            size = f"{self._slots_end:,} bytes, most of them unwritten yet"
+            raise StoreError(
+                f"{self._out}: its file system takes no file of {size}: {e.strerror}; choose a folder on another one, "
+                "or --pixels jpeg"
+            ) from e
 
     def clean(self) -> None:
         for path in (self._journal_path, self._spill, self._partial):
@@ -344,6 +362,7 @@ class _Split:
             sizes=records["size"][kept],
             names=[self._listing.names[i] for i in kept.tolist()],
             raw=self._options.raw,
+            changed=self._options.reencode.said if self._options.reencode else "",
         )
         write_tables(file, stored, self._listing.class_names, end, self._page_size)
 

@@ -78,6 +78,10 @@ class Reencode:
     quality: int
     max_side: int
 
+    @property
+    def said(self) -> str:
+        return f"no side longer than {self.max_side}, JPEG of quality {self.quality}"
+
 
 @dataclass(frozen=True)
 class Verdict:

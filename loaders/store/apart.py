@@ -1,11 +1,13 @@
 """Validation images that stand among the others as well: of those a score says nothing.
 
 Two images are one where their sets are the same, or else where bytes and sides are as many and the last 4 KB the same;
-only of images that agree in all else are those bytes read.
+only of images that agree in all else are those bytes read. Of pixels that are stored as they are, the last 4 KB may be
+a plain background, as any number of images have it: such images are compared whole.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +21,7 @@ from loaders.store.data import LABELLED, TRAIN, VALIDATION, DataSets
 from loaders.store.source import EncodedSource, Selected, is_encoded
 
 TAIL_BYTES = 4096
+_FLAT = 16  # different bytes, at most, in the pixels of a plain background
 MOST_SHARED = 0.01  # of the validation images may be labelled ones too: Tiny-ImageNet has 7 in 10,000
 
 
@@ -85,11 +88,15 @@ def _facts(source: EncodedSource) -> np.ndarray:
 
 
 def _tails(source: EncodedSource, ids: np.ndarray, keys: np.ndarray) -> list[tuple[int, bytes]]:
-    """(key, last bytes) of the images `ids`; no bytes where they cannot be read."""
+    """(key, last bytes, or a sum of all where the last say nothing) of the images `ids`; no bytes where they cannot be
+    read."""
 
     def tail(i: int) -> tuple[int, bytes]:
         try:
-            return int(keys[i]), source.tail(i, TAIL_BYTES)
+            last = source.tail(i, TAIL_BYTES)
+            if len(set(last)) <= _FLAT and len(last) == TAIL_BYTES:
+                last = hashlib.sha256(source.tail(i, int(source.num_bytes[i]))).digest()
+            return int(keys[i]), last
         except (OSError, StoreError):
             return int(keys[i]), b""
 

@@ -13,7 +13,8 @@ Ours has three fields: `image` (RGBImageField, JPEG mode), `label` (IntField) an
 all of them does not touch the images' pages. Class names are a JSON list after the names; the label field's
 arguments, which FFCV ignores, say where.
 
-Images may also be stored decoded (FFCV's raw mode): RGB, row by row, as many bytes as the image's sizes ask for.
+Images may also be stored decoded (FFCV's raw mode): RGB, row by row, as many bytes as the image's sizes ask for. What
+a conversion has done to the pixels is a line in the image field's arguments, which FFCV ignores as well.
 
 Source: FFCV 1.0.2, types.py, memory_allocator.py, fields/. Files written by FFCV itself are read too, in any of its
 write modes; they have no class names, and names only if there is a bytes or JSON field called `name`.
@@ -47,6 +48,8 @@ _MIN_PAGE_SIZE, _MAX_PAGE_SIZE = 1 << 21, 1 << 31  # FFCV's writer: 2 MiB; below
 _MAX_FIELDS = 64
 _JPEG_MODE, _RAW_MODE = 0, 1
 _CLASS_NAMES_TAG = b"fastssl class names"
+_CHANGED_TAG = b"fastssl changed pixels: "
+_SAMPLED, _SAMPLE_BYTES = 64, 1 << 16  # of images stored decoded, what a fingerprint looks at
 
 _HEADER = np.dtype(
     [
@@ -113,6 +116,7 @@ class Stored:
     sizes: np.ndarray
     names: Sequence[str]
     raw: bool = False  # decoded, not JPEG
+    changed: str = ""  # what was done to their pixels, in words
 
 
 def write_tables(
@@ -144,6 +148,9 @@ def write_tables(
     fields["name"] = b"image", b"label", b"name"
     where = np.array((_CLASS_NAMES_TAG, names_end, len(class_list)), _CLASS_NAMES)
     fields["arguments"][1, : where.nbytes] = np.frombuffer(where.tobytes(), np.uint8)
+    if stored.changed:
+        line = np.frombuffer(_CHANGED_TAG + stored.changed.encode(), np.uint8)
+        fields["arguments"][0, : len(line)] = line
     table = np.zeros(num_images, _table_type([_IMAGES, _INT, _JSON]))
     image, label, name = (table[f] for f in ("f0", "f1", "f2"))
     image["mode"] = _RAW_MODE if stored.raw else _JPEG_MODE
@@ -303,7 +310,20 @@ class BetonFile(OpenFile):
         return name
 
     def fingerprint(self) -> str:
-        return digest(self.class_names, [self._length], self._jpeg_size, self.labels, self.sizes)
+        """Of JPEGs the lengths tell sets apart; of decoded images they say no more than the sides do, so that pixels of
+        some are looked at."""
+        facts = self.class_names, [self._length], self._jpeg_size, self.labels, self.sizes
+        decoded = np.flatnonzero(self._raw)
+        if not len(decoded):
+            return digest(*facts)
+        some = np.unique(np.linspace(0, len(decoded) - 1, _SAMPLED).astype(np.int64))
+        return digest(*facts, [self._middle(i) for i in decoded[some].tolist()])
+
+    def _middle(self, i: int) -> bytes:
+        """The rows in the middle of image `i`: what it shows is there rather than at its edges."""
+        size = int(self._jpeg_size[i])
+        count = min(size, _SAMPLE_BYTES)
+        return self._pread(int(self._jpeg_ptr[i]) + (size - count) // 2, count, f"image {i}")
 
     def _read_tables(self) -> None:
         self._length = os.fstat(self._fd).st_size
@@ -340,7 +360,9 @@ class BetonFile(OpenFile):
         self._read_names(fields, table, regions)
 
     def _read_images(self, fields: np.ndarray, table: np.ndarray, regions: np.ndarray) -> None:
-        images = table[f"f{self._column(fields, _IMAGES, 'image')}"]
+        column = self._column(fields, _IMAGES, "image")
+        self.changed = self._read_changed(fields["arguments"][column].tobytes())
+        images = table[f"f{column}"]
         self._raw = images["mode"] == _RAW_MODE
         odd = ~self._raw & (images["mode"] != _JPEG_MODE)
         if odd.any():
@@ -356,6 +378,15 @@ class BetonFile(OpenFile):
             i = _first(wrong)
             height, width = self.sizes[i]
             raise self._damaged(f"raw image {i} of {width} x {height} has {self._jpeg_size[i]} bytes, not 3 a pixel")
+
+    def _read_changed(self, arguments: bytes) -> str:
+        """What was done to the images' pixels, in words; nothing where that is not known."""
+        if not arguments.startswith(_CHANGED_TAG):
+            return ""
+        try:
+            return arguments.removeprefix(_CHANGED_TAG).rstrip(b"\0").decode()
+        except ValueError:
+            raise self._damaged("what was done to its pixels is not text") from None
 
     def _read_labels(self, fields: np.ndarray, table: np.ndarray) -> None:
         column = self._column(fields, _INT, "label")

@@ -6,7 +6,7 @@ A new format or layout is one file and one row of OPENERS.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -88,7 +88,14 @@ def open_path(path: str, validation: bool = True, in_place: bool = False) -> Spl
 
 
 def _open_beton(p: Path, validation: bool) -> Splits:
-    return Splits("a .beton", BetonSource(p), single=True)
+    source = BetonSource(p)
+    return Splits(f"a .beton{_changed([source])}", source, single=True)
+
+
+def _changed(betons: Iterable[BetonSource]) -> str:
+    """What conversions have done to pixels, in words."""
+    how = dict.fromkeys(beton.changed for beton in betons if beton.changed)
+    return f", pixels changed ({'; '.join(how)})" if how else ""
 
 
 def _betons_in(p: Path) -> list[Path]:
@@ -100,7 +107,8 @@ def _open_betons(p: Path, validation: bool) -> Splits:
     parts = [BetonSource(f) for f in betons if f.name != "val.beton"]
     has_val = len(parts) < len(betons)
     held_out = BetonSource(p / "val.beton") if has_val and validation else None
-    return Splits("a folder of .beton files", concatenate(parts) if parts else None, held_out, is_divided=has_val)
+    said = f"a folder of .beton files{_changed([*parts, held_out] if held_out else parts)}"
+    return Splits(said, concatenate(parts) if parts else None, held_out, is_divided=has_val)
 
 
 # Listings

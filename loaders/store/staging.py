@@ -60,7 +60,10 @@ def _make_room(files: list[Path], place: Path) -> None:
     needed = sum(f.stat().st_size for f in files if not _is_copy(f, place / f.name))
     free = shutil.disk_usage(place).free
     if needed > free:
-        raise StoreError(f"--stage-to {place.parent}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
+        raise StoreError(
+            f"--stage-to {place.parent}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free: "
+            f"{(needed - free) / 1e9:.1f} GB are missing"
+        )
 
 
 def _is_copy(source: Path, copy: Path) -> bool:

@@ -1,7 +1,8 @@
-"""The ImageNet recipe on real ImageNet images: converted, then trained at reduced size through each renderer, killed
-and continued, alone and on two ranks."""
+"""The ImageNet recipe on real ImageNet images: converted, then trained at reduced size through each renderer and from
+decoded images, killed and continued, alone and on several ranks."""
 
 import importlib.util
+import json
 import shutil
 
 import pytest
@@ -22,22 +23,28 @@ CHANGES = [
 
 
 @pytest.fixture(scope="module")
-def converted(test_data, tmp_path_factory):
-    """40 of the real images, one a class, as an image folder and converted by the command."""
+def stores(test_data, tmp_path_factory):
+    """40 of the real images, one a class, converted by the command: as they are; and made smaller, as JPEGs and
+    decoded."""
     folder = tmp_path_factory.mktemp("imagenet")
     classes = sorted((test_data / "imagenet-sample").iterdir())[:40]
     for wnid in classes:
         shutil.copytree(wnid, folder / "images" / "train" / wnid.name)
-    command.run_here(folder, "convert-imagenet", "images", "betons")
-    return folder / "betons"
+    smaller = ("--max-side", "320")
+    for name, more in (("whole", ()), ("small", smaller), ("decoded", (*smaller, "--pixels", "raw"))):
+        command.run_here(folder, "convert-imagenet", "images", name, *more)
+    return folder
 
 
 def train(folder, data, loader, *more):
     return ("train", "paws.rn50_100ep", "--data", str(data), "--loader", loader, "--labels", "all", *CHANGES, *more)
 
 
-@pytest.mark.parametrize("loader", ["pil", "turbo", "ffcv", "dali"])
-def test_a_killed_run_continues_to_the_same_pixels(loader, converted, tmp_path):
+@pytest.mark.parametrize(
+    ("store", "loader"), [*(("whole", loader) for loader in ("pil", "turbo", "ffcv", "dali")), ("decoded", "turbo")]
+)
+def test_a_killed_run_continues_to_the_same_pixels(store, loader, stores, tmp_path):
+    converted = stores / store
     if importlib.util.find_spec(MODULES[loader].split(".")[0]) is None:
         pytest.skip(f"{MODULES[loader]} is not installed: the extra {loader}")
     command.run_here(tmp_path, *train(tmp_path, converted, loader, "--out", "whole"))
@@ -48,13 +55,19 @@ def test_a_killed_run_continues_to_the_same_pixels(loader, converted, tmp_path):
     code, output = command.run(tmp_path, *train(tmp_path, converted, loader, "--out", "killed"))
     assert code == 0, output
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    (said,) = json.loads((tmp_path / "killed" / "resolved.json").read_text())["run"]["data_said"]
+    assert ("pixels changed (no side longer than 320, JPEG of quality 90)" in said) == (store == "decoded")
 
 
-def test_two_ranks_see_the_global_batches_of_one(converted, tmp_path):
-    """Their losses agree to rounding, which other images or crops would not."""
-    losses = []
-    for ranks in ("1", "2"):
-        out = ("--out", f"ranks{ranks}", "--cpu-ranks", ranks, "--set", "length=2steps")
-        command.run_here(tmp_path, *train(tmp_path, converted, "pil", *out))
-        losses.append([record["cross_entropy"] for record in command.metrics(tmp_path / f"ranks{ranks}")])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+def test_ranks_see_the_global_batches_of_one(stores, tmp_path):
+    """Their losses agree to rounding, which other images or crops would not, and on as many ranks to the bit from
+    another store."""
+    losses = {}
+    for row in (("small", "pil", 1), ("small", "pil", 2), ("decoded", "turbo", 2)):
+        store, loader, ranks = row
+        out = ("--out", f"{store}{ranks}", "--cpu-ranks", str(ranks), "--set", "length=2steps")
+        command.run_here(tmp_path, *train(tmp_path, stores / store, loader, *out))
+        losses[store, ranks] = [record["cross_entropy"] for record in command.metrics(tmp_path / f"{store}{ranks}")]
+    assert losses["small", 2] == losses["decoded", 2]
+    for some in losses.values():
+        assert some == pytest.approx(losses["small", 1], rel=1e-4)

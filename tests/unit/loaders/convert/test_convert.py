@@ -293,11 +293,14 @@ def test_full_disk_is_an_error_in_words_and_the_same_command_continues(tmp_path)
     assert contents(out) == contents(tmp_path / "whole")
 
 
-def test_too_small_a_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
+@pytest.mark.parametrize("raw", [False, True])
+def test_too_small_a_disk_is_told_before_anything_is_written(raw, tmp_path, monkeypatch):
     root = folder_tree(tmp_path / "src", 1)
+    needed = sum(map(prepare(root, Options(raw=raw)).bytes_needed, ("train", "val")))
     monkeypatch.setattr(conversion.shutil, "disk_usage", lambda path: type("", (), {"free": 1000}))
-    with pytest.raises(StoreError, match=r"[\d,]+ bytes are needed, 1,000 are free: [\d,]+ are missing"):
-        run(root, tmp_path / "out")
+    said = f"{needed:,} bytes are needed, 1,000 are free: {needed - 1000:,} are missing"
+    with pytest.raises(StoreError, match=said):
+        run(root, tmp_path / "out", raw=raw)
     assert os.listdir(tmp_path / "out") == []
 
 

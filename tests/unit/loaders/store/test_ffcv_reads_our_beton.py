@@ -1,18 +1,24 @@
 """One format, two programs: FFCV's own Reader and Loader open what we write, and we train from what FFCV writes."""
 
+import hashlib
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from fastssl.engine.join import facts_of
+from fastssl.recipes.resolve import resolve
 from loaders.convert.conversion import Options, convert, prepare
+from loaders.convert.judge import Reencode
 from loaders.loader import Loader, bind
 from loaders.plan.plan import Plan
 from loaders.plan.views import Balanced, Rrc, Sequential, Stream, View, Whole
 from loaders.store.beton import BetonReader, BetonWriter
 from loaders.store.data import NOTHING_HELD_OUT, open_data
+from loaders.store.folder import FolderSource
 from loaders.store.images import decode
 
 pytest.importorskip("ffcv.libffcv", reason="the extra ffcv is not installed", exc_type=ImportError)
@@ -127,7 +133,8 @@ def test_a_file_of_ffcvs_writer_is_read_here(theirs):
 
 
 def test_ffcvs_raw_images_are_read_and_ours_by_ffcv(tmp_path):
-    """Half raw, half JPEG, from FFCV's writer under other field names; and a raw file of ours through FFCV's Loader."""
+    """Half raw, half JPEG, from FFCV's writer under other field names; and a raw file of ours, which says that its
+    pixels were changed, through FFCV's Loader."""
     path = tmp_path / "mixed.beton"
     fields = {
         "picture": RGBImageField(write_mode="smart", smart_threshold=(HEIGHT + 3) * (WIDTH - 3) * 3, jpeg_quality=95)
@@ -145,14 +152,14 @@ def test_ffcvs_raw_images_are_read_and_ours_by_ffcv(tmp_path):
         (tmp_path / "train" / f"class{label}").mkdir(parents=True)
     for i, file in enumerate(FILES):
         (tmp_path / "train" / f"class{LABELS[i]}" / f"{i:02}.jpg").write_bytes(file)
-    convert(prepare(tmp_path / "train", Options(raw=True)), tmp_path / "out")
+    convert(prepare(tmp_path / "train", Options(reencode=Reencode(90, 60), raw=True)), tmp_path / "out")
     ours = BetonReader(tmp_path / "out" / "train.beton")
     loader = FfcvLoader(
         str(ours.path), batch_size=1, num_workers=1, order=OrderOption.SEQUENTIAL,
         pipelines={"image": [SimpleRGBImageDecoder()], "label": [IntDecoder()], "name": [BytesDecoder()]},
     )  # fmt: skip
     found = [np.asarray(image)[0].copy() for image, _, _ in loader]
-    assert len(found) == NUM
+    assert len(found) == NUM and ours.changed == "no side longer than 60, JPEG of quality 90"
     for i, image in enumerate(found):
         assert np.array_equal(image, decode(ours.jpeg(i)))
 
@@ -185,3 +192,76 @@ def test_a_pass_over_a_file_of_ffcvs_writer_meets_every_image_once(theirs):
     with Loader(bound, renderer="ffcv") as loader:
         ids = [i for batch in loader.batches(0, bound.plan.num_steps("s")) for i in batch.parts["s"].ids.tolist()]
     assert ids == list(range(NUM))
+
+
+PHOTOS, CLASSES = 32, 4
+SMALL_PAWS = (
+    "batch_global=2", "classes_global=2", "images_per_class=1", "global_view.size=48", "small_view.size=24",
+)  # fmt: skip
+
+
+class _Photos:
+    """What FFCV's writer indexes: photographs decoded from the files `jpegs`, by class."""
+
+    def __init__(self, jpegs):
+        self.jpegs = jpegs
+
+    def __len__(self):
+        return len(self.jpegs)
+
+    def __getitem__(self, i):
+        return np.asarray(decode(self.jpegs[i])), i * CLASSES // PHOTOS
+
+
+@pytest.fixture(scope="module")
+def stores(test_data, tmp_path_factory):
+    """Some of ImageNet's photographs three times: as FFCV's writer stores them, half of them decoded; all decoded; all
+    as JPEGs. Those that it has encoded itself are its files, the others' are ImageNet's."""
+    root, sample = tmp_path_factory.mktemp("photos"), FolderSource(test_data / "imagenet-sample")
+    jpegs = [sample.jpeg(i) for i in range(0, 7 * PHOTOS, 7)]
+    fields = {
+        "image": RGBImageField(write_mode="proportion", compress_probability=0.5, jpeg_quality=90),
+        "label": IntField(),
+    }
+    np.random.seed(0)  # which are decoded: the one worker is forked from here
+    writer = DatasetWriter(str(root / "half.beton"), fields, num_workers=1)
+    writer.from_indexed_dataset(_Photos(jpegs), chunksize=PHOTOS)
+    half = BetonReader(root / "half.beton")
+    assert PHOTOS // 4 < half.is_raw.sum() < 3 * PHOTOS // 4
+    for i, label in enumerate(half.labels.tolist()):
+        (root / "tree" / str(label)).mkdir(parents=True, exist_ok=True)
+        file = jpegs[i] if half.is_raw[i] else half.jpeg(i)
+        (root / "tree" / str(label) / f"{i:02}.jpg").write_bytes(file)
+    for name in ("raw", "jpeg"):
+        convert(prepare(root / "tree", Options(raw=name == "raw")), root / name)
+    assert BetonReader(root / "raw" / "train.beton").is_raw.all()
+    return {"half": root / "half.beton", "raw": root / "raw", "jpeg": root / "jpeg"}
+
+
+def first_batches(store, renderer):
+    """A digest of each of the first hundred of PAWS's batches on ImageNet: pixels, ids, labels and keys."""
+    data = open_data((str(store), NOTHING_HELD_OUT))
+    (stage,) = resolve("paws.rn50_100ep", SMALL_PAWS)
+    plan = replace(stage.config, labels="all").build(facts_of(data, 0), {}).plan()
+    with Loader(bind(plan, data), renderer=renderer) as loader:
+        for batch in loader.batches(0, 100):
+            found = hashlib.sha256()
+            for part in batch.parts.values():
+                for tensor in (*part.x.values(), part.ids, part.labels, part.keys):
+                    found.update(tensor.contiguous().numpy())
+            yield found.hexdigest()
+            batch.release()
+
+
+@pytest.fixture(scope="module")
+def reference(stores):
+    return list(first_batches(stores["jpeg"], "pil"))
+
+
+@pytest.mark.parametrize("renderer", ["pil", "turbo", "ffcv"])
+@pytest.mark.parametrize("store", ["half", "raw", "jpeg"])
+def test_a_hundred_batches_are_the_same_from_every_store(store, renderer, stores, reference):
+    """Catches an image that is stored decoded taken for another, or cut from a buffer of the one before."""
+    assert len(set(reference)) == 100
+    if (store, renderer) != ("jpeg", "pil"):
+        assert list(first_batches(stores[store], renderer)) == reference

@@ -5,6 +5,7 @@ import resource
 import struct
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from fastssl.commands.main import main
+from fastssl.profiling.workload import Cycled
 from loaders.convert import manifest
 from loaders.convert.conversion import Options, convert, prepare
 from loaders.convert.judge import Reencode
@@ -21,10 +23,12 @@ from loaders.loader import Loader, bind
 from loaders.plan.plan import Plan
 from loaders.plan.views import Centre, Rrc, Shuffled, Stream, View
 from loaders.renderers import turbo
+from loaders.store.apart import check_apart
 from loaders.store.beton import BetonSource
 from loaders.store.data import open_data
 from loaders.store.images import as_tiff, decode
 from loaders.store.source import Concatenated
+from loaders.store.staging import stage
 from tests.support.imagenet_trees import encoded, folder_tree
 
 VIEWS = (View("crop", 24, Rrc((0.2, 1.0)), copies=2), View("centre", 16, Centre(20)))
@@ -62,10 +66,10 @@ def stores(tree, tmp_path_factory):
     return out / "jpeg", out / "raw"
 
 
-def batches(path: Path, renderer: str) -> list[np.ndarray]:
+def batches(path: Path, renderer: str, rank: int = 0, world: int = 1) -> list[np.ndarray]:
     plan = Plan((Stream("s", "train", VIEWS, Shuffled(), 4),), "s", seed=3)
     found = []
-    with Loader(bind(plan, open_data((str(path),))), renderer=renderer, threads=1) as loader:
+    with Loader(bind(plan, open_data((str(path),))), renderer=renderer, threads=1, rank=rank, world=world) as loader:
         for batch in loader.batches(0, 4):
             found += [batch.parts["s"].x[v.name].numpy().copy() for v in VIEWS]
             batch.release()
@@ -77,6 +81,15 @@ def test_batches_are_those_of_the_jpegs(stores, renderer):
     """Catches other pixels than the JPEG store's: exchanged channels or sides, an odd file decoded another way."""
     expected, found = batches(stores[0], "pil"), batches(stores[1], renderer)
     assert len(expected) == 8 and all(np.array_equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_share_the_batches_of_the_jpegs(stores, world):
+    expected, shares = batches(stores[0], "pil"), [batches(stores[1], "turbo", rank, world) for rank in range(world)]
+    for k, whole in enumerate(expected):
+        copies = VIEWS[k % len(VIEWS)].copies
+        parts = [share[k].reshape(copies, -1, *whole.shape[1:]) for share in shares]
+        assert np.array_equal(np.concatenate(parts, axis=1).reshape(whole.shape), whole)
 
 
 def test_what_is_stored_and_what_is_left_out(stores):
@@ -142,12 +155,64 @@ def test_a_file_that_shrinks_is_an_error_and_not_a_crash(tree, tmp_path):
 
 
 def test_smaller_images_are_those_of_the_smaller_jpegs(tree, tmp_path):
+    """And both say so where they are opened, so that nobody makes them smaller once more."""
     for name, raw in (("jpeg", False), ("raw", True)):
         convert(prepare(tree, Options(reencode=Reencode(80, 20), raw=raw)), tmp_path / name)
     jpeg, raw_source = (BetonSource(tmp_path / name / "train.beton") for name in ("jpeg", "raw"))
     assert jpeg.sizes.max() == 20 and raw_source.sizes.tolist() == jpeg.sizes.tolist()
     for i in range(len(jpeg)):
         assert np.array_equal(np.asarray(decode(jpeg.jpeg(i))), np.asarray(decode(raw_source.jpeg(i))))
+    for name in ("jpeg", "raw"):
+        how = "no side longer than 20, JPEG of quality 80"
+        assert f": a folder of .beton files, pixels changed ({how}): " in open_data((str(tmp_path / name),)).said[0]
+        with pytest.raises(StoreError, match=rf"nothing to convert: .* changed already \({how}\); --max-side, --pix"):
+            prepare(tmp_path / name, Options(reencode=Reencode(80, 10)))
+
+
+def test_a_fingerprint_tells_pixels_apart(stores, tree, tmp_path):
+    """Catches one of sizes and labels alone: of images as large as others, or written anew at another quality, decoded
+    ones have as many bytes."""
+    fingerprints = {BetonSource(stores[1] / "train.beton").fingerprint()}
+    for quality in (30, 90):
+        convert(prepare(tree, Options(reencode=Reencode(quality, 1000), raw=True)), tmp_path / str(quality))
+        source = BetonSource(tmp_path / str(quality) / "train.beton")
+        assert source.sizes.tolist() == BetonSource(stores[1] / "train.beton").sizes.tolist()
+        fingerprints.add(source.fingerprint())
+    assert len(fingerprints) == 3
+
+
+def test_plain_backgrounds_are_not_taken_for_the_same_images(tmp_path):
+    """Different things on white, of one size: their last pixels are the same."""
+    for split, first in (("train", 0), ("val", 10)):
+        (tmp_path / "tree" / split / "thing").mkdir(parents=True)
+        for i in range(first, first + 10):
+            photo = np.full((64, 64, 3), 255, np.uint8)
+            photo[8:24, 8:24] = 10 * i
+            Image.fromarray(photo).save(tmp_path / "tree" / split / "thing" / f"{split}_{i}.png")
+    convert(prepare(tmp_path / "tree", Options(raw=True)), tmp_path / "out")
+    assert check_apart(open_data((str(tmp_path / "out"),))) == []
+    again = [f"{key}={tmp_path / 'out' / 'train.beton'}" for key in ("labelled", "validation")]
+    with pytest.raises(StoreError, match="10 of 10 validation images are among the labelled images"):
+        check_apart(open_data(again))
+
+
+def test_a_staged_copy_is_the_store(stores, tmp_path, monkeypatch):
+    (copy,) = stage((str(stores[1]),), tmp_path / "local", lambda *_: None)
+    there, here = (BetonSource(Path(folder) / "train.beton") for folder in (stores[1], copy))
+    assert here.fingerprint() == there.fingerprint() and here.is_raw.all()
+    assert all(here.stored(i) == there.stored(i) for i in range(len(there)))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+    size = sum(file.stat().st_size for file in stores[1].glob("*.beton")) / 1e9
+    with pytest.raises(StoreError, match=rf"{size:.1f} GB are needed, 0.0 GB are free: {size:.1f} GB are missing"):
+        stage((str(stores[1]),), tmp_path / "elsewhere", lambda *_: None)
+
+
+def test_a_profile_reads_pixels_as_training_does(stores):
+    """Catches a measurement in which images that are stored decoded are decoded all the same."""
+    jpeg, raw = (BetonSource(path / "train.beton") for path in stores)
+    cycled, buffer = Cycled(raw, 3 * len(raw), 2), np.zeros(1 << 20, np.uint8)
+    assert np.array_equal(cycled.read_pixels(len(raw) + 1, buffer), raw.read_pixels(1, buffer.copy()))
+    assert Cycled(jpeg, 3, 2).read_pixels(0, buffer) is None
 
 
 def test_a_file_system_without_large_files_says_so_before_the_first_image(tree, tmp_path):
@@ -155,7 +220,7 @@ def test_a_file_system_without_large_files_says_so_before_the_first_image(tree, 
     seen: list[tuple[str, int, int]] = []
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
     try:
-        with pytest.raises(StoreError, match="File too large; put that right"):
+        with pytest.raises(StoreError, match=r"takes no file of [\d,]+ bytes, .*: File too large; choose a folder"):
             convert(prepare(tree, Options(raw=True)), tmp_path, lambda *said: seen.append(said))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
