@@ -86,6 +86,14 @@ class LoaderCost:
         return None if left_s <= 0 else max(1, math.ceil((self.cpu_s - self.serial_s) / left_s))
 
 
+@dataclass(frozen=True)
+class Store:
+    """A way to store the images: the bytes of one on average, and what they cost the loader."""
+
+    bytes_per_image: float
+    cost: LoaderCost
+
+
 def render_s(read_s: Sequence[float], decode_s: float, threads: int, batch: int, a_task: int = 4) -> float:
     """Seconds an image of batches, whose images `threads` threads take in tasks of `a_task`: each image is read, one at
     a time over all threads, which takes as long as the next of `read_s`, over and over; then decoded and cropped, which
@@ -271,11 +279,14 @@ def around(
     efficiency: float,
     caches: Mapping[str, float],
     loaders: Mapping[str, LoaderCost],
+    stores: Mapping[str, Store],
 ) -> dict[str, list[dict[str, Any]]]:
-    """What this machine would do with other cores, loaders, disks and caches: images a second and what binds.
+    """What this machine would do with other cores, loaders, disks, caches and stores: images a second and what binds.
 
     `efficiency`: what a core is worth when all are busy. `caches`: share of recurring images kept, by name. `loaders`:
-    what others were measured to cost.
+    what others were measured to cost. `stores`: ways to store the images, the present one first; each with the bytes a
+    second that it wants of a disk when no image comes from memory, and the cores that keep up with the step (where none
+    was measured, with what the loader does now).
     """
 
     def row(name: str, cost: LoaderCost, cores: int, disk_bytes_s: float = math.inf) -> dict[str, Any]:
@@ -288,10 +299,26 @@ def around(
             "binding": "step" if step_images_per_s <= prepared else binding,
         }
 
+    def stored(name: str, store: Store) -> dict[str, Any]:
+        found, needed = row(name, store.cost, cores), cores_for(store)
+        before = cores_for(next(iter(stores.values())))
+        return {
+            **found,
+            "bytes_per_image": store.bytes_per_image,
+            "disk_bytes_per_s": found["images_per_s"] * store.cost.bytes_read,
+            "cores": needed,
+            "cores_saved": None if needed is None or before is None else before - needed,
+        }
+
+    def cores_for(store: Store) -> int | None:
+        kept_up = step_images_per_s if math.isfinite(step_images_per_s) else loader.images_per_s(cores * efficiency)[0]
+        return store.cost.cores_for(kept_up)
+
     disks = {"hard disk, 150 MB/s": 150e6, "SATA SSD, 500 MB/s": 500e6, "network, 1.2 GB/s": 1.2e9, "NVMe, 5 GB/s": 5e9}
     return {
         "cores": [row(f"{n} core{'s' * (n > 1)}", loader, n) for n in (1, 2, 4, 8, 16, 32, 64)],
         "loaders": [row(name, cost, cores) for name, cost in loaders.items()],
         "disks": [row(name, loader, cores, rate) for name, rate in disks.items()] if loader.bytes_read else [],
         "caches": [row(name, loader.with_cache(share), cores) for name, share in caches.items()],
+        "stores": [stored(name, store) for name, store in stores.items()],
     }

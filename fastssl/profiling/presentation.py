@@ -38,6 +38,7 @@ def rows(profile: Profile) -> dict[str, str]:
         "memory": _memory(profile["memory"]),
         "overhead of profiling": _share(profile["overhead_share"]),
         "machine": _machine(profile["machine"]),
+        **{f"images {row['what']}": _stored(row) for row in (profile["here"] or {}).get("stores", ())},
         "100 epochs here": _hours((profile["here"] or {}).get("hours_per_100_epochs")),
         **_projection_rows(profile["projection"]),
     }
@@ -91,6 +92,15 @@ def _loader_rows(loader: Mapping[str, Any] | None) -> dict[str, str]:
                 f"{1e3 * row['wall_s_per_image']:.3f} ms of a thread"
             )
     return found
+
+
+def _stored(row: Mapping[str, Any]) -> str:
+    """What a way to store the images asks for."""
+    rate = f"{row['disk_bytes_per_s'] / 1e6:,.0f} MB/s from the disk for {_rate(row['images_per_s'])} images/s"
+    cores = "" if row["cores"] is None else f"; {row['cores']} core{'s' * (row['cores'] > 1)} would do"
+    fewer = row["cores_saved"] or 0
+    saved = f", {abs(fewer)} {'fewer' if fewer > 0 else 'more'}" if fewer else ""
+    return f"{row['bytes_per_image'] / 1e3:,.0f} KB an image, {rate}{cores}{saved}"
 
 
 def _messages(row: Mapping[str, Any]) -> str:
@@ -202,10 +212,17 @@ def _here_section(here: Mapping[str, Any] | None) -> Html | None:
         return None
     columns = ["", "loader, images/s", "together, images/s", "binds"]
     found: list[Html] = []
-    for name in ("cores", "loaders", "disks", "caches"):
+    for name in ("cores", "loaders", "disks", "caches", "stores"):
         if here[name]:
             kept = [[r["what"], r["loader_images_per_s"], r["images_per_s"], r["binding"]] for r in here[name]]
             found += [element("h3", f"With other {name}"), table(columns, kept)]
+    if here["stores"]:
+        columns = ["", "KB an image", "MB/s of a disk", "cores that keep up", "saved"]
+        kept = [
+            [r["what"], r["bytes_per_image"] / 1e3, r["disk_bytes_per_s"] / 1e6, r["cores"], r["cores_saved"]]
+            for r in here["stores"]
+        ]
+        found.append(table(columns, kept))
     return section("what-if", "What if this machine were another", *found)
 
 

@@ -35,7 +35,7 @@ from fastssl.recipes.resolve import resolve
 from loaders.files import write_file
 from loaders.plan.views import Balanced
 from loaders.store.data import open_data
-from loaders.store.source import Source, is_encoded
+from loaders.store.source import EncodedSource, Source, is_encoded
 
 Start = Callable[[Job, Callable[[Job], None]], object]  # does a piece of work on all ranks
 
@@ -84,6 +84,7 @@ def prepare(job: Job, what: measure.What, seconds: float, trace: bool) -> tuple[
     (headline,) = resolve(whatif.HEADLINE)
     imagenet = KNOWN_SETS["imagenet"]
     everything = Facts(imagenet.num_classes, imagenet.channels, 0)
+    some = _some(sources)
     before = Before(
         identity=_identity(job, what, chosen, sources),
         cost=cost,
@@ -94,7 +95,8 @@ def prepare(job: Job, what: measure.What, seconds: float, trace: bool) -> tuple[
         batch_global=plan.stream(plan.epoch_of).batch_global,
         streams={s.name: s.batch_global for s in whole.streams},
         recurring=tuple(s.name for s in whole.streams if isinstance(s.order, Balanced)),
-        files_bytes=_files_bytes(sources),
+        files_bytes=[int(source.num_bytes[i]) for source, i in some],
+        decoded_bytes=[3 * int(source.sizes[i].prod()) for source, i in some],
         in_memory=not job.data or not encoded,
         notes=tuple(notes),
     )
@@ -170,11 +172,11 @@ def cpu_model() -> str:
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _files_bytes(sources: Sequence[Source]) -> list[int]:
-    """Of the files of some encoded images; empty where images are arrays."""
+def _some(sources: Sequence[Source]) -> list[tuple[EncodedSource, int]]:
+    """Some encoded images; none where images are arrays."""
     return [
-        len(source.jpeg(int(i)))
+        (source, i)
         for source in sources
         if is_encoded(source)
-        for i in np.linspace(0, len(source) - 1, min(_SAMPLE, len(source))).astype(int)
+        for i in np.linspace(0, len(source) - 1, min(_SAMPLE, len(source))).astype(int).tolist()
     ]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from statistics import median, quantiles
+from functools import partial
+from statistics import fmean, median, quantiles
 from typing import Any
 
 from fastssl.costs import whatif
@@ -58,6 +59,7 @@ class Before:
     batch_global    images of the epoch's stream in the step that is run; images_recipe in the recipe's own
     per_image       images of each stream a step, in the recipe as it stands
     recurring       streams whose images come back, which a cache of decoded images serves
+    files_bytes     of some images as they are stored, and decoded_bytes of the same ones decoded; of arrays none
     """
 
     identity: Mapping[str, Any]
@@ -70,6 +72,7 @@ class Before:
     streams: Mapping[str, int]
     recurring: tuple[str, ...]
     files_bytes: Sequence[int]
+    decoded_bytes: Sequence[int]
     in_memory: bool
     notes: tuple[str, ...] = ()
 
@@ -173,13 +176,14 @@ def _phase_row(windows: Sequence[Window], phase: str, streams: Mapping[str, int]
     return Phase(cpu_s, wall_s, 1 / cpu_s if cpu_s else None)
 
 
-def _loader_cost(before: Before, windows: Sequence[Window]) -> whatif.LoaderCost:
-    def total(phases: Sequence[str], streams: Sequence[str]) -> float:
-        return sum(
-            _cpu_s(windows, phase, name) * before.streams[name] for phase in phases for name in streams
-        ) / before.streams[before.epoch_of]  # fmt: skip
+def _spent_s(before: Before, windows: Sequence[Window], phases: Sequence[str], streams: Sequence[str]) -> float:
+    """CPU seconds of `phases` on `streams` for one image of the epoch's."""
+    seconds = (_cpu_s(windows, phase, name) * before.streams[name] for phase in phases for name in streams)
+    return sum(seconds) / before.streams[before.epoch_of]
 
-    names = list(before.streams)
+
+def _loader_cost(before: Before, windows: Sequence[Window]) -> whatif.LoaderCost:
+    total, names = partial(_spent_s, before, windows), list(before.streams)
     recurring = sum(before.streams[name] for name in before.recurring) / before.streams[before.epoch_of]
     images = sum(before.streams.values()) / before.streams[before.epoch_of]
     files = before.files_bytes
@@ -193,6 +197,34 @@ def _loader_cost(before: Before, windows: Sequence[Window]) -> whatif.LoaderCost
         finish_s=total(["finish"], names),
         batch=before.streams[before.epoch_of] // before.world,
         sizes=tuple(file / mean_bytes for file in files) or (1.0,),
+    )
+
+
+def _stores(before: Before, windows: Sequence[Window], cost: whatif.LoaderCost) -> dict[str, whatif.Store]:
+    """The images as they are stored and, where the loader can cut crops from decoded ones, stored decoded."""
+    if not before.files_bytes:
+        return {}
+    mean, decoded = fmean(before.files_bytes), fmean(before.decoded_bytes)
+    if mean == decoded:
+        return {"as stored, decoded": whatif.Store(mean, cost)}
+    found = {"as stored": whatif.Store(mean, cost)}
+    if before.identity["loader"] in ("auto", "turbo"):
+        found["decoded, by --pixels raw"] = whatif.Store(decoded, _decoded_cost(before, windows, cost))
+    return found
+
+
+def _decoded_cost(before: Before, windows: Sequence[Window], cost: whatif.LoaderCost) -> whatif.LoaderCost:
+    """What the images would cost if they were stored decoded: nothing is decoded, and to fetch them takes as much more
+    as they have more bytes."""
+    more = sum(before.decoded_bytes) / sum(before.files_bytes)
+    decode_s, fetch_s = (_spent_s(before, windows, [phase], list(before.streams)) for phase in ("decode", "fetch"))
+    return replace(
+        cost,
+        cpu_s=cost.cpu_s - decode_s + (more - 1) * fetch_s,
+        bytes_read=more * cost.bytes_read,
+        decode_s=more * _spent_s(before, windows, ["fetch"], before.recurring),
+        cached_bytes_read=more * cost.cached_bytes_read,
+        sizes=tuple(size / fmean(before.decoded_bytes) for size in before.decoded_bytes),
     )
 
 
@@ -380,8 +412,9 @@ def _here(
     recurring_bytes = known.num_images * DECODED_BYTES
     caches = {f"{gib} GiB of decoded support": min(1.0, gib * 2**30 / recurring_bytes) for gib in CACHES_GIB}
     others = {kind.renderer: _loader_cost(before, found) for kind, found in windows.items() if kind.renderer}
+    stores = _stores(before, windows[WARM], cost)
     tables = whatif.around(
-        cost, trained, loader.threads, _efficiency(loader), caches if before.recurring else {}, others
+        cost, trained, loader.threads, _efficiency(loader), caches if before.recurring else {}, others, stores
     )
     hours = None
     if step:

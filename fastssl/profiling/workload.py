@@ -26,7 +26,7 @@ from fastssl.recipes.datasets import KNOWN_SETS
 from loaders.plan.plan import Plan
 from loaders.plan.views import Balanced, Whole
 from loaders.store.data import LABELLED, DataSets
-from loaders.store.source import ArraySource, EncodedSource, Source, digest, is_encoded
+from loaders.store.source import ArraySource, EncodedSource, Source, digest, holds_pixels, is_encoded
 
 CPU_STEP_FLOP = 0.25e12  # of one rank's step on a CPU: about a second on two cores
 CARD_SHARE = 0.6  # of a GPU's memory that the chosen shard may need
@@ -118,6 +118,9 @@ class Cycled:
 
     def jpeg(self, i: int) -> bytes:
         return self.source.jpeg(int(self._of[i]))
+
+    def read_pixels(self, i: int, buffer: np.ndarray) -> np.ndarray | None:
+        return self.source.read_pixels(int(self._of[i]), buffer) if holds_pixels(self.source) else None
 
     @property
     def num_bytes(self) -> np.ndarray:

@@ -180,6 +180,24 @@ def test_a_cache_saves_decoding_and_reading():
     assert cost.with_cache(0.5) == replace(cost, cpu_s=0.003, bytes_read=180e3)
 
 
+def test_decoded_images_want_more_of_the_disk_and_fewer_cores():
+    """By hand, with half an image of another stream beside each: 4 ms of CPU, of which 2.5 decode, and 110 KB an image;
+    decoded 550 KB, and .4 ms more to fetch them. The step takes 500 images a second."""
+    jpeg = whatif.LoaderCost(cpu_s=0.004, serial_s=0.0, bytes_read=165e3)
+    stores = {
+        "as stored": whatif.Store(110e3, jpeg),
+        "decoded": whatif.Store(550e3, replace(jpeg, cpu_s=0.0019, bytes_read=825e3)),
+    }
+    as_stored, decoded = whatif.around(jpeg, 500.0, 1, 1.0, {}, {}, stores)["stores"]
+    assert (as_stored["bytes_per_image"], decoded["bytes_per_image"]) == (110e3, 550e3)
+    assert (as_stored["images_per_s"], as_stored["binding"]) == (pytest.approx(250), "loader")
+    assert (decoded["images_per_s"], decoded["binding"]) == (500, "step")
+    assert as_stored["disk_bytes_per_s"] == pytest.approx(250 * 165e3)
+    assert decoded["disk_bytes_per_s"] == pytest.approx(500 * 825e3)
+    assert (as_stored["cores"], decoded["cores"]) == (2, 1)
+    assert (as_stored["cores_saved"], decoded["cores_saved"]) == (0, 1)
+
+
 def tick_by_tick(prepare_ms, consume_ms, depth, num):
     """Batches a second of a loader, a queue and a step, watched every millisecond."""
     ready = made = taken = busy_ms = now_ms = 0

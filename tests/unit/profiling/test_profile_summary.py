@@ -108,7 +108,7 @@ def found(rank, what):
 
 def before(what, world=2):
     return Before(
-        identity={"dataset": "imagenet", "recipe": "x"},
+        identity={"dataset": "imagenet", "recipe": "x", "loader": "auto"},
         cost=COST if what != "loader" else None,
         headline=COST,
         device="cpu",
@@ -118,6 +118,7 @@ def before(what, world=2):
         streams={"unlabelled": 4096, "support": 1536},
         recurring=("support",),
         files_bytes=[100_000, 110_000, 120_000],
+        decoded_bytes=[400_000, 600_000, 650_000],
         in_memory=False,
         notes=("before",),
     )
@@ -138,6 +139,33 @@ def test_the_summary_of_fixed_measurements_is_what_it_was(what):
     """Would catch a key that changed its name, a mean in the place of a median, and a rank or a kind that is lost."""
     profile = summarise(before(what), [found(0, what), found(1, what)], True)
     assert without_projection(profile) == json.loads(GOLDEN.read_text())[what]
+
+
+def test_what_if_the_images_were_stored_decoded():
+    """By hand, of windows that all take the same: an unlabelled image and 1536 / 4096 of a support one. Decoded ones
+    cost no decoding and five times the fetching; a store that holds them says its own figures, and only these."""
+    spent = {"plan": 0.0, "fetch": 0.002, "decode": 0.02, "crop": 0.004, "finish": 0.006}
+    one = found(0, "loader")
+    per_stream = {phase: Spent(64 * s, 64 * s, 64.0) for phase, s in spent.items()}
+    halved = {phase: Spent(24 * s, 24 * s, 24.0) for phase, s in spent.items()}
+    alike = [replace(w, spent={"unlabelled": per_stream, "support": halved}) for w in one.loader[WARM]]
+    one = replace(one, loader={WARM: alike})
+
+    def stores(**changed):
+        sizes = {"files_bytes": [90_000, 110_000], "decoded_bytes": [450_000, 550_000], **changed}
+        return summarise(replace(before("loader", world=1), **sizes), [one], True)["here"]["stores"]
+
+    as_stored, decoded = stores()
+    images, cores = 1 + 1536 / 4096, 2
+    assert (as_stored["bytes_per_image"], decoded["bytes_per_image"]) == (100e3, 500e3)
+    assert as_stored["loader_images_per_s"] == pytest.approx(cores / images / 0.032)
+    assert decoded["loader_images_per_s"] == pytest.approx(cores / images / (0.032 - 0.02 + 4 * 0.002))
+    assert decoded["disk_bytes_per_s"] == pytest.approx(decoded["images_per_s"] * images * 500e3)
+    assert (as_stored["cores"], decoded["cores"], decoded["cores_saved"]) == (2, 2, 0)
+    (own,) = stores(files_bytes=[450_000, 550_000])
+    assert own["what"] == "as stored, decoded" and own["bytes_per_image"] == 500e3
+    assert own["loader_images_per_s"] == as_stored["loader_images_per_s"]
+    assert [row["what"] for row in stores(files_bytes=[], decoded_bytes=[])] == []
 
 
 def test_a_profile_of_nothing_yet_is_whole():
