@@ -14,10 +14,10 @@ from __future__ import annotations
 import os
 import queue
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,11 +41,12 @@ from loaders.renderers.turbo import TurboRenderer
 from loaders.store.data import VALIDATION, DataSets
 from loaders.store.masks import Masks
 from loaders.store.source import ArraySource, Selected, Source, is_encoded
-from loaders.timing import FINISH, PLAN, PhaseTimes, Prepared, now
+from loaders.timing import FINISH, PLAN, Busy, PhaseTimes, Prepared, now
 
 _DONE = object()
 _CPU = torch.device("cpu")
 _HISTORY = 1000  # batches
+_AHEAD = 2  # steps that are rendered, or being so, while one is finished: fewer would leave threads idle in between
 NUM_KEPT = 4  # batches after which a GPU's loader has made all its slots
 _PLANES_BYTES = 20_000_000  # of a finish's float planes, of which two live at once: less than a large GPU's L2
 
@@ -103,8 +104,8 @@ def resolved(subset: Subset, source: Source, data: DataSets) -> Resolved:
 
 class Loader:
     """Batches of one rank. At most `threads` threads at a time render and finish images (default, and never more: the
-    CPUs this process may use); one more plans ahead, `prefetch` batches deep. Close it, or use it in a `with`
-    statement, to join its threads.
+    CPUs this process may use); two more plan what they do and hand it out, `prefetch` batches deep. Close it, or use it
+    in a `with` statement, to join its threads.
 
     Up to `cache_bytes` of decoded images are kept for class-balanced streams, whose pixels stay the same.
 
@@ -139,7 +140,7 @@ class Loader:
         self.threads = min(threads or num_cpus, num_cpus)
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="fastssl-render")
         self._times = {name: PhaseTimes() for name in bound.sources}
-        self._elapsed_s = {name: np.zeros(2) for name in bound.sources}  # rendering, finishing
+        self._busy = Busy()
         self.history: deque[Prepared] = deque(maxlen=_HISTORY)
         augmented = _with_policy(bound, renderer)
         self._renderers = {
@@ -155,7 +156,8 @@ class Loader:
         self._ahead = copy_stream(self.device) if self.device.type == "cuda" else None  # copies and finishes
         self._finishes_there = runs_triton(self.device)
         self._free: deque[_Slot] = deque()
-        self._scratch = _Slot(pinned=False)  # crops that are finished on the CPU: rewritten every step
+        # Crops that are finished on the CPU: of the step that is finished, and of those rendered meanwhile.
+        self._scratch = [_Slot(pinned=False) for _ in range(1 + _AHEAD)]
         self._stopping = threading.Event()
         self._planner: threading.Thread | None = None
 
@@ -196,7 +198,7 @@ class Loader:
         assert self._planner is None, "close the iterator before asking for another"
         ready: queue.Queue[Any] = queue.Queue(maxsize=self.prefetch)
         self._stopping.clear()
-        planner = threading.Thread(target=self._prepare, args=(start, stop, ready), name="fastssl-plan")
+        planner = threading.Thread(target=self._prepare, args=(start, stop, ready), name="fastssl-finish")
         planner.start()  # an interrupt may come here: a thread that has not begun cannot be joined
         self._planner = planner
         try:
@@ -242,8 +244,9 @@ class Loader:
         self.close()
 
     def _prepare(self, start: int, stop: int, ready: queue.Queue[Any]) -> None:
-        """The planning thread: put batches, each with the event of its copy to the GPU, then `_DONE` or the exception
-        that ended it, until told to stop."""
+        """The finishing thread: put batches, each with the event of its copy to the GPU, then `_DONE` or the exception
+        that ended it, until told to stop. While one is finished, another thread renders the next, so that those of the
+        pool need not wait for the last image of either."""
 
         def put(item: object) -> None:
             while not self._stopping.is_set():
@@ -253,26 +256,52 @@ class Loader:
                     continue
 
         try:
-            if self._ahead is not None:
-                torch.cuda.set_device(self.device)  # a thread begins on GPU 0, and pinning memory would occupy it
-            for step in range(start, stop):
-                if self._stopping.is_set():
-                    return
-                begin = time.perf_counter()
-                batch = self._batch(step)
-                totals = np.stack([times.totals() for times in self._times.values()])
-                elapsed_s = np.stack(list(self._elapsed_s.values()))
-                self.history.append(Prepared(step, time.perf_counter() - begin, totals, elapsed_s))
-                put(batch)
+            with self._ahead_of_us() as ahead:
+                coming: deque[Future[_Rendered]] = deque()
+                for step in range(start, stop):
+                    for k in range(step + len(coming), min(step + 1 + _AHEAD, stop)):
+                        coming.append(ahead.submit(self._rendered, k, self._room(k)))
+                    rendered = coming.popleft().result()
+                    if self._stopping.is_set():
+                        return
+                    batch = self._batch(rendered)
+                    totals = np.stack([times.totals() for times in self._times.values()])
+                    self.history.append(Prepared(step, self._busy.total_s(), totals))
+                    put(batch)
             put(_DONE)
         except BaseException as error:  # handed to the consumer, which raises it
             put(error)
 
-    def _batch(self, step: int) -> tuple[Batch, torch.cuda.Event | None]:
-        slot = self._slot()
-        with torch.cuda.stream(self._ahead):
-            parts = {stream.name: self._part(stream.name, step, slot) for stream in self.bound.plan.asked.streams}
-            batch = Batch(parts, torch.tensor(step)).to(self.device)
+    @contextmanager
+    def _ahead_of_us(self) -> Iterator[ThreadPoolExecutor]:
+        """The thread that renders; at the end what it has not begun is dropped. It and this one are on our GPU: a
+        thread begins on GPU 0, and pinning memory would occupy that."""
+
+        def enter() -> None:
+            if self._ahead is not None:
+                torch.cuda.set_device(self.device)
+
+        enter()
+        ahead = ThreadPoolExecutor(1, "fastssl-ahead", enter)
+        try:
+            yield ahead
+        finally:
+            ahead.shutdown(cancel_futures=True)
+
+    def _room(self, step: int) -> _Slot:
+        """Where the step's crops go: what is finished on a GPU leaves from a batch's own buffers."""
+        return self._slot() if self._finishes_there else self._scratch[step % len(self._scratch)]
+
+    def _rendered(self, step: int, room: _Slot) -> _Rendered:
+        with self._busy.working(), torch.cuda.stream(self._ahead):
+            streams = [self._rows_and_crops(s.name, step, room) for s in self.bound.plan.asked.streams]
+        return _Rendered(step, room, streams)
+
+    def _batch(self, rendered: _Rendered) -> tuple[Batch, torch.cuda.Event | None]:
+        slot = rendered.room if self._finishes_there else self._slot()
+        with self._busy.working(), torch.cuda.stream(self._ahead):
+            parts = {rows.stream: self._part(rows, crops, slot) for rows, crops in rendered.streams}
+            batch = Batch(parts, torch.tensor(rendered.step)).to(self.device)
         if self._ahead is None:
             batch.release = self._taking_back(slot)
             return batch, None
@@ -300,7 +329,7 @@ class Loader:
 
         return release
 
-    def _rendered(self, stream: str, step: int, slot: _Slot) -> tuple[Rows, dict[str, Any]]:
+    def _rows_and_crops(self, stream: str, step: int, room: _Slot) -> tuple[Rows, dict[str, Any]]:
         """The stream's rows of this step and their uint8 crops by view."""
         instead = self.replaced[stream]
         while True:
@@ -308,7 +337,7 @@ class Loader:
             rows = self.bound.plan.rows(stream, step, self.rank, self.world, instead)
             self._times[stream].add(PLAN, begin)
             try:
-                return rows, self._crops(rows, slot)
+                return rows, self._crops(rows, room)
             except RenderError as error:
                 if not self.replace_damaged or error.image_id is None:
                     raise
@@ -317,23 +346,19 @@ class Loader:
                     raise
                 instead[error.image_id] = substitute
 
-    def _crops(self, rows: Rows, slot: _Slot) -> dict[str, Any]:
+    def _crops(self, rows: Rows, room: _Slot) -> dict[str, Any]:
         renderer = self._renderers[rows.stream]
-        buffers = slot if self._finishes_there else self._scratch
         crops: dict[str, Any] = {}
         for v in rows.views:
             shape = (len(v.boxes), v.view.size, v.view.size, self.bound.sources[rows.stream].channels)
             if renderer.device_id is None:
-                crops[v.view.name] = buffers.array((rows.stream, v.view.name), shape, torch.uint8)
+                crops[v.view.name] = room.array((rows.stream, v.view.name), shape, torch.uint8)
             else:
                 crops[v.view.name] = torch.empty(shape, dtype=torch.uint8, device=self.device)
         renderer.render(rows, crops)
         return crops
 
-    def _part(self, stream: str, step: int, slot: _Slot) -> Part:
-        begin = time.perf_counter()
-        rows, crops = self._rendered(stream, step, slot)
-        rendered = time.perf_counter()
+    def _part(self, rows: Rows, crops: dict[str, Any], slot: _Slot) -> Part:
         x = {}
         for v in rows.views:
             crop, shape = crops[v.view.name], (len(v.view.turns), *crops[v.view.name].shape)
@@ -341,9 +366,8 @@ class Loader:
                 out = _finished_on_gpu(v, crop, torch.empty(shape, device=self.device))
             else:
                 room = slot.array((rows.stream, v.view.name), shape, torch.float32)
-                out = self._finished(v, crop, room, self._times[stream])
+                out = self._finished(v, crop, room, self._times[rows.stream])
             x[v.view.name] = out.flatten(0, 1).permute(0, 3, 1, 2)
-        self._elapsed_s[stream] += (rendered - begin, time.perf_counter() - rendered)
         return Part(
             x=x,
             ids=torch.from_numpy(rows.ids),
@@ -470,6 +494,15 @@ def make_renderer(
 
 def _missing(kind: str, extra: str, error: ImportError) -> StoreError:
     return StoreError(f"--loader {kind} cannot start ({error}): install the extra {extra} (see docs/data.md)")
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    """A step whose crops are there: the rows of each stream beside its uint8 crops by view."""
+
+    step: int
+    room: _Slot
+    streams: list[tuple[Rows, dict[str, Any]]]
 
 
 class _Slot:

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,32 +65,52 @@ class PhaseTimes:
         return row
 
 
+class Busy:
+    """A clock that runs while at least one of some threads is at work."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._at_work, self._since, self._total_s = 0, 0.0, 0.0
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        self._count(1)
+        try:
+            yield
+        finally:
+            self._count(-1)
+
+    def total_s(self) -> float:
+        """Seconds so far."""
+        with self._lock:
+            return self._total_s + (time.perf_counter() - self._since if self._at_work else 0.0)
+
+    def _count(self, change: int) -> None:
+        with self._lock:
+            if not self._at_work:
+                self._since = time.perf_counter()
+            self._at_work += change
+            if not self._at_work:
+                self._total_s += time.perf_counter() - self._since
+
+
 @dataclass(frozen=True)
 class Prepared:
-    """One batch: wall seconds from the first plan to the last finish, and each stream's totals at its end; differences
-    between batches are what each took.
+    """What a loader had spent when one batch was ready, on all of them so far; differences are what each took.
 
-    totals    float64 [streams, phases, 3], as `PhaseTimes.totals`
-    elapsed_s float64 [streams, 2], of planning and rendering, and of finishing: threads work on one of these at a time,
-              and some of them idle towards its end, which no thread counts
+    busy_s    wall seconds in which it worked, not those in which it waited for somebody to take a batch
+    totals    float64 [streams, phases, 3], as `PhaseTimes.totals`, with what the next batch, rendered meanwhile, took
     """
 
     step: int
-    wall_s: float
+    busy_s: float
     totals: np.ndarray
-    elapsed_s: np.ndarray
 
     def by_phase(self, before: Prepared) -> np.ndarray:
-        """Wall seconds float64 [phases] that the loader spent since `before`: they add up to what its batches took.
-        What threads do side by side is divided as they spent their time."""
-        wall_s = (self.totals - before.totals)[:, :, 0]
-        rendered_s, finished_s = (self.elapsed_s - before.elapsed_s).T
-        side_by_side = wall_s[:, [FETCH, DECODE, CROP]]
-        shares = side_by_side / np.maximum(side_by_side.sum(1, keepdims=True), 1e-12)
-        parts = np.zeros_like(wall_s)
-        parts[:, PLAN], parts[:, FINISH] = wall_s[:, PLAN], finished_s
-        parts[:, [FETCH, DECODE, CROP]] = shares * np.maximum(rendered_s - wall_s[:, PLAN], 0.0)[:, None]
-        by_phase: np.ndarray = parts.sum(0)
+        """Wall seconds float64 [phases] that the loader spent since `before`: they add up to those in which it worked,
+        divided as its threads spent their time, since they work side by side."""
+        spent_s = (self.totals - before.totals)[:, :, 0].sum(0)
+        by_phase: np.ndarray = spent_s * (self.busy_s - before.busy_s) / max(spent_s.sum(), 1e-12)
         return by_phase
 
 

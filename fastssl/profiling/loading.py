@@ -109,7 +109,7 @@ def loader_window(loader: Loader, skip: int) -> Window:
     return Window(
         images=by_stream[plan.epoch_of],
         by_stream=by_stream,
-        prepare_s=[one.wall_s for one in counted],
+        prepare_s=np.diff([one.busy_s for one in history[skip - 1 :]]).tolist(),
         by_phase_s=dict(zip(PHASES, last.by_phase(before).tolist(), strict=True)),
         spent={
             name: {phase: Spent(*row) for phase, row in zip(PHASES, totals[k].tolist(), strict=True)}

@@ -150,7 +150,7 @@ class Stepping:
                 next(batches).release()
                 while len(loader.history) <= loader.prefetch:
                     time.sleep(0.002)
-                prepare_s = np.median([one.wall_s for one in loader.history])
+                prepare_s = np.median(np.diff([one.busy_s for one in loader.history]))
                 if prepare_s > np.median(self.given.found.steps[READY][-1].step_s):
                     for _ in range(loader.prefetch):
                         next(batches).release()

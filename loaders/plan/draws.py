@@ -8,7 +8,7 @@ give the same bits on every machine.
 from __future__ import annotations
 
 import hashlib
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 
@@ -34,19 +34,28 @@ def _scramble(x: np.ndarray) -> np.ndarray:
     return mixed
 
 
-def _bits(part: Key) -> np.ndarray:
-    if isinstance(part, int):
-        return np.array(part & 0xFFFFFFFFFFFFFFFF, np.uint64)
-    return np.asarray(part).astype(np.uint64)
-
-
 def mix(*parts: Key) -> np.ndarray:
     """Integers or integer arrays (broadcast together) -> uint64 keys. The order of the parts matters."""
+    return mixed_on(np.zeros((), np.uint64), *parts)
+
+
+def mixed_on(key: np.ndarray, *parts: Key) -> np.ndarray:
+    """mix(*first, *parts), given mix(*first)."""
     with np.errstate(over="ignore"):
-        key = np.zeros((), np.uint64)
         for part in parts:
-            key = _scramble((key + _GOLDEN) ^ _scramble(_bits(part) + _GOLDEN))
+            hashed = _hash_of_int(part) if isinstance(part, int) else _hash(part)
+            key = _scramble((key + _GOLDEN) ^ hashed)
     return key
+
+
+def _hash(part: np.ndarray | np.uint64) -> np.ndarray:
+    return _scramble(np.asarray(part).astype(np.uint64) + _GOLDEN)
+
+
+@lru_cache(4096)  # tags and small counts, which come again every step
+def _hash_of_int(part: int) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return _hash(np.array(part & 0xFFFFFFFFFFFFFFFF, np.uint64))
 
 
 def uniforms(keys: np.ndarray, count: int, first: int = 0) -> np.ndarray:

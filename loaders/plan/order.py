@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from loaders.plan.draws import Key, mix, tag
+from loaders.plan.draws import Key, mix, mixed_on, tag
 
 _ROUNDS = 8
 _MIN_BITS = 5  # narrower networks permute very small sets unevenly (chi-square of pairs in its test)
@@ -44,11 +44,12 @@ def _feistel(value: np.ndarray, low_bits: np.ndarray, bits: np.ndarray, key: np.
     low_mask = (one << low_bits) - one
     high_mask = (one << (bits - low_bits)) - one
     low, high = value & low_mask, value >> low_bits
-    for round_ in range(_ROUNDS):
+    round_keys = mix(key, np.arange(_ROUNDS).reshape(-1, *[1] * value.ndim))
+    for round_, round_key in enumerate(round_keys):
         if round_ % 2:
-            low = low ^ (mix(key, round_, high) & low_mask)
+            low = low ^ (mixed_on(round_key, high) & low_mask)
         else:
-            high = high ^ (mix(key, round_, low) & high_mask)
+            high = high ^ (mixed_on(round_key, low) & high_mask)
     joined: np.ndarray = (high << low_bits) | low
     return joined
 

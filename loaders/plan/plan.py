@@ -14,7 +14,7 @@ import numpy as np
 
 from loaders.errors import PlanError
 from loaders.plan.boxes import boxes
-from loaders.plan.draws import mix, tag, uniforms
+from loaders.plan.draws import mix, mixed_on, tag, uniforms
 from loaders.plan.order import ClassIndex, balanced, shuffled
 from loaders.plan.views import Balanced, Centre, FiveCrops, SaliencyMask, Sequential, Stream, View
 
@@ -265,10 +265,12 @@ def check_world(world: int, counts: list[int]) -> None:
 def _view_rows(view: View, ids: np.ndarray, facts: StreamFacts, image_keys: np.ndarray) -> ViewRows:
     copies = np.arange(view.copies)[:, None]
     keys = mix(image_keys[None, :], tag(view.name), copies).reshape(-1)
+    begun = mix(keys)
     tables = tuple(
-        op.parameters(uniforms(mix(keys, tag(type(op).__name__), i), op.num_draws)) for i, op in enumerate(view.ops)
+        op.parameters(uniforms(mixed_on(begun, tag(type(op).__name__), i), op.num_draws))
+        for i, op in enumerate(view.ops)
     )
-    box = boxes(view, np.tile(facts.sizes[ids], (view.copies, 1)), mix(keys, tag("box")))
+    box = boxes(view, np.tile(facts.sizes[ids], (view.copies, 1)), mixed_on(begun, tag("box")))
     greys = policy = None
     if view.mask is not None:
         assert facts.foreground is not None

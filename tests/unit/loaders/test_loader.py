@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from loaders import loader as loader_module
 from loaders.errors import RenderError, StoreError
 from loaders.loader import Loader, bind
 from loaders.plan.ops import ColourJitter, Flip, GaussianBlur
@@ -318,6 +319,29 @@ def test_a_consumer_that_is_slow_waits_for_nothing(bound):
             next(batches).release()
             waits.append(time.perf_counter() - start)
     assert sorted(waits)[len(waits) // 2] < 0.01
+
+
+def test_the_next_step_is_rendered_while_one_is_finished(bound, monkeypatch):
+    """Catches threads that idle until the last image of a step is finished, and buffers of more than three steps."""
+    rendered, finish, seen = [threading.Event() for _ in range(8)], loader_module.numba_cpu.finish, []
+    with Loader(bound, threads=2, prefetch=1) as loader:
+        crops = loader._crops
+
+        def noted(rows, room):
+            found = crops(rows, room)
+            rendered[rows.step].set()
+            return found
+
+        def looking_ahead(*arguments):
+            if not seen:  # step 0 is about to be finished
+                seen.append((rendered[2].wait(20), rendered[3].wait(0.2)))
+            finish(*arguments)
+
+        monkeypatch.setattr(loader, "_crops", noted)
+        monkeypatch.setattr(loader_module.numba_cpu, "finish", looking_ahead)
+        with closing(loader.batches(0, 8)) as batches:
+            next(batches).release()
+    assert seen == [(True, False)]
 
 
 @pytest.mark.parametrize("unreadable_by_header", [True, False])

@@ -26,13 +26,13 @@ VIEWS = (View("v", 8, Rrc((0.3, 1.0)), pixels=UNIT, copies=2), View("w", 8, Rrc(
 @pytest.fixture
 def card(monkeypatch):
     with Card(monkeypatch) as card:
-        prepare = Loader._prepare
+        for work in (Loader._prepare, Loader._rendered):  # of either thread
 
-        def on_the_card(self, *args):
-            with card.mode():
-                prepare(self, *args)
+            def on_the_card(self, *args, work=work):
+                with card.mode():
+                    return work(self, *args)
 
-        monkeypatch.setattr(Loader, "_prepare", on_the_card)
+            monkeypatch.setattr(Loader, work.__name__, on_the_card)
         monkeypatch.setattr(
             loader_module, "_finished_on_gpu", lambda rows, crops, out: out.fill_(float(crops[0, 0, 0, 0]))
         )
