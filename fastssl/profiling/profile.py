@@ -26,8 +26,9 @@ from fastssl.errors import ConfigError, FastsslError
 from fastssl.methods.base import Facts, Stage
 from fastssl.profiling import baseline as baselines
 from fastssl.profiling import measure
+from fastssl.profiling.before import Before
 from fastssl.profiling.presentation import as_text, write_page
-from fastssl.profiling.summary import Before, summarise
+from fastssl.profiling.summary import summarise
 from fastssl.profiling.windows import Found
 from fastssl.profiling.workload import LOADER_IMAGES, SIZED, fitting, sized, stand_ins
 from fastssl.recipes.datasets import KNOWN_SETS

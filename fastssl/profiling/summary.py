@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
-from statistics import fmean, median, quantiles
+from dataclasses import asdict, replace
+from statistics import median, quantiles
 from typing import Any
 
 from fastssl.costs import whatif
 from fastssl.costs.cost import StepCost, ring_bytes
+from fastssl.profiling.before import Before
 from fastssl.profiling.figures import (
     Binding,
     Figures,
@@ -24,6 +24,7 @@ from fastssl.profiling.figures import (
     Stall,
     StepFigures,
 )
+from fastssl.profiling.loader_cost import cpu_s_of, loader_cost, stores_of, wall_s_of
 from fastssl.profiling.windows import (
     BESIDE_THE_STEP,
     CLASSES,
@@ -51,32 +52,6 @@ CACHES_GIB = (1, 16, 128)
 DDP_BUCKET_BYTES = 25 << 20  # torch's default
 
 
-@dataclass(frozen=True)
-class Before:
-    """What is known before anything is measured.
-
-    cost, headline  of the step that is run (None where it cannot be traced), and of the 64-GPU job
-    batch_global    images of the epoch's stream in the step that is run; images_recipe in the recipe's own
-    per_image       images of each stream a step, in the recipe as it stands
-    recurring       streams whose images come back, which a cache of decoded images serves
-    files_bytes     of some images as they are stored, and decoded_bytes of the same ones decoded; of arrays none
-    """
-
-    identity: Mapping[str, Any]
-    cost: StepCost | None
-    headline: StepCost
-    device: str
-    world: int
-    epoch_of: str
-    batch_global: int
-    streams: Mapping[str, int]
-    recurring: tuple[str, ...]
-    files_bytes: Sequence[int]
-    decoded_bytes: Sequence[int]
-    in_memory: bool
-    notes: tuple[str, ...] = ()
-
-
 def summarise(before: Before, everyone: Sequence[Found], complete: bool) -> dict[str, Any]:
     """The profile, as JSON has it. `everyone`: what each rank found."""
     return asdict(figures(before, everyone, complete))
@@ -87,7 +62,7 @@ def figures(before: Before, everyone: Sequence[Found], complete: bool) -> Figure
     main = everyone[0]
     loader = _loader(before, everyone) if WARM in main.loader else None
     step = _step(before, everyone) if READY in main.steps else None
-    cost = _loader_cost(before, main.loader[WARM]) if loader else None
+    cost = loader_cost(before, main.loader[WARM]) if loader else None
     binding = _binding(loader, step, cost)
     full_s = step.full_s if step else None
     stall = _stall(everyone) if full_s else None
@@ -130,7 +105,7 @@ def _loader(before: Before, everyone: Sequence[Found]) -> LoaderFigures:
         threads=warm[0].threads * before.world,
         cpu_s_per_image=sum(row.cpu_s_per_image for row in phases.values()),
         stages=phases,
-        by_stream={name: {phase: _cpu_s(warm, phase, name) for phase in PHASES} for name in before.streams},
+        by_stream={name: {phase: cpu_s_of(warm, phase, name) for phase in PHASES} for name in before.streams},
     )
 
 
@@ -152,80 +127,13 @@ def _cold_words(kept: Sequence[float | None]) -> str:
     return "dropped before each window" if most < 0.1 else f"the system kept {most:.0%} in memory: not a cold cache"
 
 
-def _wall_s(windows: Sequence[Window], phase: str, stream: str) -> float:
-    """Of a thread, for an image of `stream`."""
-    return _over_images([w.spent[stream][phase].wall_s for w in windows], windows, stream)
-
-
-def _cpu_s(windows: Sequence[Window], phase: str, stream: str) -> float:
-    """For an image of `stream`."""
-    return _over_images([w.spent[stream][phase].cpu_s for w in windows], windows, stream)
-
-
-def _over_images(spent_s: Sequence[float], windows: Sequence[Window], stream: str) -> float:
-    images = sum(w.by_stream[stream] for w in windows)
-    return sum(spent_s) / images if images else 0.0
-
-
 def _phase_row(windows: Sequence[Window], phase: str, streams: Mapping[str, int], epoch_of: str) -> Phase:
     """A phase of all streams for one image of the epoch's, in the recipe's proportions."""
     wall_s, cpu_s = (
         sum(seconds(windows, phase, name) * n for name, n in streams.items()) / streams[epoch_of]
-        for seconds in (_wall_s, _cpu_s)
+        for seconds in (wall_s_of, cpu_s_of)
     )
     return Phase(cpu_s, wall_s, 1 / cpu_s if cpu_s else None)
-
-
-def _spent_s(before: Before, windows: Sequence[Window], phases: Sequence[str], streams: Sequence[str]) -> float:
-    """CPU seconds of `phases` on `streams` for one image of the epoch's."""
-    seconds = (_cpu_s(windows, phase, name) * before.streams[name] for phase in phases for name in streams)
-    return sum(seconds) / before.streams[before.epoch_of]
-
-
-def _loader_cost(before: Before, windows: Sequence[Window]) -> whatif.LoaderCost:
-    total, names = partial(_spent_s, before, windows), list(before.streams)
-    recurring = sum(before.streams[name] for name in before.recurring) / before.streams[before.epoch_of]
-    images = sum(before.streams.values()) / before.streams[before.epoch_of]
-    files = before.files_bytes
-    mean_bytes = sum(files) / len(files) if files else 0.0
-    return whatif.LoaderCost(
-        cpu_s=total(PHASES, names),
-        serial_s=total(["plan"], names),
-        bytes_read=images * mean_bytes,
-        decode_s=total(["fetch", "decode"], before.recurring),
-        cached_bytes_read=recurring * mean_bytes,
-        finish_s=total(["finish"], names),
-        batch=before.streams[before.epoch_of] // before.world,
-        sizes=tuple(file / mean_bytes for file in files) or (1.0,),
-    )
-
-
-def _stores(before: Before, windows: Sequence[Window], cost: whatif.LoaderCost) -> dict[str, whatif.Store]:
-    """The images as they are stored and, where the loader can cut crops from decoded ones, stored decoded."""
-    if not before.files_bytes:
-        return {}
-    mean, decoded = fmean(before.files_bytes), fmean(before.decoded_bytes)
-    if mean == decoded:
-        return {"as stored, decoded": whatif.Store(mean, cost)}
-    found = {"as stored": whatif.Store(mean, cost)}
-    if before.identity["loader"] in ("auto", "turbo"):
-        found["decoded, by --pixels raw"] = whatif.Store(decoded, _decoded_cost(before, windows, cost))
-    return found
-
-
-def _decoded_cost(before: Before, windows: Sequence[Window], cost: whatif.LoaderCost) -> whatif.LoaderCost:
-    """What the images would cost if they were stored decoded: nothing is decoded, and to fetch them takes as much more
-    as they have more bytes."""
-    more = sum(before.decoded_bytes) / sum(before.files_bytes)
-    decode_s, fetch_s = (_spent_s(before, windows, [phase], list(before.streams)) for phase in ("decode", "fetch"))
-    return replace(
-        cost,
-        cpu_s=cost.cpu_s - decode_s + (more - 1) * fetch_s,
-        bytes_read=more * cost.bytes_read,
-        decode_s=more * _spent_s(before, windows, ["fetch"], before.recurring),
-        cached_bytes_read=more * cost.cached_bytes_read,
-        sizes=tuple(size / fmean(before.decoded_bytes) for size in before.decoded_bytes),
-    )
 
 
 # ------------------------------------------------------------------------------------------------------- the step
@@ -411,8 +319,8 @@ def _here(
     known = KNOWN_SETS[before.identity["dataset"]]
     recurring_bytes = known.num_images * DECODED_BYTES
     caches = {f"{gib} GiB of decoded support": min(1.0, gib * 2**30 / recurring_bytes) for gib in CACHES_GIB}
-    others = {kind.renderer: _loader_cost(before, found) for kind, found in windows.items() if kind.renderer}
-    stores = _stores(before, windows[WARM], cost)
+    others = {kind.renderer: loader_cost(before, found) for kind, found in windows.items() if kind.renderer}
+    stores = stores_of(before, windows[WARM], cost)
     tables = whatif.around(
         cost, trained, loader.threads, _efficiency(loader), caches if before.recurring else {}, others, stores
     )

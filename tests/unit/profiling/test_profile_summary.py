@@ -9,9 +9,10 @@ import pytest
 
 from fastssl.costs.cost import StepCost
 from fastssl.profiling import baseline
+from fastssl.profiling.before import Before
 from fastssl.profiling.presentation import as_page, rows
 from fastssl.profiling.probes import Speed
-from fastssl.profiling.summary import Before, summarise
+from fastssl.profiling.summary import summarise
 from fastssl.profiling.windows import (
     BESIDE_THE_STEP,
     CLASSES,
