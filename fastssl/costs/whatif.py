@@ -284,9 +284,9 @@ def around(
     """What this machine would do with other cores, loaders, disks, caches and stores: images a second and what binds.
 
     `efficiency`: what a core is worth when all are busy. `caches`: share of recurring images kept, by name. `loaders`:
-    what others were measured to cost. `stores`: ways to store the images, the present one first; each with the bytes a
-    second that it wants of a disk when no image comes from memory, and the cores that keep up with the step (where none
-    was measured, with what the loader does now).
+    what others were measured to cost. `stores`: ways to store the images, the present one first; each with what it
+    asks for to keep up with the step (where none was measured, with what the loader does now): bytes a second of a
+    disk, when no image comes from memory, and cores, which are kept busy all the time.
     """
 
     def row(name: str, cost: LoaderCost, cores: int, disk_bytes_s: float = math.inf) -> dict[str, Any]:
@@ -300,19 +300,15 @@ def around(
         }
 
     def stored(name: str, store: Store) -> dict[str, Any]:
-        found, needed = row(name, store.cost, cores), cores_for(store)
-        before = cores_for(next(iter(stores.values())))
+        wanted = step_images_per_s if math.isfinite(step_images_per_s) else loader.images_per_s(cores * efficiency)[0]
         return {
-            **found,
+            **row(name, store.cost, cores),
             "bytes_per_image": store.bytes_per_image,
-            "disk_bytes_per_s": found["images_per_s"] * store.cost.bytes_read,
-            "cores": needed,
-            "cores_saved": None if needed is None or before is None else before - needed,
+            "wanted_images_per_s": wanted,
+            "disk_bytes_per_s": wanted * store.cost.bytes_read,
+            "cores": wanted * store.cost.cpu_s,
+            "cores_saved": wanted * (loader.cpu_s - store.cost.cpu_s),
         }
-
-    def cores_for(store: Store) -> int | None:
-        kept_up = step_images_per_s if math.isfinite(step_images_per_s) else loader.images_per_s(cores * efficiency)[0]
-        return store.cost.cores_for(kept_up)
 
     disks = {"hard disk, 150 MB/s": 150e6, "SATA SSD, 500 MB/s": 500e6, "network, 1.2 GB/s": 1.2e9, "NVMe, 5 GB/s": 5e9}
     return {

@@ -66,8 +66,8 @@ def stores_of(before: Before, windows: Sequence[Window], cost: whatif.LoaderCost
 
 
 def _decoded_cost(before: Before, windows: Sequence[Window], cost: whatif.LoaderCost) -> whatif.LoaderCost:
-    """What the images would cost if they were stored decoded: nothing is decoded, and to fetch them takes as much more
-    as they have more bytes."""
+    """What the images would cost if they were stored decoded, at most: nothing is decoded, and to fetch them takes as
+    much more as they have more bytes."""
     more = sum(before.decoded_bytes) / sum(before.files_bytes)
     decode_s, fetch_s = (_spent_s(before, windows, [phase], list(before.streams)) for phase in ("decode", "fetch"))
     return replace(

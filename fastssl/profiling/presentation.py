@@ -96,11 +96,10 @@ def _loader_rows(loader: Mapping[str, Any] | None) -> dict[str, str]:
 
 def _stored(row: Mapping[str, Any]) -> str:
     """What a way to store the images asks for."""
-    rate = f"{row['disk_bytes_per_s'] / 1e6:,.0f} MB/s from the disk for {_rate(row['images_per_s'])} images/s"
-    cores = "" if row["cores"] is None else f"; {row['cores']} core{'s' * (row['cores'] > 1)} would do"
-    fewer = row["cores_saved"] or 0
-    saved = f", {abs(fewer)} {'fewer' if fewer > 0 else 'more'}" if fewer else ""
-    return f"{row['bytes_per_image'] / 1e3:,.0f} KB an image, {rate}{cores}{saved}"
+    an_image, fewer = f"{row['bytes_per_image'] / 1e3:,.0f} KB an image", row["cores_saved"]
+    saved = f", {abs(fewer):.2f} {'fewer' if fewer > 0 else 'more'}" if fewer else ""
+    wanted = f"{row['disk_bytes_per_s'] / 1e6:,.0f} MB/s from the disk and {row['cores']:.2f} cores{saved}"
+    return f"{an_image}; {_rate(row['wanted_images_per_s'])} images/s want {wanted}"
 
 
 def _messages(row: Mapping[str, Any]) -> str:
@@ -217,13 +216,14 @@ def _here_section(here: Mapping[str, Any] | None) -> Html | None:
             kept = [[r["what"], r["loader_images_per_s"], r["images_per_s"], r["binding"]] for r in here[name]]
             found += [element("h3", f"With other {name}"), table(columns, kept)]
     if here["stores"]:
-        columns = ["", "KB an image", "MB/s of a disk", "cores that keep up", "saved"]
-        kept = [
-            [r["what"], r["bytes_per_image"] / 1e3, r["disk_bytes_per_s"] / 1e6, r["cores"], r["cores_saved"]]
-            for r in here["stores"]
-        ]
-        found.append(table(columns, kept))
+        columns = ["", "KB an image", "for images/s", "MB/s of a disk", "cores busy", "saved"]
+        found.append(table(columns, [_store_row(row) for row in here["stores"]]))
     return section("what-if", "What if this machine were another", *found)
+
+
+def _store_row(row: Mapping[str, Any]) -> list[Any]:
+    wanted, kb, mb_s = row["wanted_images_per_s"], row["bytes_per_image"] / 1e3, row["disk_bytes_per_s"] / 1e6
+    return [row["what"], kb, wanted, mb_s, row["cores"], row["cores_saved"]]
 
 
 def _projection_section(projection: Mapping[str, Any]) -> Html:

@@ -5,7 +5,12 @@ import re
 import time
 from html.parser import HTMLParser
 
-from tests.end_to_end.command import interrupt, run, running, wait_until
+import numpy as np
+import pytest
+
+from loaders.store.beton import BetonReader
+from tests.end_to_end.command import interrupt, run, run_here, running, wait_until
+from tests.support.imagenet_trees import folder_tree
 
 SHORT = ("profile", "paws.digits", "--seconds", "3", "--out", "p")
 SMALL = ("--set", "encoder.base_width=4", "--set", "out_features=8")
@@ -47,6 +52,21 @@ def test_without_data_and_gpu_it_says_what_binds(tmp_path):
 
     code, text = run(tmp_path, "profile", "paws.digits", "--baseline", "p/profile.json", "--out", "q")
     assert code == 1 and "cannot be compared" in text and "encoder.base_width=4" in text
+
+
+def test_a_store_of_decoded_images_is_said_with_its_own_figures(tmp_path):
+    """Catches images that are stored decoded and decoded all the same, and a store taken for one of JPEGs."""
+    folder_tree(tmp_path / "tree", 2, 20)
+    run_here(tmp_path, "convert-imagenet", "tree", "betons", "--pixels", "raw")
+    words = ("--only", "loader", "--seconds", "1", "--data", "betons", "--out", "p")
+    run_here(tmp_path, "profile", "paws.cifar10_small", *words)
+    profile = json.loads((tmp_path / "p" / "profile.json").read_text())
+    assert profile["loader"]["stages"]["decode"]["cpu_s_per_image"] == 0
+    (own,) = profile["here"]["stores"]
+    sizes = np.concatenate([BetonReader(tmp_path / "betons" / f"{split}.beton").sizes for split in ("train", "val")])
+    assert own["what"] == "as stored, decoded" and own["cores_saved"] == 0
+    assert own["bytes_per_image"] == pytest.approx(3 * sizes.prod(1).mean())
+    assert own["disk_bytes_per_s"] > own["wanted_images_per_s"] * own["bytes_per_image"]
 
 
 def test_an_interrupted_profile_keeps_what_it_has(tmp_path):

@@ -192,10 +192,10 @@ def test_decoded_images_want_more_of_the_disk_and_fewer_cores():
     assert (as_stored["bytes_per_image"], decoded["bytes_per_image"]) == (110e3, 550e3)
     assert (as_stored["images_per_s"], as_stored["binding"]) == (pytest.approx(250), "loader")
     assert (decoded["images_per_s"], decoded["binding"]) == (500, "step")
-    assert as_stored["disk_bytes_per_s"] == pytest.approx(250 * 165e3)
+    assert as_stored["disk_bytes_per_s"] == pytest.approx(500 * 165e3)
     assert decoded["disk_bytes_per_s"] == pytest.approx(500 * 825e3)
-    assert (as_stored["cores"], decoded["cores"]) == (2, 1)
-    assert (as_stored["cores_saved"], decoded["cores_saved"]) == (0, 1)
+    assert (as_stored["cores"], decoded["cores"]) == (pytest.approx(2), pytest.approx(0.95))
+    assert (as_stored["cores_saved"], decoded["cores_saved"]) == (0, pytest.approx(1.05))
 
 
 def tick_by_tick(prepare_ms, consume_ms, depth, num):
