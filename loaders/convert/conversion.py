@@ -75,8 +75,10 @@ class Conversion:
         return np.zeros_like(sizes) if self.options.reencode else sizes
 
     def page_size(self, split: str) -> int:
-        sizes = self.slots(split) if self.options.raw else self.splits[split].sizes
-        return _page_size(np.where(sizes > MAX_BYTES, 0, sizes) if not self.options.raw else sizes)
+        """FFCV's pages are a power of two and hold the largest image."""
+        files = self.splits[split].sizes
+        sizes = self.slots(split) if self.options.raw else files[files <= MAX_BYTES]
+        return max(PAGE_SIZE, 1 << (int(sizes.max(initial=1)) - 1).bit_length())
 
     def bytes_needed(self, split: str) -> int:
         """Of disk, at most, as long as images keep their bytes; re-encoding takes about as much twice, for a while."""
@@ -84,7 +86,8 @@ class Conversion:
         if self.options.raw:
             start = data_start(len(sizes), self.page_size(split))
             return place(self.slots(split), start, self.page_size(split))[1] + 300 * len(sizes)
-        return int(sizes.sum() * (2 if self.options.reencode else 1)) + 200 * len(sizes) + 2 * _page_size(sizes)
+        twice = 2 if self.options.reencode else 1
+        return int(sizes.sum() * twice) + 200 * len(sizes) + 2 * self.page_size(split)
 
     def described(self) -> dict[str, Any]:
         """The options as the manifest has them."""
@@ -405,12 +408,6 @@ class _Split:
 
 def _in_set(records: np.ndarray) -> np.ndarray:
     return np.isin(records["outcome"], [o for o in Outcome if o.in_set])
-
-
-def _page_size(sizes: np.ndarray) -> int:
-    """FFCV's pages are a power of two and hold the largest image."""
-    largest = int(sizes[sizes <= MAX_BYTES].max(initial=1))
-    return max(PAGE_SIZE, 1 << (largest - 1).bit_length())
 
 
 def _check_space(plan: Conversion, out: Path) -> None:

@@ -92,6 +92,15 @@ def test_ranks_share_the_batches_of_the_jpegs(stores, world):
         assert np.array_equal(np.concatenate(parts, axis=1).reshape(whole.shape), whole)
 
 
+def test_a_camera_s_photo_has_a_page_that_holds_it(tmp_path):
+    """72 MB decoded: more than any file may have that is stored as it is."""
+    (tmp_path / "tree").mkdir()
+    Image.new("RGB", (6000, 4000), (9, 99, 199)).save(tmp_path / "tree" / "photo.jpg")
+    convert(prepare(tmp_path / "tree", Options(raw=True)), tmp_path / "out")
+    source = BetonSource(tmp_path / "out" / "train.beton")
+    assert source.is_raw.all() and source.read_pixels(0, np.empty(0, np.uint8)).shape == (4000, 6000, 3)
+
+
 def test_what_is_stored_and_what_is_left_out(stores):
     """Catches an image in the set whose pixels nobody could decode, and sides that were not turned upright."""
     jpeg, raw = (BetonSource(path / "train.beton") for path in stores)
