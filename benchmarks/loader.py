@@ -1,6 +1,7 @@
 """How fast PAWS's unlabelled images come in on this machine's CPUs, beside what people use today.
 
     python -m benchmarks.loader --data DIR [--quick] [--json FILE]      (default: $FASTSSL_TEST_DATA/imagenet-sample)
+                                [--peers PYTHON] [--against PATH]
 
 Every contender turns JPEG files into the eight views of PAWS on ImageNet (two of 224 pixels, six of 96: crop, flip,
 colour, grey, blur, normalise, float32), on all CPUs, in turns: each round gives each of them one window, alone; it is
@@ -8,6 +9,8 @@ started before and ended after it. Reported are medians over windows of images p
 of CPU time (worker processes included).
 
 The files lie in the page cache; ours reads them from a `.beton` written for the run, the others from their folder.
+Contenders that need another environment, or a process of their own, are described in `benchmarks.loader_peers`; without
+the options that name an environment they are left out.
 
 pil_dataloader  torch's DataLoader, a worker a CPU; PIL and NumPy transforms as torchvision's, written out below
 eight_decodes   a stream for each view: every view decodes its images for itself; ours in everything else
@@ -19,6 +22,9 @@ fastssl_half_raw, fastssl_all_jpeg  ... `turbo`, from files of FFCV's DatasetWri
                 than 500, half of them raw, and none
 decode_only     the floor: FFCV's libturbojpeg decodes each image, nothing else
 decode_and_crops  ... and cuts and resizes its eight crops, uint8
+ffcv_loader_raw FFCV's own Loader, from the file of fastssl_raw; it leaves hue, grey and blur out
+torchvision_v2, spdl  with the PYTHON of `--peers`, which has torchvision and SPDL and whichever torch suits them
+build_COMMIT_ffcv  fastssl_ffcv of the checkout PATH of `--against`, with the environment PATH/.venv
 """
 
 from __future__ import annotations
@@ -29,7 +35,6 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import platform
 import random
@@ -38,10 +43,11 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -50,14 +56,16 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
+from benchmarks.loader_peers import BATCH, Batches, all_served, in_workers, laws, window
 from benchmarks.machine import commit, cpu_model
 from fastssl.methods.paws import GLOBAL_VIEW, SMALL_VIEW
 from loaders.convert.conversion import Options, convert, prepare
 from loaders.loader import Loader, bind
 from loaders.plan.ops import ColourJitter, GaussianBlur, Grayscale
-from loaders.plan.plan import Plan, ViewRows
+from loaders.plan.plan import Plan, Rows, ViewRows
 from loaders.plan.views import IMAGENET, Rrc, Shuffled, Stream, View
 from loaders.renderers.ffcv import FfcvRenderer
+from loaders.renderers.turbo import TurboRenderer
 from loaders.store.beton import BetonSource, BetonWriter
 from loaders.store.data import DataSets
 from loaders.store.folder import FolderSource
@@ -65,18 +73,26 @@ from loaders.store.openers import open_path
 from loaders.store.source import Source
 
 VIEWS = (GLOBAL_VIEW, SMALL_VIEW)
-BATCH, PIL_BATCH = 32, 16
-WARM_UP = 6  # batches: more than any of them makes ahead, and every buffer has been touched
 TARGETS = {  # ours : the peer -> (must, moonshot)
     ("fastssl_ffcv", "pil_dataloader"): (4.5, 6.0),
     ("fastssl_ffcv", "eight_decodes"): (3.0, None),
     ("fastssl_ffcv", "dali_own_ops"): (2.0, None),
     ("fastssl_shards", "fastssl_turbo"): (0.9, None),
     ("fastssl_half_raw", "fastssl_all_jpeg"): (1.3, None),
+    ("fastssl_turbo", "fastssl_ffcv"): (0.95, None),
+    ("fastssl_turbo", "fastssl_pil"): (1.7, None),
+    ("fastssl_turbo", "build_41f6bfd_ffcv"): (1.08, 1.15),
+    ("fastssl_raw", "build_41f6bfd_ffcv"): (2.2, 3.0),
+    ("fastssl_raw", "pil_dataloader"): (14, None),
+    ("fastssl_raw", "torchvision_v2"): (4, None),
 }
 CROPS_PER_CPU_S = (550, 750)  # decode_and_crops, images a second and core: must, moonshot
+NAMED = (  # those whose rates the report gives first
+    "pil_dataloader", "eight_decodes", "dali_own_ops", "fastssl_ffcv", "fastssl_dali", "decode_only", "fastssl_turbo",
+    "fastssl_raw", "build_41f6bfd_ffcv", "torchvision_v2", "spdl", "ffcv_loader_raw",
+)  # fmt: skip
 
-Batches = Iterator[int]  # endless; each item is the number of images just received
+Contender = Callable[[float], tuple[float, float]]  # seconds of a window -> images a wall second and a CPU second
 
 
 # ---------------------------------------------------------------------------------------------- PIL and a DataLoader
@@ -141,26 +157,19 @@ def pil_view(image: Image.Image, view: View) -> torch.Tensor:
 
 
 class PilImages(torch.utils.data.Dataset):
-    """Files, again and again; an item is the eight views of one."""
+    """An item is the eight views of a file."""
 
     def __init__(self, paths: list[Path]):
         self.paths = paths
 
-    def __len__(self) -> int:
-        return 1 << 40
-
     def __getitem__(self, i: int) -> list[torch.Tensor]:
-        with open(self.paths[i % len(self.paths)], "rb") as file:
+        with open(self.paths[i], "rb") as file:
             image = Image.open(file).convert("RGB")
         return [pil_view(image, view) for view in VIEWS for _ in range(view.copies)]
 
 
 def pil_dataloader(paths: list[Path], threads: int) -> Batches:
-    order = (i for k in itertools.count() for i in np.random.default_rng(k).permutation(len(paths)).tolist())
-    loader = torch.utils.data.DataLoader(PilImages(paths), PIL_BATCH, sampler=order, num_workers=threads)
-    batches = iter(loader)
-    while True:  # a batch of every worker: they work in step, so a window ends with no worker's work uncounted
-        yield sum(len(next(batches)[0]) for _ in range(threads))
+    return in_workers(PilImages(paths), len(paths), threads)
 
 
 # ------------------------------------------------------------------------------------------------------------- DALI
@@ -312,46 +321,55 @@ def rendered(source: BetonSource, threads: int, cut: bool) -> Batches:
 # -------------------------------------------------------------------------------------------------------- measuring
 
 
-def cpu_s() -> float:
-    """CPU seconds of this process and of those it started."""
-    total, tick = time.process_time(), os.sysconf("SC_CLK_TCK")
-    for child in multiprocessing.active_children():
-        fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
-        total += (int(fields[11]) + int(fields[12])) / tick  # utime, stime
-    return total
+def here(start: Callable[..., Batches], *given: Any, **named: Any) -> Contender:
+    """A contender in this process."""
+    return partial(window, partial(start, *given, **named))
 
 
-def window(start: Callable[[], Batches], seconds: float) -> tuple[float, float]:
-    """Images per wall second and per CPU second over about `seconds` of a contender in full flight."""
-    with closing(start()) as batches:  # type: ignore[type-var]
-        for _ in range(WARM_UP):
-            next(batches)
-        wall, cpu, images = time.perf_counter(), cpu_s(), 0
-        while time.perf_counter() - wall < seconds:
-            images += next(batches)
-        wall, cpu = time.perf_counter() - wall, cpu_s() - cpu
-    return images / wall, images / cpu
-
-
-def measure(contenders: dict[str, Callable[[], Batches]], rounds: int, seconds: float) -> dict[str, np.ndarray]:
+def measure(contenders: dict[str, Contender], rounds: int, seconds: float) -> dict[str, np.ndarray]:
     """Rates [rounds, 2], wall and CPU, of each. Every round starts with another one; an uncounted one compiles."""
-    for start in contenders.values():
-        window(start, 0.0)
+    for contender in contenders.values():
+        contender(0.0)
     names = list(contenders)
     rates: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for k in range(rounds):
         for name in names[k % len(names) :] + names[: k % len(names)]:
-            rates[name].append(window(contenders[name], seconds))
+            rates[name].append(contenders[name](seconds))
             gc.collect()
     return {name: np.array(values) for name, values in rates.items()}
 
 
-def summary(rates: dict[str, np.ndarray], settings: dict[str, Any]) -> dict[str, Any]:
+def same_crops(jpegs: BetonSource, raw: BetonSource) -> dict[str, bool]:
+    """Whether the crops are bitwise those of fastssl_ffcv, in as many steps as it takes until every image has come."""
+    plan = bind(Plan(together(), "unlabelled", seed=0), DataSets({"train": jpegs})).plan
+    unseen, same = set(range(len(jpegs))), {"fastssl_turbo": True, "fastssl_raw": True}
+
+    def crops(renderer: FfcvRenderer | TurboRenderer, rows: Rows) -> list[np.ndarray]:
+        out = {v.name: np.empty((v.copies * BATCH, v.size, v.size, 3), np.uint8) for v in VIEWS}
+        renderer.render(rows, out)
+        return list(out.values())
+
+    with ThreadPoolExecutor(1) as pool:
+        reference = FfcvRenderer(jpegs, pool)
+        ours = {"fastssl_turbo": TurboRenderer(jpegs, pool), "fastssl_raw": TurboRenderer(raw, pool)}
+        for step in itertools.count():
+            rows = plan.rows("unlabelled", step)
+            expected = crops(reference, rows)
+            for name, renderer in ours.items():
+                same[name] &= all(map(np.array_equal, crops(renderer, rows), expected))
+            unseen -= set(rows.ids.tolist())
+            if not unseen:
+                return same
+
+
+def summary(rates: dict[str, np.ndarray], same: dict[str, bool], settings: dict[str, Any]) -> dict[str, Any]:
     wall = {name: statistics.median(values[:, 0]) for name, values in rates.items()}
     cpu = {name: statistics.median(values[:, 1]) for name, values in rates.items()}
-    asked = ("pil_dataloader", "eight_decodes", "dali_own_ops", "fastssl_ffcv", "fastssl_dali", "decode_only")
+    named = [name for name in NAMED if name in rates]
     ratios = {}
     for (ours, peer), (must, moonshot) in TARGETS.items():
+        if peer not in rates:
+            continue
         per_round = rates[ours] / rates[peer]
         ratios[f"{ours} / {peer}"] = {
             "wall": statistics.median(per_round[:, 0]),
@@ -361,10 +379,12 @@ def summary(rates: dict[str, np.ndarray], settings: dict[str, Any]) -> dict[str,
             "moonshot": moonshot,
         }
     return {
-        "unlabelled_images_per_s": {name: wall[name] for name in asked},
-        "unlabelled_images_per_cpu_s": {name: cpu[name] for name in asked},
-        "others": {name: {"per_s": wall[name], "per_cpu_s": cpu[name]} for name in rates if name not in asked},
+        "unlabelled_images_per_s": {name: wall[name] for name in named},
+        "unlabelled_images_per_cpu_s": {name: cpu[name] for name in named},
+        "others": {name: {"per_s": wall[name], "per_cpu_s": cpu[name]} for name in rates if name not in named},
+        "left_out": [name for name in NAMED if name not in rates],
         "ratios": ratios,
+        "same_crops_as_fastssl_ffcv": same,
         "decode_and_crops_per_cpu_s": {
             "measured": cpu["decode_and_crops"],
             "must": CROPS_PER_CPU_S[0],
@@ -378,13 +398,17 @@ def summary(rates: dict[str, np.ndarray], settings: dict[str, Any]) -> dict[str,
 def show(result: dict[str, Any]) -> None:
     rows = [(n, v, result["unlabelled_images_per_cpu_s"][n]) for n, v in result["unlabelled_images_per_s"].items()]
     rows += [(name, v["per_s"], v["per_cpu_s"]) for name, v in result["others"].items()]
-    print(f"{'':18}{'images/s':>10}{'images/CPU-s':>14}{'CPU ms/image':>14}")
+    print(f"{'':20}{'images/s':>10}{'images/CPU-s':>14}{'CPU ms/image':>14}")
     for name, per_s, per_cpu_s in sorted(rows, key=lambda row: row[1]):
-        print(f"{name:18}{per_s:10.1f}{per_cpu_s:14.1f}{1000 / per_cpu_s:14.2f}")
+        print(f"{name:20}{per_s:10.1f}{per_cpu_s:14.1f}{1000 / per_cpu_s:14.2f}")
     for name, r in result["ratios"].items():
         moonshot = f", moonshot {r['moonshot']}" if r["moonshot"] else ""
         least = f"least window {r['wall_least']:.2f}"
         print(f"{name}: {r['wall']:.2f} x ({least}; CPU {r['cpu']:.2f}); must {r['must']}{moonshot}")
+    if result["left_out"]:
+        print(f"left out, with their ratios, for want of --peers or --against: {', '.join(result['left_out'])}")
+    for name, same in result["same_crops_as_fastssl_ffcv"].items():
+        print(f"{name}: crops {'bitwise' if same else 'NOT bitwise'} those of fastssl_ffcv; must be")
     crops = result["decode_and_crops_per_cpu_s"]
     print(
         f"decode and eight uint8 crops: {crops['measured']:.0f} images/s/core; must {crops['must']}, "
@@ -395,12 +419,17 @@ def show(result: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder of class folders of JPEGs")
-    parser.add_argument("--quick", action="store_true", help="short windows: three minutes in all")
+    parser.add_argument("--quick", action="store_true", help="short windows: four minutes in all, without the peers")
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--peers", type=Path, metavar="PYTHON", help="of an environment with torchvision and SPDL")
+    parser.add_argument("--against", type=Path, metavar="PATH", help="a checkout of another commit, with PATH/.venv")
     arguments = parser.parse_args()
     if arguments.data is None and "FASTSSL_TEST_DATA" not in os.environ:
         parser.error("give --data DIR, or set FASTSSL_TEST_DATA")
     folder = arguments.data or Path(os.environ["FASTSSL_TEST_DATA"]) / "imagenet-sample"
+    for python in (arguments.peers, arguments.against and arguments.against / ".venv/bin/python"):
+        if python and not python.is_file():
+            parser.error(f"there is no {python}")
     rounds, seconds = (5, 1.0) if arguments.quick else (7, 6.0)
 
     threads = len(os.sched_getaffinity(0))
@@ -411,23 +440,27 @@ def main() -> None:
     source, raw = beton_of(folder, made / "train.beton"), raw_beton_of(folder, made / "raw")
     shards = shards_of(folder, made / "shards")
     half_raw, all_jpeg = (ffcvs_beton_of(folder, made / f"{share}.beton", share) for share in (0.5, 1.0))
-    contenders: dict[str, Callable[[], Batches]] = {
-        "pil_dataloader": lambda: pil_dataloader(paths, threads),
-        "eight_decodes": lambda: fastssl(source, threads, "ffcv", apart()),
-        "dali_own_ops": lambda: dali_own_ops(paths, threads),
-        "fastssl_turbo": lambda: fastssl(source, threads, "turbo", together()),
-        "fastssl_raw": lambda: fastssl(raw, threads, "turbo", together()),
-        "fastssl_shards": lambda: fastssl(shards, threads, "turbo", together()),
-        "fastssl_half_raw": lambda: fastssl(half_raw, threads, "turbo", together()),
-        "fastssl_all_jpeg": lambda: fastssl(all_jpeg, threads, "turbo", together()),
-        "fastssl_ffcv": lambda: fastssl(source, threads, "ffcv", together()),
-        "fastssl_dali": lambda: fastssl(source, threads, "dali", together()),
-        "fastssl_pil": lambda: fastssl(source, threads, "pil", together()),
-        "decode_only": lambda: rendered(source, threads, cut=False),
-        "decode_and_crops": lambda: rendered(source, threads, cut=True),
+    contenders: dict[str, Contender] = {
+        "pil_dataloader": here(pil_dataloader, paths, threads),
+        "eight_decodes": here(fastssl, source, threads, "ffcv", apart()),
+        "dali_own_ops": here(dali_own_ops, paths, threads),
+        "fastssl_turbo": here(fastssl, source, threads, "turbo", together()),
+        "fastssl_raw": here(fastssl, raw, threads, "turbo", together()),
+        "fastssl_shards": here(fastssl, shards, threads, "turbo", together()),
+        "fastssl_half_raw": here(fastssl, half_raw, threads, "turbo", together()),
+        "fastssl_all_jpeg": here(fastssl, all_jpeg, threads, "turbo", together()),
+        "fastssl_ffcv": here(fastssl, source, threads, "ffcv", together()),
+        "fastssl_dali": here(fastssl, source, threads, "dali", together()),
+        "fastssl_pil": here(fastssl, source, threads, "pil", together()),
+        "decode_only": here(rendered, source, threads, cut=False),
+        "decode_and_crops": here(rendered, source, threads, cut=True),
     }
+    raw_file = made / "raw/train.beton"
+    served = all_served(folder, raw_file, threads, laws(VIEWS), arguments.peers, arguments.against)
+    contenders |= {name: stack.enter_context(peer) for name, peer in served.items()}
     start = time.perf_counter()
     with stack:
+        same = same_crops(source, raw)
         rates = measure(contenders, rounds, seconds)
     libraries = ("torch", "numpy", "numba", "pillow", "ffcv", "nvidia-dali-cuda130")
     settings = {
@@ -442,8 +475,9 @@ def main() -> None:
         "command": " ".join(sys.argv),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in libraries},
+        "versions_of_peers": {name: peer.versions for name, peer in served.items()},
     }
-    result = summary(rates, settings)
+    result = summary(rates, same, settings)
     show(result)
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")

@@ -1,25 +1,18 @@
 """The loader's benchmark: every contender does the work it is said to do, and the report has the promised form."""
 
+import shutil
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 pytest.importorskip("loaders.renderers.ffcv", reason="the extra ffcv is not installed", exc_type=ImportError)
 
 from benchmarks import loader as benchmark  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp("images")
-    for label in ("a", "b"):
-        (root / label).mkdir()
-        for i in range(20):
-            small = np.random.default_rng(i).integers(0, 256, (5, 6, 3), np.uint8)
-            image = Image.fromarray(small).resize((64, 48), Image.Resampling.BICUBIC)
-            image.save(root / label / f"{i}.JPEG", quality=90)
-    return root
+from benchmarks.loader_peers import Served  # noqa: E402
 
 
 def test_every_contender_goes_on_handing_out_images(folder, tmp_path):
@@ -69,18 +62,52 @@ def test_pil_contender_makes_pawss_views(folder):
     assert 0.08 < grey < 0.4
 
 
-def test_windows_count_images_and_the_report_has_its_form():
+def test_windows_count_images_and_the_report_has_its_form(monkeypatch):
+    monkeypatch.setattr(benchmark.gc, "collect", lambda: 0)  # a third of a second a window, amid all that tests import
+
     def batches():
         while True:
-            torch.ones(200, 200) @ torch.ones(200, 200)  # some CPU time
+            sum(range(10_000))  # some CPU time
             yield 7
 
-    names = ("pil_dataloader", "eight_decodes", "dali_own_ops", "fastssl_ffcv", "fastssl_dali", "decode_only")
+    names = (
+        "pil_dataloader", "eight_decodes", "dali_own_ops", "fastssl_ffcv", "fastssl_dali", "decode_only",
+        "fastssl_turbo", "fastssl_raw", "build_41f6bfd_ffcv", "torchvision_v2",
+    )  # fmt: skip
     others = {name for pair in benchmark.TARGETS for name in pair} - {*names}
-    contenders = {name: batches for name in (*names, *others, "fastssl_pil", "decode_and_crops")}
+    contenders = {name: benchmark.here(batches) for name in (*names, *others, "decode_and_crops")}
     rates = benchmark.measure(contenders, rounds=3, seconds=0.02)
     assert all(values.shape == (3, 2) and (values > 0).all() for values in rates.values())
-    result = benchmark.summary(rates, {})
+    result = benchmark.summary(rates, {"fastssl_turbo": True}, {})
     assert tuple(result["unlabelled_images_per_s"]) == names
+    assert result["left_out"] == ["spdl", "ffcv_loader_raw"]
+    assert len(result["ratios"]) == len(benchmark.TARGETS)
     assert result["unlabelled_images_per_s"]["decode_only"] == np.median(rates["decode_only"][:, 0])
     benchmark.show(result)
+    rates.pop("torchvision_v2")
+    result = benchmark.summary(rates, {}, {})
+    assert result["left_out"] == ["torchvision_v2", "spdl", "ffcv_loader_raw"]
+    assert "fastssl_raw / torchvision_v2" not in result["ratios"]
+
+
+def test_crops_of_every_image_are_compared(folder, tmp_path):
+    """Would catch a comparison that leaves a renderer or an image out."""
+    source = benchmark.beton_of(folder, tmp_path / "train.beton")
+    raw = benchmark.raw_beton_of(folder, tmp_path / "raw")
+    assert benchmark.same_crops(source, raw) == {"fastssl_turbo": True, "fastssl_raw": True}
+    shutil.copytree(folder, tmp_path / "changed")
+    shutil.copy(folder / "a/1.JPEG", tmp_path / "changed/a/0.JPEG")
+    changed = benchmark.raw_beton_of(tmp_path / "changed", tmp_path / "raw_changed")
+    assert benchmark.same_crops(source, changed) == {"fastssl_turbo": True, "fastssl_raw": False}
+
+
+def test_another_build_gives_windows_from_a_process_of_its_own(folder, capfd):
+    """And where it has no images, its last words come before ours."""
+    root, views = Path(benchmark.__file__).parents[1], benchmark.laws(benchmark.VIEWS)
+    with Served(Path(sys.executable), "build", folder, 1, views, cwd=root) as peer:
+        assert peer.versions["torch"] == version("torch")
+        assert min(peer(0.1)) > 0 and min(peer(0.1)) > 0
+    assert peer.process.returncode == 0
+    with pytest.raises(RuntimeError, match="build ended with exit status 1"):
+        Served(Path(sys.executable), "build", folder / "none", 1, views, cwd=root)
+    assert "StoreError" in capfd.readouterr().err
