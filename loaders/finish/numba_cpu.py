@@ -575,11 +575,10 @@ def _noise(planes: Any, scratch: Any, row: Any, channels: Any, size: Any, top: A
             radius = np.sqrt(-TWO * np.log(np.float32((first + 0.5) / 2**32)))
             normal = radius * np.cos(np.float32(2 * np.pi * (second + 0.5) / 2**32))
             flat[c, i] = _clip(flat[c, i] + std * normal)
-
-    # An op that must see the whole image before it can change it is two functions: the first goes through all bands.
     return 0
 
 
+# An op that must see the whole image before it can change it is two functions: the first goes through all bands.
 _BODIES: dict[type[Op], tuple[Callable[..., int], ...]] = {
     ops.Flip: (_flip,),
     ops.ColourJitter: (_jitter_to_mean, _jitter_from_contrast),
