@@ -1,4 +1,5 @@
-"""Ranks started here: one process each, watched by torch's elastic agent."""
+"""Ranks started here: one process each, forked from one that has imported what they need, and watched by torch's
+elastic agent."""
 
 from __future__ import annotations
 
@@ -11,7 +12,9 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import resource_tracker
+from functools import partial
+from multiprocessing import forkserver, resource_tracker
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import Any
@@ -29,7 +32,11 @@ _FORWARDED = signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT
 
 def started_here(ranks: Ranks, work: Work) -> Any:
     """One process a rank, watched by torch's elastic agent in this process; the first that fails ends the others."""
-    with TemporaryDirectory(prefix="fastssl-ranks-") as folder, _signals_forwarded(), _quiet():
+    with (
+        TemporaryDirectory(prefix="fastssl-ranks-") as folder,
+        _signals_forwarded(Path(folder), _module(work)) as server,
+        _quiet(),
+    ):
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -40,11 +47,12 @@ def started_here(ranks: Ranks, work: Work) -> Any:
             rdzv_endpoint=f"{HOST}:0",
             local_addr=HOST,
             max_restarts=0,
+            start_method="forkserver" if server else "spawn",
             logs_specs=DefaultLogsSpecs(log_dir=folder),
             signals_to_handle="SIGHUP,SIGQUIT",  # at these the agent ends the ranks and itself
         )
         try:
-            return elastic_launch(config, _worker)(ranks, work, os.getpid())[0]
+            return elastic_launch(config, _worker)(ranks, work, os.getpid(), dict(os.environ), Path(folder))[0]
         except ChildFailedError as error:
             raise _failure(*error.get_first_failure()) from None
         except SignalException as error:
@@ -70,10 +78,20 @@ def _failure(rank: int, failure: ProcessFailure) -> Exception:
     return FastsslError(f"rank {rank} on {socket.gethostname()} died: {by}{hint}; {CONTINUES}")
 
 
-def _worker(ranks: Ranks, work: Work, parent: int) -> Any:
+def _worker(ranks: Ranks, work: Work, launcher: int, environment: dict[str, str], folder: Path) -> Any:
     """A rank in a process of its own: ends with its launcher, and leaves word of errors where the agent looks."""
-    end_with(parent)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # before it can save, Ctrl-C ends it without Python's traceback
+    if (server := sys.modules.get("fastssl.launch.imported")) is None:
+        end_with(launcher)
+    else:
+        end_with(server.PID)
+        given = {name: value for name, value in os.environ.items() if server.ENVIRONMENT.get(name) != value}
+        os.environ.clear()
+        os.environ |= environment | given
+    for signum in _FORWARDED:  # before it can save, Ctrl-C ends it without Python's traceback
+        signal.signal(signum, signal.SIG_DFL)
+    for signum in _FORWARDED:
+        if (folder / signal.Signals(signum).name).exists():  # sent while this was ignored, as the server does
+            os.kill(os.getpid(), signum)
     try:
         return joined(ranks, work)
     except Exception as error:
@@ -82,29 +100,65 @@ def _worker(ranks: Ranks, work: Work, parent: int) -> Any:
         os._exit(exit_code(error))  # a regular exit may wait for peers, and these for messages of this rank
 
 
+def _module(work: Work) -> str:
+    """Where what is done was defined, which imports what that needs."""
+    while isinstance(work, partial):
+        work = work.func
+    return work.__module__
+
+
 @contextmanager
-def _signals_forwarded() -> Iterator[None]:
-    """Pass requests to stop on to the ranks, and go on watching these: how they end is the answer."""
+def _signals_forwarded(folder: Path, module: str) -> Iterator[bool]:
+    """Pass requests to stop on to the ranks, noted in `folder`, and go on watching these: how they end is the answer.
+    Yields whether there is a server to fork them from."""
 
     def forward(signum: int, frame: FrameType | None) -> None:
         ranks = multiprocessing.active_children()
         if not ranks:
             raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(128 + signum)
+        (folder / signal.Signals(signum).name).touch()
         for rank in ranks:
             os.kill(rank.pid, signum)  # type: ignore[arg-type]  # all have started
 
     if threading.current_thread() is not threading.main_thread():
-        yield  # Python lets nobody else set handlers
+        with _server(module) as server:
+            yield server  # Python lets nobody else set handlers
         return
     before = {signum: signal.signal(signum, signal.SIG_IGN) for signum in _FORWARDED}
-    resource_tracker.ensure_running()  # multiprocessing's helper inherits that; SLURM's signals reach it too
-    for signum in _FORWARDED:
-        signal.signal(signum, forward)
     try:
-        yield
+        resource_tracker.ensure_running()  # multiprocessing's helpers inherit that; SLURM's signals reach them too
+        with _server(module) as server:
+            for signum in _FORWARDED:
+                signal.signal(signum, forward)
+            yield server
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+@contextmanager
+def _server(module: str) -> Iterator[bool]:
+    """multiprocessing's server, which imports `module`, for as long as there are ranks: each launch's has the open
+    files of its day. Where one runs already, which is somebody else's and lacks our modules, yields False."""
+    server = forkserver._forkserver
+    if server._forkserver_pid is not None:  # type: ignore[attr-defined]
+        yield False
+        return
+    path = os.environ.get("PYTHONPATH")
+    server.set_forkserver_preload(["fastssl.launch.imported", module])
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # servers of some versions of Python begin without ours
+    try:
+        server.ensure_running()
+    finally:
+        if path is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = path
+    try:
+        yield True
+    finally:
+        server._stop()  # type: ignore[attr-defined]
+        server.set_forkserver_preload(["__main__"])
 
 
 @contextmanager

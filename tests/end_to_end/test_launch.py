@@ -85,6 +85,56 @@ def test_request_to_stop_reaches_the_ranks_and_their_answer_comes_back(tmp_path)
     assert (tmp_path / "run" / "checkpoints" / f"step-{stopped_after:08}" / "state.pt").exists()
 
 
+def _said(name):
+    return os.environ.get(name), os.getcwd()
+
+
+def test_each_launch_has_the_environment_and_the_folder_of_its_time(tmp_path):
+    """Catches ranks forked from a process that knows those of an earlier launch, and one that is left behind."""
+    script = """
+import multiprocessing, os
+from functools import partial
+from fastssl.launch.here import started_here
+from fastssl.launch.ranks import Ranks
+from tests.end_to_end.command import children
+from tests.end_to_end.test_launch import _said
+
+if __name__ == "__main__":
+    said = []
+    for k in range(2):
+        os.makedirs(str(k))
+        os.chdir(str(k))
+        os.environ["SAID"] = str(k)
+        said += [started_here(Ranks(2, "cpu"), partial(_said, name)) for name in ("SAID", "MASTER_ADDR")[: 2 - k]]
+        os.environ.pop("SAID")
+    print(said)
+    tracker = multiprocessing.resource_tracker._resource_tracker._pid
+    assert children(os.getpid()) == [tracker], "a process is left"
+"""
+    (tmp_path / "script.py").write_text(script)
+    with command.running(tmp_path, "script.py", program=(sys.executable,)) as process:
+        assert process.wait(timeout=60) == 0, (tmp_path / "log").read_text()
+    folder = str(tmp_path)
+    expected = [("0", f"{folder}/0"), ("127.0.0.1", f"{folder}/0"), ("1", f"{folder}/0/1")]
+    assert str(expected) in (tmp_path / "log").read_text()
+
+
+def test_a_request_that_comes_before_a_rank_listens_is_not_lost(tmp_path):
+    """Ranks are forked from a process that ignores requests to stop."""
+    script = """
+import os, signal, sys
+from pathlib import Path
+from fastssl.launch.here import _worker
+
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+_worker(None, print, os.getppid(), {}, Path(sys.argv[1]))
+"""
+    (tmp_path / "script.py").write_text(script)
+    (tmp_path / "SIGTERM").touch()
+    with command.running(tmp_path, "script.py", str(tmp_path), program=(sys.executable,)) as process:
+        assert process.wait(timeout=60) == -signal.SIGTERM
+
+
 def test_ranks_end_with_a_killed_torchrun(tmp_path):
     """torchrun gives each rank a session of its own: without more they train on, and the next start meets them."""
     train = ("-m", "fastssl", "train", "--cpu-ranks", "2", "--out", "run", *command.CHANGES)

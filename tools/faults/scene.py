@@ -121,7 +121,8 @@ class Scene:
 
 def ranks_of(process: Popen) -> list[int]:
     """The ranks that `process` has started, in order; not multiprocessing's resource tracker beside them."""
-    return sorted(pid for pid in command.children(process.pid) if "spawn_main" in _command_line(pid))
+    servers = [pid for pid in command.children(process.pid) if "multiprocessing.forkserver" in _command_line(pid)]
+    return sorted(servers)[1:]  # each rank has the command line of the server that it was forked from
 
 
 def _command_line(pid: int) -> str:
