@@ -82,6 +82,12 @@ def train(
     **others: Any,
 ) -> None:
     """Train RECIPE (default: paws.digits). The same command continues a run that was stopped."""
+    from fastssl.launch import server
+    from fastssl.launch.ranks import launcher
+
+    if max(gpus or 1, cpu_ranks or 1) > 1 and not (dry_run or submit or launcher()):
+        server.begin("fastssl.api.on_ranks")  # imports for the ranks what is imported here
+
     from fastssl.api.jobs import default_out, job_of, refuse_without_data, refuse_without_inputs
     from fastssl.api.on_ranks import on_ranks
     from fastssl.commands.sweep import prepare
@@ -133,7 +139,7 @@ def _check(
     resume: str,
 ) -> None:
     """Raise ConfigError where options do not go together."""
-    from fastssl.launch.started_by_others import launcher
+    from fastssl.launch.ranks import launcher
 
     if out and len(seeds) > 1:
         raise ConfigError("--out names one run; with several --seeds leave it out")

@@ -13,7 +13,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
@@ -24,17 +23,18 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from fastssl.errors import EXIT_HUNG, EXIT_STOPPED, FastsslError, Hung, Stopped
+from fastssl.launch import server
 from fastssl.launch.meeting import CONTINUES, EXIT_REFUSED, HOST, end_with, exit_code, joined, told_by
 from fastssl.launch.ranks import Ranks, Work
-
-_FORWARDED = signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT
+from fastssl.launch.server import FORWARDED
 
 
 def started_here(ranks: Ranks, work: Work) -> Any:
     """One process a rank, watched by torch's elastic agent in this process; the first that fails ends the others."""
     with (
         TemporaryDirectory(prefix="fastssl-ranks-") as folder,
-        _signals_forwarded(Path(folder), _module(work)) as server,
+        _forked_from(_module(work)) as method,
+        _signals_forwarded(Path(folder)),
         _quiet(),
     ):
         config = LaunchConfig(
@@ -47,7 +47,7 @@ def started_here(ranks: Ranks, work: Work) -> Any:
             rdzv_endpoint=f"{HOST}:0",
             local_addr=HOST,
             max_restarts=0,
-            start_method="forkserver" if server else "spawn",
+            start_method=method,
             logs_specs=DefaultLogsSpecs(log_dir=folder),
             signals_to_handle="SIGHUP,SIGQUIT",  # at these the agent ends the ranks and itself
         )
@@ -72,7 +72,7 @@ def _failure(rank: int, failure: ProcessFailure) -> Exception:
     if code == EXIT_HUNG:
         return Hung(f"a rank hung, as the watchdog said above; {CONTINUES}")
     by = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    if -code in _FORWARDED:
+    if -code in FORWARDED:
         return Stopped(f"stopped before there was anything new to save, as {by} asked; {CONTINUES}")
     hint = " (out of memory?)" if by == "SIGKILL" else ""
     return FastsslError(f"rank {rank} on {socket.gethostname()} died: {by}{hint}; {CONTINUES}")
@@ -80,17 +80,17 @@ def _failure(rank: int, failure: ProcessFailure) -> Exception:
 
 def _worker(ranks: Ranks, work: Work, launcher: int, environment: dict[str, str], folder: Path) -> Any:
     """A rank in a process of its own: ends with its launcher, and leaves word of errors where the agent looks."""
-    if (server := sys.modules.get("fastssl.launch.imported")) is None:
+    if (imported := sys.modules.get(server.IMPORTED)) is None:
         end_with(launcher)
     else:
-        end_with(server.PID)
-        given = {name: value for name, value in os.environ.items() if server.ENVIRONMENT.get(name) != value}
+        end_with(imported.PID)
+        given = {name: value for name, value in os.environ.items() if imported.ENVIRONMENT.get(name) != value}
         os.environ.clear()
         os.environ |= environment | given
-    for signum in _FORWARDED:  # before it can save, Ctrl-C ends it without Python's traceback
+    for signum in FORWARDED:  # before it can save, Ctrl-C ends it without Python's traceback
         signal.signal(signum, signal.SIG_DFL)
-    for signum in _FORWARDED:
-        if (folder / signal.Signals(signum).name).exists():  # sent while this was ignored, as the server does
+    for signum in FORWARDED:
+        if (folder / signal.Signals(signum).name).exists():  # sent while this was ignored, as by the server
             os.kill(os.getpid(), signum)
     try:
         return joined(ranks, work)
@@ -108,9 +108,18 @@ def _module(work: Work) -> str:
 
 
 @contextmanager
-def _signals_forwarded(folder: Path, module: str) -> Iterator[bool]:
-    """Pass requests to stop on to the ranks, noted in `folder`, and go on watching these: how they end is the answer.
-    Yields whether there is a server to fork them from."""
+def _forked_from(module: str) -> Iterator[str]:
+    """How ranks are started: forked from a server that has imported `module`, where it can be ours."""
+    try:
+        yield "forkserver" if server.begin(module) else "spawn"
+    finally:
+        server.end()
+
+
+@contextmanager
+def _signals_forwarded(folder: Path) -> Iterator[None]:
+    """Pass requests to stop on to the ranks, noted in `folder`, and go on watching these: how they end is the
+    answer."""
 
     def forward(signum: int, frame: FrameType | None) -> None:
         ranks = multiprocessing.active_children()
@@ -121,44 +130,14 @@ def _signals_forwarded(folder: Path, module: str) -> Iterator[bool]:
             os.kill(rank.pid, signum)  # type: ignore[arg-type]  # all have started
 
     if threading.current_thread() is not threading.main_thread():
-        with _server(module) as server:
-            yield server  # Python lets nobody else set handlers
+        yield  # Python lets nobody else set handlers
         return
-    before = {signum: signal.signal(signum, signal.SIG_IGN) for signum in _FORWARDED}
+    before = {signum: signal.signal(signum, forward) for signum in FORWARDED}
     try:
-        resource_tracker.ensure_running()  # multiprocessing's helpers inherit that; SLURM's signals reach them too
-        with _server(module) as server:
-            for signum in _FORWARDED:
-                signal.signal(signum, forward)
-            yield server
+        yield
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
-
-
-@contextmanager
-def _server(module: str) -> Iterator[bool]:
-    """multiprocessing's server, which imports `module`, for as long as there are ranks: each launch's has the open
-    files of its day. Where one runs already, which is somebody else's and lacks our modules, yields False."""
-    server = forkserver._forkserver
-    if server._forkserver_pid is not None:  # type: ignore[attr-defined]
-        yield False
-        return
-    path = os.environ.get("PYTHONPATH")
-    server.set_forkserver_preload(["fastssl.launch.imported", module])
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # servers of some versions of Python begin without ours
-    try:
-        server.ensure_running()
-    finally:
-        if path is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = path
-    try:
-        yield True
-    finally:
-        server._stop()  # type: ignore[attr-defined]
-        server.set_forkserver_preload(["__main__"])
 
 
 @contextmanager

@@ -12,8 +12,8 @@ import torch
 from fastssl.errors import FastsslError
 from fastssl.launch.here import started_here
 from fastssl.launch.lines import lines, show_how
-from fastssl.launch.ranks import Ranks, Work
-from fastssl.launch.started_by_others import check_world, end_with_agent, launcher, one_of_many
+from fastssl.launch.ranks import Ranks, Work, launcher
+from fastssl.launch.started_by_others import check_world, end_with_agent, one_of_many
 
 
 def start(ranks: Ranks, work: Work, command: str, door: Callable[[], None]) -> Any:

@@ -14,18 +14,6 @@ from fastssl.launch.meeting import EXIT_REFUSED, HOST, end_with, exit_code, join
 from fastssl.launch.ranks import Ranks, Work
 
 
-def launcher() -> tuple[str, int] | None:
-    """Who started this process as one of several ranks, and how many; None where it stands alone.
-
-    A job step of one task is no launcher: it may be the shell that the command was typed into.
-    """
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        return ("torchrun" if "TORCHELASTIC_RUN_ID" in os.environ else "the launcher"), int(os.environ["WORLD_SIZE"])
-    if "SLURM_STEP_ID" in os.environ and (tasks := int(os.environ.get("SLURM_NTASKS", "1"))) > 1:
-        return "srun", tasks
-    return None
-
-
 def check_world(ranks: Ranks, who: str, given: int) -> None:
     if who == "srun":
         _take_from_slurm(given)

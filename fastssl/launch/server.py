@@ -1,0 +1,70 @@
+"""The process that the ranks of this host are forked from, multiprocessing's server of forks: it imports what they need
+once, where each would take seconds, and may begin to while whoever asks for them still looks at the data.
+
+It ignores requests to stop, which SLURM sends to every process; the ranks answer them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import forkserver, resource_tracker
+
+FORWARDED = signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT
+IMPORTED = "fastssl.launch.imported"
+
+_server = forkserver._forkserver
+_is_ours = False
+
+
+def begin(module: str) -> bool:
+    """Start it, to import `module`, unless it runs; whether it is ours. Another's lacks our modules."""
+    global _is_ours
+    if _server._forkserver_pid is None:  # type: ignore[attr-defined]
+        _server.set_forkserver_preload([IMPORTED, module])
+        with _ignored(), _python_path():
+            resource_tracker.ensure_running()  # which it needs, and which SLURM's signals reach, too
+            _server.ensure_running()
+        _is_ours = True
+    return _is_ours
+
+
+def end() -> None:
+    """Stop it, if it is ours: the next launch's has the open files of its own day."""
+    global _is_ours
+    if _is_ours:
+        _server._stop()  # type: ignore[attr-defined]
+        _server.set_forkserver_preload(["__main__"])
+        _is_ours = False
+
+
+@contextmanager
+def _ignored() -> Iterator[None]:
+    """A process that is started meanwhile ignores requests to stop. Python lets the main thread alone do that."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {signum: signal.signal(signum, signal.SIG_IGN) for signum in FORWARDED}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+@contextmanager
+def _python_path() -> Iterator[None]:
+    """A process that is started meanwhile finds our modules; in some versions of Python the server would not."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
