@@ -51,10 +51,10 @@ def test_few_shared_images_are_told_and_more_refused(tmp_path):
 
 
 def test_images_that_agree_in_bytes_and_sides_alone_are_not_one(tmp_path, monkeypatch):
-    """Bitmaps of one size agree in both; and no file may be opened that agrees in neither."""
+    """Bitmaps of one size agree in both, and here in their names; and no file may be opened that agrees in neither."""
     for name, first in (("a", 0), ("b", 50)):
         for i in range(first, first + 5):
-            path = tmp_path / name / "x" / f"{i}.bmp"
+            path = tmp_path / name / "x" / f"{i - first}.bmp"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (30, 20), (i, 0, 0)).save(path)
     assert check_apart(opened(labelled=tmp_path / "a", validation=tmp_path / "b")) == []
