@@ -472,7 +472,7 @@ def main() -> None:
         "window_s": seconds,
         "took_s": round(time.perf_counter() - start, 1),
         "commit": commit(),
-        "command": " ".join(sys.argv),
+        "command": " ".join(["python -m benchmarks.loader", *sys.argv[1:]]),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in libraries},
         "versions_of_peers": {name: peer.versions for name, peer in served.items()},

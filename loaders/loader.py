@@ -140,9 +140,10 @@ class Loader:
         self._busy = Busy()
         self.history: deque[Prepared] = deque(maxlen=_HISTORY)
         augmented = _with_policy(bound, renderer)
+        gpu = self.device.index if runs_triton(self.device) else None
         self._renderers = {
             name: make_renderer(
-                renderer, source, self._pool, self.threads, self.device, self._times[name], bound.masks.get(name)
+                renderer, source, self._pool, self.threads, gpu, self._times[name], bound.masks.get(name)
             )
             for name, source in bound.sources.items()
         }

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
-import torch
-
-from loaders.device import runs_triton
 from loaders.errors import StoreError
 from loaders.renderers import Renderer
 from loaders.renderers.memory import MemoryRenderer
@@ -16,20 +13,18 @@ from loaders.store.masks import Masks
 from loaders.store.source import ArraySource, Source, is_encoded
 from loaders.timing import PhaseTimes
 
-_CPU = torch.device("cpu")
-
 
 def make_renderer(
     kind: str,
     source: Source,
     pool: ThreadPoolExecutor,
     threads: int,
-    device: torch.device = _CPU,
+    gpu: int | None = None,
     times: PhaseTimes | None = None,
     masks: Masks | None = None,
 ) -> Renderer:
-    """The renderer named `kind` over `source`; `auto` takes `turbo`. DALI decodes on `device`, the others on the CPU.
-    What it does is counted in `times`. `masks` are the source's, where a view has a mask.
+    """The renderer named `kind` over `source`; `auto` takes `turbo`. DALI decodes on the GPU numbered `gpu`, if
+    any, the others on the CPU. What it does is counted in `times`. `masks` are the source's, where a view has a mask.
 
     Raises StoreError where `kind` does not fit the source or the views, or is not installed.
     """
@@ -58,7 +53,7 @@ def make_renderer(
                 from loaders.renderers.dali import DaliRenderer
             except ImportError as e:
                 raise _missing("dali", "dali, or dali-cuda12 with CUDA 12", e) from e
-            return DaliRenderer(source, pool, threads, device.index if runs_triton(device) else None, times)
+            return DaliRenderer(source, pool, threads, gpu, times)
     raise StoreError(f"--loader {kind}: {source.name} holds encoded images; choose auto, turbo, ffcv, dali or pil")
 
 
