@@ -168,7 +168,10 @@ def _ids_of_names(source: Named, path: Path, entries: list[str]) -> np.ndarray:
                 whole[end].append(i)
         if own in ends:
             ends[own].append(i)
-    fitting = [[*whole[entry], *(i for end in _ends(entry) for i in ends[end])] for entry in entries]
+    fitting = [
+        [*whole[entry], *(i for end in _ends(entry) for i in ends[end] if not _is_of_another_class(entry, source, i))]
+        for entry in entries
+    ]
     missing = [entry for entry, ids in zip(entries, fitting, strict=True) if not ids]
     ambiguous = [entry for entry, ids in zip(entries, fitting, strict=True) if len(ids) > 1]
     if missing:
@@ -184,11 +187,18 @@ def _ids_of_names(source: Named, path: Path, entries: list[str]) -> np.ndarray:
 
 
 def _own_path(source: Named, i: int) -> str:
-    """Class and name. Classes that are but numbers, as files without class names have them, are no folders that a list
-    would name."""
+    """Class and name. Classes that are but numbers, as files without class names have them, need be no folders that a
+    list would name."""
     label, name = int(source.labels[i]), source.name_of(i)
     class_name = source.class_names[label] if label >= 0 else ""
     return f"{class_name}/{name}" if class_name and not class_name.isdecimal() else name
+
+
+def _is_of_another_class(entry: str, source: Named, i: int) -> bool:
+    """Whether `entry`, whose end is the name of image `i`, says that it lies in the folder of another number than its
+    class."""
+    label, folder = int(source.labels[i]), entry.removesuffix(source.name_of(i)).rstrip("/").rpartition("/")[2]
+    return label >= 0 and folder.isdecimal() and source.class_names[label] != folder
 
 
 def _ends(path: str) -> list[str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Literal, overload
 
@@ -139,6 +141,7 @@ def open_data(specs: Iterable[str], *, validation: bool = True, in_place: bool =
         is_split |= splits.is_divided and key in (None, *_LEARNT)
         for role, source in used.items():
             if source is not None and (validation or role != VALIDATION):
+                _check_new(source, role, found[role])
                 found[role].append(source)
         if not spec.is_embedded:
             said.append(described(path, splits, used))
@@ -148,6 +151,24 @@ def open_data(specs: Iterable[str], *, validation: bool = True, in_place: bool =
     if not is_split:
         said += _hold_out(sources, masks, validation)
     return DataSets(sources, search_folders(parsed), masks, tuple(said), left_out, converted_first)
+
+
+def _check_new(source: Source, role: str, others: list[Source]) -> None:
+    """Images that count twice would also be held out and learnt from, both."""
+    if not others:
+        return
+    given: set[str] = set().union(*map(_places, others))
+    twice = sorted(given & _places(source))
+    if twice:
+        raise StoreError(
+            f"{source.name}: its images are given twice as {role} images, first {twice[0]}; once is enough"
+        )
+
+
+def _places(source: Source) -> set[str]:
+    """The files that images are read from, of links those that they lead to; of a set in memory its name."""
+    real = cache(os.path.realpath)
+    return {f"{real(file.parent)}/{file.name}" for file in source.files()} or {source.name}
 
 
 def _used(splits: Splits, spec: DataSpec, with_validation: bool) -> dict[str, Source | None]:

@@ -13,6 +13,7 @@ from loaders.errors import StoreError
 from loaders.store.folder import files_below, list_folder
 from loaders.store.images import SUFFIXES
 from loaders.store.listing import Listing, PassedOver, Row, numbers_of
+from loaders.store.split_names import split_of
 
 TABLES = (".csv", ".tsv")
 ANNOTATIONS = "val_annotations.txt"
@@ -31,6 +32,7 @@ _PATHS = (
     "id",
 )
 _LABELS = ("label", "class", "class_name", "classname", "category", "target", "species", "breed", "wnid")
+_SPLITS = ("split", "set", "subset", "data set", "dataset", "data_set", "partition", "phase", "usage")
 _FOLDERS = ("", "images", "train")  # beside a table, where its paths may begin
 _MAX_TABLE_BYTES = 1 << 30
 
@@ -113,10 +115,10 @@ def tiny_val(path: Path) -> Listing:
 # Tables
 
 
-def list_table(path: Path) -> Listing:
+def list_table(path: Path) -> dict[str, Listing]:
     """The images that a CSV or TSV names, with their labels: columns called path and label or so, or two without a
-    header. Paths begin at the table's folder, at `images/` or `train/` in it, or at the folder of the table's name; the
-    suffix may be left out.
+    header; by split (train, val, test) where a column says which, else all as `train`. Paths begin at the table's
+    folder, at `images/` or `train/` in it, or at the folder of the table's name; the suffix may be left out.
 
     Raises StoreError where columns or files are missing, and where labels contradict the folders that are named after
     them.
@@ -124,13 +126,36 @@ def list_table(path: Path) -> Listing:
     rows = list(csv.reader(read_text(path).splitlines(), delimiter="\t" if path.suffix.lower() == ".tsv" else ","))
     rows = [row for row in rows if any(cell.strip() for cell in row)]
     pairs = _pairs(path, rows)
+    splits = _splits(path, rows) or ["train"] * len(pairs)
     if not pairs:
         raise StoreError(f"{path}: names no image")
     root, suffix = _place_of(path, pairs[0][0])
     pairs = [(file + suffix, label) for file, label in pairs]
     _check_folders(path, pairs)
-    files = {file: row for file, _ in pairs if (row := _row(root, file)) is not None}
-    return listed_by(path, pairs, root, files, PassedOver())
+    found: dict[str, list[tuple[str, str]]] = {}
+    for pair, split in zip(pairs, splits, strict=True):
+        found.setdefault(split, []).append(pair)
+    listings = {}
+    for split, some in found.items():
+        files = {file: row for file, _ in some if (row := _row(root, file)) is not None}
+        listings[split] = listed_by(path, some, root, files, PassedOver())
+    return listings
+
+
+def _splits(path: Path, rows: list[list[str]]) -> list[str]:
+    """The split of each image of a table, where a column says it; else nothing."""
+    header = [cell.strip().lower() for cell in rows[0]]
+    at = next((header.index(name) for name in _SPLITS if name in header), None)
+    if at is None:
+        return []
+    said = [row[at].strip() if at < len(row) else "" for row in rows[1:]]
+    splits = [split_of(text) for text in said]
+    if not any(splits):
+        return []  # of something else
+    if not all(splits):
+        other = said[splits.index("")]
+        raise StoreError(f"{path}: its column {rows[0][at]!r} says {other!r}, which is neither train, val nor test")
+    return splits
 
 
 def _pairs(path: Path, rows: list[list[str]]) -> list[tuple[str, str]]:

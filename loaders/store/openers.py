@@ -6,8 +6,10 @@ A new format or layout is one file and one row of OPENERS.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,10 +22,9 @@ from loaders.store.folder import ListedSource, files_below, folders_in, images_i
 from loaders.store.images import SUFFIXES
 from loaders.store.listing import Listing, PassedOver
 from loaders.store.source import Source, concatenate
+from loaders.store.split_names import TEST_NAMES, TRAIN_NAMES, VAL_NAMES, by_split, split_of, train_and_val
 
 DIGITS = "digits"  # the embedded set, in place of a path
-_TRAIN_FOLDERS = ("train", "training")
-_VAL_FOLDERS = ("val", "valid", "validation", "test")  # the first that is there; test/ only where none of the others is
 
 
 @dataclass(frozen=True)
@@ -103,19 +104,50 @@ def _betons_in(p: Path) -> list[Path]:
 
 
 def _open_betons(p: Path, validation: bool) -> Splits:
-    betons = _betons_in(p)
-    parts = [BetonSource(f) for f in betons if f.name != "val.beton"]
-    has_val = len(parts) < len(betons)
-    held_out = BetonSource(p / "val.beton") if has_val and validation else None
-    said = f"a folder of .beton files{_changed([*parts, held_out] if held_out else parts)}"
-    return Splits(said, concatenate(parts) if parts else None, held_out, is_divided=has_val)
+    files = by_split(p, _betons_in(p))
+    train, val = train_and_val(files)
+    left_out = _beside(
+        p, "beside the .beton files", [path for name in files.keys() - {train, val} for path in files[name]]
+    )
+    parts = [BetonSource(f) for f in files[train]] if train else []
+    held_out = [BetonSource(f) for f in files[val]] if val and validation else []
+    said = f"a folder of .beton files{_changed([*parts, *held_out])}"
+    sources = (concatenate(some) if some else None for some in (parts, held_out))
+    return Splits(said, *sources, left_out=left_out, is_divided=val is not None)
+
+
+def _beside(p: Path, where: str, others: Iterable[Path] = (), used: Iterable[str] = ()) -> PassedOver:
+    """What lies in a folder of files of many images and is not read: those of `others`, images, and folders of images
+    but those `used`."""
+    left_out = PassedOver()
+    for path in sorted(others):
+        left_out.add(str(path.relative_to(p)), f"of a {split_of(path.name) or 'second'} set")
+    for name in images_in(p):
+        left_out.add(name, f"an image {where}")
+    for name in folders_in(p):
+        if name not in used and _holds_images(p / name):
+            left_out.add(f"{name}/", f"a folder of images {where}")
+    return left_out
+
+
+def _holds_images(folder: Path) -> bool:
+    """Whether any image file lies in `folder` or below."""
+    return any(name.lower().endswith(SUFFIXES) for _, _, files in os.walk(folder) for name in files)
 
 
 # Listings
 
 
 def _open_table(p: Path, validation: bool) -> Splits:
-    return Splits("a table of paths and labels", ListedSource(listed.list_table(p)), single=True)
+    listings = listed.list_table(p)
+    train, val = train_and_val(listings)
+    learnt = ListedSource(listings[train]) if train else None
+    held_out = ListedSource(listings[val]) if val and validation else None
+    left_out = PassedOver()
+    for split in sorted(listings.keys() - {train, val}):
+        for path in listings[split].paths or ():
+            left_out.add(path, f"of a {split} set")
+    return Splits("a table of paths and labels", learnt, held_out, not val, left_out, val is not None)
 
 
 def _open_archives(p: Path, validation: bool) -> Splits:
@@ -133,10 +165,13 @@ def _open_class_archives(p: Path, validation: bool) -> Splits:
     folder = _class_archives_at(p)
     assert folder is not None
     train, said = ListedSource(imagenet.class_archives(folder)), "archives of ImageNet's classes, n*.tar"
-    val = next((p / name for name in _VAL_FOLDERS if (p / name).is_dir()), None)
+    val = _first(folders_in(p), VAL_NAMES)
+    left_out = _beside(folder, "beside the archives", used=[val] if val and folder == p else ())
     if val is None:
-        return Splits(said, train, single=folder == p)
-    return Splits(said, train, ListedSource(list_folder(val)) if validation else None, is_divided=True)
+        return Splits(said, train, single=folder == p, left_out=left_out)
+    return Splits(
+        said, train, ListedSource(list_folder(p / val)) if validation else None, left_out=left_out, is_divided=True
+    )
 
 
 def _open_kaggle(p: Path, validation: bool) -> Splits:
@@ -174,37 +209,55 @@ def _by_split(p: Path, suffix: str) -> dict[str, list[Path]]:
 def _sharded(
     said: str,
     p: Path,
-    by_split: dict[str, list[Path]],
+    files: dict[str, list[Path]],
     listed_in: Callable[[Path, list[Path]], Listing],
     validation: bool,
 ) -> Splits:
     """Files of many images each, by split as their names say it."""
-    left_out = PassedOver()
-    if "val" not in by_split and "test" in by_split and "train" in by_split:
-        by_split["val"] = by_split.pop("test")
-    for split in [split for split in by_split if split not in ("train", "val")]:
-        for path in by_split.pop(split):
-            left_out.add(path.name, f"of a {split} set")
+    train, val = train_and_val(files)
+    others = [path for name in files.keys() - {train, val} for path in files[name]]
+    used = {path.relative_to(p).parts[0] for paths in files.values() for path in paths if path != p}
+    left_out = _beside(p, "beside these files", others, used) if p.is_dir() else PassedOver()
 
-    def source(split: str) -> Source | None:
-        paths = by_split.get(split)
-        name = p if len(by_split) == 1 else p / f"{split} files"
-        return ListedSource(listed_in(name, paths)) if paths else None
+    def source(split: str | None, title: str) -> Source | None:
+        name = p / f"{title} files" if train and val else p
+        return ListedSource(listed_in(name, files[split])) if split else None
 
-    val = source("val") if validation else None
-    return Splits(said, source("train"), val, len(by_split) == 1, left_out, "val" in by_split)
+    held_out = source(val, "val") if validation else None
+    return Splits(said, source(train, "train"), held_out, val is None, left_out, val is not None)
+
+
+def _first(folders: list[str], names: Iterable[str]) -> str | None:
+    """The folder that is called as the first of `names` that there is, in either case."""
+    called = {f.lower(): f for f in folders} | {f: f for f in folders}
+    return next((called[name] for name in names if name in called), None)
 
 
 def _divided(p: Path) -> tuple[str | None, str | None]:
     """The folders of training and validation images where those in `p` are splits: `train` may also be a class of
     vehicles among others."""
     folders = folders_in(p)
-    train = next((f for f in _TRAIN_FOLDERS if f in folders), None)
-    val = next((f for f in _VAL_FOLDERS if f in folders and (f != "test" or (train and folders_in(p / f)))), None)
-    if train and (val or len(folders) == 1 or folders_in(p / train)):
+    train, val = _first(folders, TRAIN_NAMES), _first(folders, VAL_NAMES)
+    if val and val.lower() in TEST_NAMES and not (train and folders_in(p / val)):
+        val = None  # without classes it is a set to be predicted
+    all_named = len(folders) > 1 and all(f.lower() in (*TRAIN_NAMES, *VAL_NAMES) for f in folders)
+    if train and (val or len(folders) == 1 or all_named or folders_in(p / train)):
         return train, val
-    only_val = not train and (val == "val" or {val} == set(folders))
-    return None, val if only_val else None
+    if not train and val and (val.lower() == "val" or len(folders) == 1):
+        return None, val
+    return _named_alike(p, folders)
+
+
+def _named_alike(p: Path, folders: list[str]) -> tuple[str | None, str | None]:
+    """`seg_train` and `seg_test`, say: folders whose names have the words of splits in them, and which hold folders of
+    the same names, as classes would not."""
+    named: dict[str, str] = {}
+    for name in folders:
+        named.setdefault(split_of(name), name)
+    train, val = train_and_val(named.keys() - {""})
+    if train != "train" or val is None or not {*folders_in(p / named[train])} & {*folders_in(p / named[val])}:
+        return None, None
+    return named[train], named[val]
 
 
 def _open_divided(p: Path, validation: bool) -> Splits:
@@ -217,17 +270,14 @@ def _open_divided(p: Path, validation: bool) -> Splits:
 
 def _others(p: Path) -> PassedOver:
     """What lies in a divided folder beside its splits."""
-    known, left_out = {*_TRAIN_FOLDERS, *_VAL_FOLDERS}, PassedOver()
-    files_in = files_below(p, left_out, deep=False)
-    for row in sorted(files_in):
+    left_out, chosen = PassedOver(), _divided(p)
+    for row in sorted(files_below(p, left_out, deep=False)):
         left_out.add(row.path, "an image beside the splits")
     for name in folders_in(p):
-        if name not in known:
-            left_out.add(f"{name}/", "a folder beside the splits")
-    chosen = _divided(p)
-    for name in sorted(known - set(chosen)):
-        if (p / name).is_dir():
-            left_out.add(f"{name}/", "a second set for the same purpose, or without classes")
+        if name not in chosen:
+            second = name.lower() in (*TRAIN_NAMES, *VAL_NAMES)
+            why = "a second set for the same purpose, or without classes" if second else "a folder beside the splits"
+            left_out.add(f"{name}/", why)
     return left_out
 
 
@@ -242,7 +292,13 @@ def _one_image(p: Path, validation: bool) -> Splits:
 
 
 def _is_sharded(p: Path, suffix: str) -> bool:
-    return p.suffix == suffix if p.is_file() else bool(shards.shards_in(p, suffix))
+    """What lies beside image folders is theirs, and left out: the archive that they were unpacked from, or a table."""
+    if p.is_file():
+        return p.suffix == suffix
+    found = [path for paths in shards.shards_in(p, suffix).values() for path in paths]
+    if not found or any(path.parent != p for path in found) or _divided(p) != (None, None):
+        return any(path.parent != p for path in found)
+    return len(list(islice((f for f in folders_in(p) if _holds_images(p / f)), 2))) < 2
 
 
 def _named(p: Path, *suffixes: str) -> bool:

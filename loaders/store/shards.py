@@ -9,7 +9,6 @@ members of one key.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +17,7 @@ import numpy as np
 
 from loaders.errors import StoreError
 from loaders.store.listing import Archive, Listing, PassedOver, Row, archives_of, numbers_of
+from loaders.store.split_names import TRAIN_NAMES, VAL_NAMES, by_split
 from loaders.store.tars import Member
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -25,8 +25,7 @@ _LABELS = ("cls", "json")
 _LABEL_KEYS = ("label", "cls", "class", "class_id", "label_id")  # of a json
 _NAME_KEYS = ("class_name", "label_name", "classname")
 _MAX_LABEL_BYTES = 1 << 20
-_FOLDERS = ("train", "training", "val", "valid", "validation", "test", "data")
-_SPLIT = re.compile(r"(?:^|[^a-z])(train|training|val|valid|validation|test)(?=[^a-z]|$)")
+_FOLDERS = (*TRAIN_NAMES, *VAL_NAMES, "data")
 
 
 class _Sample(NamedTuple):
@@ -37,14 +36,9 @@ class _Sample(NamedTuple):
 
 def shards_in(folder: Path, suffix: str = ".tar") -> dict[str, list[Path]]:
     """The shards in `folder`, or in its folders train/, val/, ..., by split as their names say it: train, val, test."""
-    found: dict[str, list[Path]] = {}
     places = (folder, *(folder / name for name in _FOLDERS))
-    for path in sorted(p for place in places for p in place.glob(f"*{suffix}") if not p.name.startswith(".")):
-        match = _SPLIT.search(str(path.relative_to(folder)).lower())
-        word = match[1] if match else "train"
-        split = "val" if word.startswith("val") else "train" if word.startswith("train") else word
-        found.setdefault(split, []).append(path)
-    return found
+    found = sorted(p for place in places for p in place.glob(f"*{suffix}") if not p.name.startswith("."))
+    return by_split(folder, found)
 
 
 def list_shards(name: Path, paths: list[Path]) -> Listing:

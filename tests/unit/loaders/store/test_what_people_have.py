@@ -16,6 +16,7 @@ from loaders.store.beton import BetonReader
 from loaders.store.data import NOTHING_HELD_OUT, DataSpec, open_data
 from loaders.store.folder import FolderSource
 from loaders.store.images import ImageError, decode, header_of_bytes
+from tests.support.imagenet_trees import tar_of
 from tests.unit.loaders.store.test_store import save
 
 
@@ -230,6 +231,102 @@ def test_values_of_data_are_parsed_once():
     assert DataSpec("masks=x").at("/y") == "masks=/y" and DataSpec("x").at("/y") == "/y"
 
 
+# Splits, however they are called
+
+
+def photos(*paths):
+    for k, path in enumerate(paths):
+        put(path, file_of(noise(k), "JPEG"))
+
+
+def sets(*specs):
+    """{key: (paths, class names)}, and what is said of them."""
+    data = open_data([str(spec) for spec in specs])
+    found = {
+        key: ([source.path_of(i) for i in range(len(source))], source.class_names)
+        for key, source in data.sources.items()
+    }
+    return found, " ".join(data.said)
+
+
+@pytest.mark.parametrize(
+    ("train", "val"),
+    [("Train", "Val"), ("Training", "Testing"), ("TRAIN", "test"), ("seg_train", "seg_test"), ("train_set", "val_set")],
+)
+def test_split_folders_are_no_classes_however_they_are_called(tmp_path, train, val):
+    """`Training` and `Testing` were two classes, and the test images were trained on."""
+    photos(*(tmp_path / split / c / "0.jpg" for split in (train, val) for c in ("cat", "dog")))
+    classes = ("cat", "dog")
+    assert sets(tmp_path)[0] == {key: (["cat/0.jpg", "dog/0.jpg"], classes) for key in ("train", "validation")}
+
+
+def test_a_competitions_flat_train_and_test_are_no_classes(tmp_path):
+    photos(tmp_path / "train" / "0.jpg", tmp_path / "test" / "1.jpg")
+    found, said = sets(tmp_path)
+    assert found == {"train": (["0.jpg"], ())} and "1 left out: test/" in said
+    photos(*(tmp_path / "of vehicles" / c / "0.jpg" for c in ("bus", "train", "test tube")))
+    assert sets(tmp_path / "of vehicles", NOTHING_HELD_OUT)[0]["train"][1] == ("bus", "test tube", "train")
+
+
+def test_beton_files_are_of_the_split_that_their_names_say(tmp_path):
+    """All but `val.beton` was trained on: `validation.beton`, and FFCV's `val_500_0.50_90.beton`."""
+    for split in ("train", "val"):
+        photos(tmp_path / "set" / split / "cat" / f"{split}.jpg")
+    convert(prepare(tmp_path / "set", Options()), tmp_path / "out")
+    for train, others in (("train_500", ["val_500"]), ("a", ["validation"]), ("train", ["val", "test"])):
+        there = tmp_path / train
+        put(there / f"{train}.beton", (tmp_path / "out" / "train.beton").read_bytes())
+        for name in others:
+            put(there / f"{name}.beton", (tmp_path / "out" / "val.beton").read_bytes())
+        photos(there / "cat" / "0.jpg")
+        found, said = sets(there)
+        assert found == {"train": (["cat/train.jpg"], ("cat",)), "validation": (["cat/val.jpg"], ("cat",))}
+        assert ("test.beton (of a test set)" in said) == ("test" in others)
+        assert "cat/ (a folder of images beside the .beton files)" in said
+
+
+def test_the_archive_that_image_folders_were_unpacked_from_is_left_out(tmp_path):
+    """`images.tar` beside `train/` and `val/`, or beside classes, was taken for shards without labels."""
+    photos(*(tmp_path / "set" / c / "0.jpg" for c in ("cat", "dog")))
+    for classes in (tmp_path / "set", tmp_path / "split"):
+        if classes.name == "split":
+            photos(classes / "train" / "cat" / "0.jpg", classes / "val" / "cat" / "1.jpg")
+        put(classes / "images.tar", tar_of({"cat/0.jpg": b"?"}))
+        put(classes / "index.parquet", b"?")
+        found, said = sets(classes, NOTHING_HELD_OUT)
+        assert "cat/0.jpg" in found["train"][0] and "2 left out: images.tar" in said
+
+
+def test_a_table_that_says_splits_is_divided(tmp_path):
+    """The test images of a table of all were trained on."""
+    photos(*(tmp_path / f"{k}.jpg" for k in range(4)))
+    table = tmp_path / "all.csv"
+    rows = "path,label,Data set\n0.jpg,cat,train\n1.jpg,dog,train\n2.jpg,dog,{}\n3.jpg,cat,test\n"
+    table.write_text(rows.format("valid"))
+    found, said = sets(table)
+    classes = ("cat", "dog")
+    assert found["train"] == (["0.jpg", "1.jpg"], classes) and found["validation"] == (["2.jpg"], classes)
+    assert "1 left out: 3.jpg (of a test set)" in said
+    table.write_text(rows.format("train"))
+    assert sets(table)[0]["validation"] == (["3.jpg"], classes)
+    table.write_text(rows.format("fold 3"))
+    with pytest.raises(StoreError, match="its column 'Data set' says 'fold 3', which is neither train, val nor test"):
+        sets(table)
+
+
+def test_a_set_given_twice_is_refused(tmp_path):
+    """Its images counted twice, and the half of them that was held out stood among those learnt from."""
+    photos(*(tmp_path / split / "cat" / f"{split}.jpg" for split in ("train", "val")))
+    (tmp_path / "link").symlink_to(tmp_path / "train")
+    for twice in (f"{tmp_path}/", tmp_path / "train", tmp_path / "link"):
+        with pytest.raises(StoreError, match="given twice as train images, first .*/train/cat/train.jpg"):
+            sets(tmp_path, twice)
+    for k in range(2):
+        photos(tmp_path / f"{k}.jpg")
+        (tmp_path / f"{k}.csv").write_text(f"path,label\n{k}.jpg,cat\n")
+    assert sets(*(tmp_path / f"{k}.csv" for k in range(2)), NOTHING_HELD_OUT)[0]["train"][0] == ["0.jpg", "1.jpg"]
+
+
 # Label lists
 
 
@@ -249,6 +346,17 @@ def test_a_line_of_a_list_is_one_image_with_its_folder(tmp_path, written):
         resolve(Listed(str(tmp_path / "list.txt")), source)
     (tmp_path / "list.txt").write_text("1.jpg\n")
     with pytest.raises(StoreError, match=r"several images called 1\.jpg: which is meant\? Write class/name"):
+        resolve(Listed(str(tmp_path / "list.txt")), source)
+
+
+def test_a_folder_in_a_list_means_the_class_also_where_classes_are_numbers(tmp_path):
+    """`10/1.jpg` was refused as one of several, or was the image of another number."""
+    photos(*(tmp_path / "set" / path for path in ("1/0.jpg", "10/0.jpg", "10/1.jpg")))
+    source = FolderSource(tmp_path / "set")
+    (tmp_path / "list.txt").write_text("10/0.jpg\n/data/train/10/1.jpg\n")
+    assert resolve(Listed(str(tmp_path / "list.txt")), source).ids.tolist() == [1, 2]
+    (tmp_path / "list.txt").write_text("1/1.jpg\n")
+    with pytest.raises(StoreError, match="1 of its 1 images are not in .*, first 1/1.jpg"):
         resolve(Listed(str(tmp_path / "list.txt")), source)
 
 
