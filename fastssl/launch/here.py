@@ -24,7 +24,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from fastssl.errors import EXIT_HUNG, EXIT_STOPPED, FastsslError, Hung, Stopped
 from fastssl.launch import server
-from fastssl.launch.meeting import CONTINUES, EXIT_REFUSED, HOST, end_with, exit_code, joined, told_by
+from fastssl.launch.meeting import CONTINUES, EXIT_REFUSED, HOST, exit_code, joined, told_by
+from fastssl.launch.parent import end_with
 from fastssl.launch.ranks import Ranks, Work
 from fastssl.launch.server import FORWARDED
 

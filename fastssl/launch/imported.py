@@ -5,10 +5,11 @@ and no GPU is lost in a fork. It ends with the process that has started it, and 
 
 import os
 
-import torch._dynamo  # noqa: F401  # torch's optimisers import it
+from fastssl.launch.parent import end_with
 
-from fastssl.launch.meeting import end_with
+end_with(os.getppid())  # before what takes seconds: that process may have found a mistake by then
 
-end_with(os.getppid())
+import torch._dynamo  # noqa: E402, F401  # torch's optimisers import it
+
 PID = os.getpid()
 ENVIRONMENT = dict(os.environ)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import socket
 import time
 import traceback
@@ -21,7 +19,6 @@ HOST = "127.0.0.1"
 CONTINUES = "the same command continues from the last checkpoint"
 EXIT_REFUSED, _EXIT_BROKEN = 1, 70  # of a rank: an error that the user can put right, and any other
 _BROKEN_WAIT_S = 1.0  # a rank that lost a peer ends this much after it, so that whoever watches sees who was first
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def joined(ranks: Ranks, work: Work) -> Any:
@@ -77,10 +74,3 @@ def words(error: Exception) -> str:
     if isinstance(error, DistError) or "gloo/transport" in str(error):
         return f"lost another rank ({str(error).splitlines()[0]}); {CONTINUES}"
     return traceback.format_exc()
-
-
-def end_with(parent: int) -> None:
-    """Have the kernel kill this process when its parent dies, however that comes about."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the call above
-        os._exit(1)

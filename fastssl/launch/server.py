@@ -37,6 +37,8 @@ def end() -> None:
     """Stop it, if it is ours: the next launch's has the open files of its own day."""
     global _is_ours
     if _is_ours:
+        if (pid := _server._forkserver_pid) is not None:  # type: ignore[attr-defined]
+            os.kill(pid, signal.SIGKILL)  # it would wait for a rank of which an interrupted launch does not know
         _server._stop()  # type: ignore[attr-defined]
         _server.set_forkserver_preload(["__main__"])
         _is_ours = False

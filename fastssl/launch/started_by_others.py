@@ -10,7 +10,8 @@ from typing import Any
 
 from fastssl import dist
 from fastssl.errors import FastsslError, Stopped
-from fastssl.launch.meeting import EXIT_REFUSED, HOST, end_with, exit_code, joined, told_by, words
+from fastssl.launch.meeting import EXIT_REFUSED, HOST, exit_code, joined, told_by, words
+from fastssl.launch.parent import end_with
 from fastssl.launch.ranks import Ranks, Work
 
 

@@ -4,6 +4,7 @@ cannot. About 40 s."""
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 
@@ -16,6 +17,7 @@ from fastssl.commands.main import main
 from fastssl.errors import EXIT_STOPPED, ConfigError, FastsslError, Stopped
 from fastssl.launch.here import _failure
 from fastssl.launch.lines import hosts_for, lines
+from fastssl.launch.parent import end_with
 from fastssl.launch.ranks import Ranks
 from fastssl.launch.slurm import minutes
 from tests.end_to_end import command, two_hosts
@@ -95,6 +97,7 @@ def test_each_launch_has_the_environment_and_the_folder_of_its_time(tmp_path):
 import multiprocessing, os
 from functools import partial
 from fastssl.launch.here import started_here
+from fastssl.launch.parent import end_with
 from fastssl.launch.ranks import Ranks
 from tests.end_to_end.command import children
 from tests.end_to_end.test_launch import _said
@@ -133,6 +136,43 @@ _worker(None, print, os.getppid(), {}, Path(sys.argv[1]))
     (tmp_path / "SIGTERM").touch()
     with command.running(tmp_path, "script.py", str(tmp_path), program=(sys.executable,)) as process:
         assert process.wait(timeout=60) == -signal.SIGTERM
+
+
+def test_a_rank_that_an_interrupted_launch_does_not_know_ends_too(tmp_path):
+    """Ctrl-C between the fork of the first rank and the agent's hearing of it: the launcher waited for a server that
+    waited for the rank, which waited for the others."""
+    script = """
+import multiprocessing, os, sys, time
+from fastssl.launch import server
+from tests.end_to_end.test_launch import _rank
+
+if __name__ == "__main__":
+    assert server.begin("tests.end_to_end.test_launch")
+    rank = multiprocessing.get_context("forkserver").Process(target=_rank, daemon=True)
+    rank.start()
+    began = time.monotonic()
+    server.end()
+    rank.join(5)
+    print("ended", time.monotonic() - began < 5 and rank.exitcode is not None)
+"""
+    (tmp_path / "script.py").write_text(script)
+    with command.running(tmp_path, "script.py", program=(sys.executable,)) as process:
+        assert process.wait(timeout=60) == 0, (tmp_path / "log").read_text()
+    assert "ended True" in (tmp_path / "log").read_text()
+
+
+def _rank():
+    end_with(os.getppid())
+    time.sleep(15)
+
+
+def test_the_process_that_ranks_are_forked_from_is_bound_to_its_launcher_before_it_imports(tmp_path):
+    """After a mistake at the door it lived on for the seconds that torch takes, and held the terminal's pipe open."""
+    script = (
+        "import sys, fastssl.launch.parent as p; p.end_with = lambda parent: sys.exit('torch' in sys.modules); "
+        "import fastssl.launch.imported"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
 def test_ranks_end_with_a_killed_torchrun(tmp_path):
