@@ -111,9 +111,13 @@ def _open_betons(p: Path, validation: bool) -> Splits:
     )
     parts = [BetonSource(f) for f in files[train]] if train else []
     held_out = [BetonSource(f) for f in files[val]] if val and validation else []
-    said = f"a folder of .beton files{_changed([*parts, *held_out])}"
-    sources = (concatenate(some) if some else None for some in (parts, held_out))
-    return Splits(said, *sources, left_out=left_out, is_divided=val is not None)
+    return Splits(
+        f"a folder of .beton files{_changed([*parts, *held_out])}",
+        concatenate(parts) if parts else None,
+        concatenate(held_out) if held_out else None,
+        left_out=left_out,
+        is_divided=val is not None,
+    )
 
 
 def _beside(p: Path, where: str, others: Iterable[Path] = (), used: Iterable[str] = ()) -> PassedOver:
