@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 import click
 
 from fastssl import before_torch
@@ -25,6 +28,27 @@ from fastssl.commands.train import train
 def main() -> None:
     """Pre-train image encoders from many unlabelled and few labelled images."""
     before_torch()
+    _check_folder()
+    _open_streams()
+
+
+def _check_folder() -> None:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise click.ClickException("the folder that this is started in is gone: cd to one that is there") from None
+
+
+def _open_streams() -> None:
+    """Standard streams that were closed, as by `>&-`, lead to nothing: else the next files that are opened are these
+    streams."""
+    for stream in range(3):
+        try:
+            os.fstat(stream)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free, which is this
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115  # for as long as the process lives
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
 
 
 for _command in (

@@ -1,7 +1,10 @@
 """The command line as users see it: which options there are, and that each stands in one place."""
 
+import os
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -68,3 +71,23 @@ def test_help_needs_no_torch():
         "assert CliRunner().invoke(main, ['train', '--help']).exit_code == 0; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("shell", "says"),
+    [
+        ("exec {} >&-", "True False"),  # a run met no standard output: `NoneType` has no attribute
+        ("mkdir gone; cd gone; rmdir ../gone; exec {}", "is gone: cd to one"),  # a traceback of multiprocessing
+    ],
+)
+def test_a_process_that_was_started_oddly(shell, says, tmp_path):
+    code = (
+        "import os, sys; from fastssl.commands.main import main; main(['recipes'], standalone_mode=False); "
+        "sys.stderr.write(f'{os.get_inheritable(1)} {sys.stdout.isatty()}')"
+    )
+    command = shell.format(shlex.join([sys.executable, "-c", code]))
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
+    found = subprocess.run(
+        ["sh", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert says in found.stderr, found.stderr
