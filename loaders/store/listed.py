@@ -173,7 +173,7 @@ def _pairs(path: Path, rows: list[list[str]]) -> list[tuple[str, str]]:
     short = [k for k, row in enumerate(rows) if len(row) <= max(at, of)]
     if short:
         raise StoreError(f"{path}: {len(short)} lines lack a column, first {','.join(rows[short[0]])!r}")
-    return [(row[at].strip().removeprefix("./"), row[of].strip()) for row in rows]
+    return [(os.path.normpath(row[at].strip()), row[of].strip()) for row in rows]
 
 
 def _place_of(path: Path, file: str) -> tuple[Path, str]:

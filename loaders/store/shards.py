@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from loaders.errors import StoreError
+from loaders.store.folder import folders_in
 from loaders.store.listing import Archive, Listing, PassedOver, Row, archives_of, numbers_of
 from loaders.store.split_names import TRAIN_NAMES, VAL_NAMES, by_split
 from loaders.store.tars import Member
@@ -36,7 +37,7 @@ class _Sample(NamedTuple):
 
 def shards_in(folder: Path, suffix: str = ".tar") -> dict[str, list[Path]]:
     """The shards in `folder`, or in its folders train/, val/, ..., by split as their names say it: train, val, test."""
-    places = (folder, *(folder / name for name in _FOLDERS))
+    places = (folder, *(folder / name for name in folders_in(folder) if name.lower() in _FOLDERS))
     found = sorted(p for place in places for p in place.glob(f"*{suffix}") if not p.name.startswith("."))
     return by_split(folder, found)
 

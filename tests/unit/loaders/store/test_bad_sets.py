@@ -54,6 +54,7 @@ def test_a_shard_that_is_cut_is_named(tmp_path):
         ("path,label\na.jpg,cat\ngone.jpg,dog\nlost.jpg,dog\n", r"2 of its 3 images are not in .*, first gone\.jpg"),
         ("path,label\ncat/b.jpg,cat\ndog/c.jpg,cat\n", r"1 labels contradict the folders .*, first dog/c\.jpg.* 'cat'"),
         ("path,label\na.jpg,cat\na.jpg,dog\n", r"1 lines name an image twice, first a\.jpg"),
+        ("path,label\ncat/b.jpg,cat\ncat//b.jpg,cat\n", r"1 lines name an image twice, first cat/b\.jpg"),
         ("x,y,z\n1,2,3\n", "which columns are path and label"),
         ("path,label\na.jpg\n", r"1 lines lack a column, first 'a\.jpg'"),
         ("path,label\n", "names no image"),

@@ -297,6 +297,16 @@ def test_the_archive_that_image_folders_were_unpacked_from_is_left_out(tmp_path)
         assert "cat/0.jpg" in found["train"][0] and "2 left out: images.tar" in said
 
 
+def test_shards_in_split_folders_of_either_case(tmp_path):
+    """Those in `Testing/` were not seen."""
+    for name in ("training", "Testing"):
+        put(tmp_path / name / "0.tar", tar_of({f"{name}.jpg": file_of(noise(0), "JPEG"), f"{name}.cls": b"3"}))
+    assert {key: paths for key, (paths, _) in sets(tmp_path)[0].items()} == {
+        "train": ["training.jpg"],
+        "validation": ["Testing.jpg"],
+    }
+
+
 def test_a_table_that_says_splits_is_divided(tmp_path):
     """The test images of a table of all were trained on."""
     photos(*(tmp_path / f"{k}.jpg" for k in range(4)))
