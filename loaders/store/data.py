@@ -166,9 +166,9 @@ def _check_new(source: Source, role: str, others: list[Source]) -> None:
 
 
 def _places(source: Source) -> set[str]:
-    """The files that images are read from, of links those that they lead to; of a set in memory its name."""
+    """The files that images are read from, of links those that they lead to; none of sets in memory."""
     real = cache(os.path.realpath)
-    return {f"{real(file.parent)}/{file.name}" for file in source.files()} or {source.name}
+    return {f"{real(file.parent)}/{file.name}" for file in source.files()}
 
 
 def _used(splits: Splits, spec: DataSpec, with_validation: bool) -> dict[str, Source | None]:
