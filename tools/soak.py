@@ -34,16 +34,18 @@ SAMPLE_S = 5.0
 
 def processes(root: int) -> dict[int, str]:
     """The process `root` and all that descend from it, with a name for each."""
-    found, todo = {}, [root]
+    found, todo = {}, [(root, "launcher")]
     while todo:
-        pid = todo.pop()
+        pid, name = todo.pop()
         try:
-            words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+            command = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
             children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         except OSError:
             continue
-        found[pid] = "launcher" if pid == root else "helper" if "resource_tracker" in " ".join(words) else f"rank {pid}"
-        todo += map(int, children)
+        if name == "helper" and "multiprocessing.forkserver" in command:
+            name = "server"
+        found[pid] = f"{name} {pid}" if name == "rank" else name
+        todo += [(int(child), "rank" if name == "server" else "helper") for child in children]
     return found
 
 
