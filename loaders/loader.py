@@ -157,7 +157,7 @@ class Loader:
         # Crops that are finished on the CPU: of the step that is finished, and of those rendered meanwhile.
         self._scratch = [_Slot(pinned=False) for _ in range(1 + _AHEAD)]
         self._stopping = threading.Event()
-        self._planner: threading.Thread | None = None
+        self._preparer: threading.Thread | None = None
 
     def _cache_recurring(self, renderer: str, cache_bytes: int) -> None:
         """Class-balanced streams come back to the same images many times an epoch: keep these decoded."""
@@ -193,12 +193,12 @@ class Loader:
 
         One such iterator may run at a time; leaving it early stops its thread.
         """
-        assert self._planner is None, "close the iterator before asking for another"
+        assert self._preparer is None, "close the iterator before asking for another"
         ready: queue.Queue[Any] = queue.Queue(maxsize=self.prefetch)
         self._stopping.clear()
-        planner = threading.Thread(target=self._prepare, args=(start, stop, ready), name="fastssl-finish")
-        planner.start()  # an interrupt may come here: a thread that has not begun cannot be joined
-        self._planner = planner
+        preparer = threading.Thread(target=self._prepare, args=(start, stop, ready), name="fastssl-prepare")
+        preparer.start()  # an interrupt may come here: a thread that has not begun cannot be joined
+        self._preparer = preparer
         try:
             while True:
                 item = ready.get()
@@ -211,7 +211,7 @@ class Loader:
                     _hand_over(batch, copied)
                 yield batch
         finally:
-            self._join_planner()
+            self._join_preparer()
             while not ready.empty():
                 item = ready.get()
                 if isinstance(item, tuple):
@@ -225,15 +225,15 @@ class Loader:
 
     def close(self) -> None:
         """Stop and join every thread of this loader."""
-        self._join_planner()
+        self._join_preparer()
         self._pool.shutdown(cancel_futures=True)
         self._renderers.clear()
 
-    def _join_planner(self) -> None:
+    def _join_preparer(self) -> None:
         self._stopping.set()
-        if self._planner is not None:
-            self._planner.join()
-            self._planner = None
+        if self._preparer is not None:
+            self._preparer.join()
+            self._preparer = None
 
     def __enter__(self) -> Loader:
         return self
@@ -242,7 +242,7 @@ class Loader:
         self.close()
 
     def _prepare(self, start: int, stop: int, ready: queue.Queue[Any]) -> None:
-        """The finishing thread: put batches, each with the event of its copy to the GPU, then `_DONE` or the exception
+        """The preparing thread: put batches, each with the event of its copy to the GPU, then `_DONE` or the exception
         that ended it, until told to stop. While one is finished, another thread renders the next, so that those of the
         pool need not wait for the last image of either."""
 
