@@ -39,7 +39,7 @@ from loaders.renderers.made import make_renderer
 from loaders.store.data import VALIDATION, DataSets
 from loaders.store.masks import Masks
 from loaders.store.source import Selected, Source, is_encoded
-from loaders.timing import FINISH, PLAN, Busy, PhaseTimes, Prepared, now
+from loaders.timing import FINISH, PLAN, Busy, PhaseTimes, Pool, Prepared, Shares, now
 
 _DONE = object()
 _HISTORY = 1000  # batches
@@ -135,8 +135,8 @@ class Loader:
         self.replaced: dict[str, dict[int, int]] = {stream.name: {} for stream in bound.plan.asked.streams}
         num_cpus = len(os.sched_getaffinity(0))
         self.threads = min(threads or num_cpus, num_cpus)
-        self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="fastssl-render")
         self._times = {name: PhaseTimes() for name in bound.sources}
+        self._pool = Pool(self.threads, "fastssl-render", Shares(self._times.values()))
         self._busy = Busy()
         self.history: deque[Prepared] = deque(maxlen=_HISTORY)
         augmented = _with_policy(bound, renderer)

@@ -176,7 +176,7 @@ def table():
             paws(global_view=three, label_targets=True, entropy=0.1, me_max=0.5), -0.2, peak=1.6
         ),
         # At tau 0.1 neighbours without labels, which an untrained network finds everywhere, may keep targets even.
-        "paws of RoPAWS's targets": Row(paws(ropaws=Ropaws(), tau=0.02), -0.6, peak=0.8),
+        "ropaws": Row(paws(ropaws=Ropaws(), tau=0.02), -0.6, peak=0.8),
         "paws on a vision transformer": Row(vit, -0.3, 150, peak=0.02),
         "supervised": Row(supervised(), 0.22),
         "supervised fine-tuning": Row(fine_tuning(), 0.1),

@@ -60,13 +60,16 @@ def _ignored() -> Iterator[None]:
 
 @contextmanager
 def _python_path() -> Iterator[None]:
-    """A process that is started meanwhile finds our modules; in some versions of Python the server would not."""
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    """A process that is started meanwhile finds modules where we do, as in some versions of Python the server would
+    not; and not in the folder that it is started in, where a file may have the name of one."""
+    given = {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONSAFEPATH": "1"}
+    before = {name: os.environ.get(name) for name in given}
+    os.environ |= given
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

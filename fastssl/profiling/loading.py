@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from loaders.store.data import DataSets
 from loaders.store.source import is_encoded
 from loaders.timing import PHASES
 
+ENDLESS = 1 << 40  # steps: at the end of a loader's range there is nothing left to render beside what is finished
 WARM_UP = 2  # batches of a loader's window that do not count: buffers are touched, code is compiled
 WINDOW_S = 0.5  # at least, of a loader
 PROBE_S = 0.1
@@ -90,10 +92,10 @@ class LoaderAlone:
         self.given.found.probes.still_cached.append(let_go(self.given.files[:1000]))
 
     def _window(self, threads: int, renderer: str | None) -> Window:
-        """`num_batches` batches, after a few that do not count."""
+        """At least `num_batches` batches, after a few that do not count."""
         num = self.num_batches + WARM_UP
-        with self.given.loader(self.bound, threads, renderer) as loader, closing(loader.batches(0, num)) as batches:
-            for batch in batches:
+        with self.given.loader(self.bound, threads, renderer) as loader, closing(loader.batches(0, ENDLESS)) as batches:
+            for batch in islice(batches, num):
                 batch.release()
             return loader_window(loader, WARM_UP)
 
@@ -112,7 +114,7 @@ def loader_window(loader: Loader, skip: int) -> Window:
         prepare_s=np.diff([one.busy_s for one in history[skip - 1 :]]).tolist(),
         by_phase_s=dict(zip(PHASES, last.by_phase(before).tolist(), strict=True)),
         spent={
-            name: {phase: Spent(*row) for phase, row in zip(PHASES, totals[k].tolist(), strict=True)}
+            name: {phase: Spent(*row) for phase, row in zip(PHASES, totals[k, :, :3].tolist(), strict=True)}
             for k, name in enumerate(by_stream)
         },
         threads=loader.threads,

@@ -19,7 +19,7 @@ from fastssl import dist
 from fastssl.engine.step import TrainingStep, default_how
 from fastssl.methods.base import Facts, Horizon, Method, Stage
 from fastssl.profiling.live_memory import LiveMemory
-from fastssl.profiling.loading import WINDOW_S, Given, loader_window
+from fastssl.profiling.loading import ENDLESS, WINDOW_S, Given, loader_window
 from fastssl.profiling.windows import (
     BESIDE_THE_STEP,
     CLASSES,
@@ -146,7 +146,7 @@ class Stepping:
         """From the loader in full flight. Where the step binds, its queue is full; where the loader binds it is empty,
         and what lies in it before the window begins is let go."""
         with self.given.loader(self.bound, self.given.threads) as loader:
-            with closing(loader.batches(0, 1 + loader.prefetch + count)) as batches:
+            with closing(loader.batches(0, ENDLESS)) as batches:
                 next(batches).release()
                 while len(loader.history) <= loader.prefetch:
                     time.sleep(0.002)

@@ -3,6 +3,7 @@
 import time
 from contextlib import closing
 from dataclasses import replace
+from itertools import islice
 from statistics import median
 
 import numpy as np
@@ -16,7 +17,7 @@ from fastssl.costs.trace import trace_step
 from fastssl.errors import FastsslError
 from fastssl.methods.base import Facts
 from fastssl.profiling import baseline
-from fastssl.profiling.loading import loader_window
+from fastssl.profiling.loading import ENDLESS, loader_window
 from fastssl.profiling.probes import CoreProbe
 from fastssl.profiling.workload import Cycled, Drawn, fitting, sized
 from fastssl.recipes.resolve import resolve
@@ -28,9 +29,9 @@ from loaders.plan.views import UNIT, Rrc, Shuffled, Stream, View
 from loaders.store import images
 from loaders.store.data import DataSets
 from loaders.store.folder import FolderSource
-from loaders.timing import PHASES, PhaseTimes, now, stamp_s
+from loaders.timing import CROP, FINISH, PHASES, PLAN, PhaseTimes, Pool, Shares, now, stamp_s
 
-BATCH, BATCHES = 8, 4
+BATCH, BATCHES = 8, 6
 SLEEP_S = 0.004  # in every stage of every image: long beside the work itself, on a busy machine too
 IMAGENET = Facts(num_classes=1000, channels=3, seed=0)
 
@@ -80,11 +81,11 @@ def slow(folder, monkeypatch):
 
 def steps(bound, step_s):
     """(wall seconds a step, the profiler's window) of a loop whose step takes `step_s`."""
-    with Loader(bound, renderer="pil", threads=2) as loader, closing(loader.batches(0, 3 + BATCHES)) as batches:
+    with Loader(bound, renderer="pil", threads=2) as loader, closing(loader.batches(0, ENDLESS)) as batches:
         for _ in range(3):
             next(batches).release()
         begin = time.perf_counter()
-        for batch in batches:
+        for batch in islice(batches, BATCHES):
             time.sleep(step_s)
             batch.release()
         return (time.perf_counter() - begin) / BATCHES, loader_window(loader, 3)
@@ -105,8 +106,8 @@ def blamed_and_true(slow, stage, sleep_s):
         (short_s, short), (long_s, long) = windows
         truths.append((long_s - short_s) / long_s)
         for name in PHASES:
-            added_s = (long.by_phase_s[name] - short.by_phase_s[name]) / BATCHES
-            blamed[name].append(added_s / long_s)
+            before_s, after_s = (w.by_phase_s[name] / len(w.prepare_s) for w in (short, long))
+            blamed[name].append((after_s - before_s) / long_s)
     return truths, blamed
 
 
@@ -131,6 +132,24 @@ def test_seconds_by_stage_add_up_to_what_batches_took(slow):
     source.pause_s = SLEEP_S
     _, window = steps(bound, 0.0)
     assert sum(window.by_phase_s.values()) == pytest.approx(window.wall_s, rel=0.05)
+
+
+def test_a_moment_is_divided_among_those_who_work_in_it():
+    """Catches a last image, for which the other threads wait, that counts as little as those beside others."""
+    times = PhaseTimes()
+
+    def work(phase, seconds):
+        start = now()
+        time.sleep(seconds)
+        times.add(phase, start)
+
+    with Pool(2, "test", Shares([times])) as pool:
+        for task in [pool.submit(work, phase, seconds) for phase, seconds in ((CROP, 0.2), (FINISH, 0.6))]:
+            task.result()
+    shares_s = times.totals()[:, 3]
+    assert shares_s[CROP] == pytest.approx(0.1, abs=0.03) and shares_s[FINISH] == pytest.approx(0.5, abs=0.03)
+    work(PLAN, 0.1)  # outside the pool, by whoever else works: whole
+    assert times.totals()[PLAN, 3] == pytest.approx(0.1, abs=0.03)
 
 
 def test_threads_count_for_themselves_and_nothing_is_lost():
