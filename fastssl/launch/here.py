@@ -9,7 +9,6 @@ import os
 import signal
 import socket
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -27,7 +26,7 @@ from fastssl.launch import server
 from fastssl.launch.meeting import CONTINUES, EXIT_REFUSED, HOST, exit_code, joined, told_by
 from fastssl.launch.parent import end_with
 from fastssl.launch.ranks import Ranks, Work
-from fastssl.launch.server import FORWARDED
+from fastssl.launch.server import FORWARDED, requests_to
 
 
 def started_here(ranks: Ranks, work: Work) -> Any:
@@ -35,7 +34,7 @@ def started_here(ranks: Ranks, work: Work) -> Any:
     with (
         TemporaryDirectory(prefix="fastssl-ranks-") as folder,
         _forked_from(_module(work)) as method,
-        _signals_forwarded(Path(folder)),
+        requests_to(partial(_forward, Path(folder))),
         _quiet(),
     ):
         config = LaunchConfig(
@@ -117,28 +116,15 @@ def _forked_from(module: str) -> Iterator[str]:
         server.end()
 
 
-@contextmanager
-def _signals_forwarded(folder: Path) -> Iterator[None]:
-    """Pass requests to stop on to the ranks, noted in `folder`, and go on watching these: how they end is the
+def _forward(folder: Path, signum: int, frame: FrameType | None) -> None:
+    """Pass a request to stop on to the ranks, noted in `folder`, and go on watching these: how they end is the
     answer."""
-
-    def forward(signum: int, frame: FrameType | None) -> None:
-        ranks = multiprocessing.active_children()
-        if not ranks:
-            raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(128 + signum)
-        (folder / signal.Signals(signum).name).touch()
-        for rank in ranks:
-            os.kill(rank.pid, signum)  # type: ignore[arg-type]  # all have started
-
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Python lets nobody else set handlers
-        return
-    before = {signum: signal.signal(signum, forward) for signum in FORWARDED}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+    ranks = multiprocessing.active_children()
+    if not ranks:
+        raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(128 + signum)
+    (folder / signal.Signals(signum).name).touch()
+    for rank in ranks:
+        os.kill(rank.pid, signum)  # type: ignore[arg-type]  # all have started
 
 
 @contextmanager

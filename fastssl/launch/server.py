@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
+from typing import Any
 
 FORWARDED = signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT
 IMPORTED = "fastssl.launch.imported"
@@ -26,7 +27,7 @@ def begin(module: str) -> bool:
     global _is_ours
     if _server._forkserver_pid is None:  # type: ignore[attr-defined]
         _server.set_forkserver_preload([IMPORTED, module])
-        with _ignored(), _python_path():
+        with requests_to(signal.SIG_IGN), _python_path():
             resource_tracker.ensure_running()  # which it needs, and which SLURM's signals reach, too
             _server.ensure_running()
         _is_ours = True
@@ -45,17 +46,18 @@ def end() -> None:
 
 
 @contextmanager
-def _ignored() -> Iterator[None]:
-    """A process that is started meanwhile ignores requests to stop. Python lets the main thread alone do that."""
+def requests_to(handler: Any) -> Iterator[None]:
+    """Requests to stop go to `handler`, one of `signal.signal`'s, meanwhile. Python lets the main thread alone decide
+    that: in another one nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {signum: signal.signal(signum, signal.SIG_IGN) for signum in FORWARDED}
+    before = {signum: signal.signal(signum, handler) for signum in FORWARDED}
     try:
         yield
     finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+        for signum, former in before.items():
+            signal.signal(signum, former)
 
 
 @contextmanager
